@@ -1,0 +1,32 @@
+"""quantkit's ops: `torch.ops.quantkit.*` with documented Python wrappers. Imports nothing else of quantkit."""
+
+from . import _load
+from .error import quantization_error
+from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
+from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
+from .reduce import absmax, minmax
+from .rtn import rtn_fp8, rtn_int
+from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
+
+_load.load_libraries()
+
+__all__ = [
+    "FP8_MAX",
+    "MIN_SCALE",
+    "absmax",
+    "asymmetric_scale",
+    "dequantize",
+    "fp8_quant_per_token",
+    "int8_quant_per_token",
+    "minmax",
+    "pack_int32",
+    "pack_zero_points",
+    "quantization_error",
+    "quantize_fp8",
+    "quantize_int",
+    "rtn_fp8",
+    "rtn_int",
+    "symmetric_scale",
+    "unpack_int32",
+    "unpack_zero_points",
+]
