@@ -1,0 +1,30 @@
+# _C_cpu. The instruction set of a file is in its name: x_avx512.cpp, x_avx2.cpp; every other file is compiled for the baseline of the
+# architecture, and only csrc/cpu/dispatch.cpp decides at run time which one is called.
+file(GLOB _kernels CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp")
+file(GLOB _ops CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/ops/*_cpu.cpp")
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(QUANTKIT_X86 1)
+else()
+  set(QUANTKIT_X86 0)
+  list(FILTER _kernels EXCLUDE REGEX "_avx(2|512)\\.cpp$")
+endif()
+foreach(_file IN LISTS _kernels)
+  if(_file MATCHES "_avx512\\.cpp$")
+    set_source_files_properties(
+      "${_file}" PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx512vnni;-mavx512bf16;-mfma;-mf16c;-mprefer-vector-width=512")
+  elseif(_file MATCHES "_avx2\\.cpp$")
+    set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  endif()
+endforeach()
+
+# The kernels are an object library of their own: torch's headers are not in their reach.
+add_library(quantkit_cpu_kernels OBJECT ${_kernels})
+target_link_libraries(quantkit_cpu_kernels PRIVATE quantkit_flags)
+# Whether the AVX files are part of this build: what csrc/cpu may dispatch to.
+target_compile_definitions(quantkit_cpu_kernels PRIVATE QUANTKIT_X86=${QUANTKIT_X86})
+
+add_library(_C_cpu MODULE ${_ops})
+target_link_libraries(_C_cpu PRIVATE quantkit_flags quantkit_cpu_kernels torch_stable)
+set_target_properties(_C_cpu PROPERTIES PREFIX "")
+install(TARGETS _C_cpu LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})

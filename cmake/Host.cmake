@@ -1,0 +1,25 @@
+# _host: a CPython module by pybind11, without torch.
+if(NOT QUANTKIT_HOST)
+  message(STATUS "quantkit: the module _host is left out (QUANTKIT_HOST=OFF); checkpoints cannot be read or written without it")
+  return()
+endif()
+if(NOT pybind11_DIR)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
+    OUTPUT_VARIABLE _pybind11_dir
+    ERROR_QUIET
+    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(_pybind11_dir)
+    set(pybind11_DIR "${_pybind11_dir}")
+  endif()
+endif()
+set(PYBIND11_FINDPYTHON ON)
+find_package(pybind11 3.0 CONFIG REQUIRED)
+
+file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/host/*.cpp")
+if(NOT _sources)
+  return()
+endif()
+pybind11_add_module(_host MODULE ${_sources})
+target_link_libraries(_host PRIVATE quantkit_flags)
+install(TARGETS _host LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})
