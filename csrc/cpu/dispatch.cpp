@@ -52,7 +52,8 @@ const char* isa_name(Isa isa) {
 
 bool isa_supported(Isa isa) {
 #if QUANTKIT_X86
-  // These builtins ask the operating system too: wide registers that it does not save count as absent.
+  // These builtins ask the operating system too: wide registers that it does not save count as
+  // absent.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   switch (isa) {
