@@ -1,0 +1,64 @@
+"""Checkpoint formats: each a module with the same functions (`Format`), found by its `quant_method`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import CheckpointError, ConfigError, nearest
+from . import compressed_tensors, fp8
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..checkpoint.layout import OutputTensor
+    from ..config.schemes import QuantizationScheme
+    from ..quantized import QuantizedTensor
+
+
+class Format(Protocol):
+    """What a format module offers. A new format is one new file and one line in FORMATS."""
+
+    NAME: str
+    VERSION: str
+
+    def check(self, scheme: QuantizationScheme) -> None: ...
+    def packs(self, scheme: QuantizationScheme) -> bool: ...
+    def scale_dtype(self, scheme: QuantizationScheme, model_dtype: str) -> str: ...
+    def stored_tensors(
+        self, module: str, scheme: QuantizationScheme, rows: int, cols: int, model_dtype: str
+    ) -> list[OutputTensor]: ...
+    def pack_weight(self, module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]: ...
+    def pack_activations(self, module: str, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]: ...
+    def config_block(
+        self, scheme: QuantizationScheme, ignore: Sequence[str], user_ignore: Sequence[str]
+    ) -> dict[str, Any]: ...
+    def read_scheme(self, block: Mapping[str, Any]) -> QuantizationScheme: ...
+    def quantized_modules(self, tensors: Iterable[str]) -> list[str]: ...
+    def load_weight(
+        self, module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int
+    ) -> QuantizedTensor: ...
+
+
+FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, fp8)}
+
+
+def format_by_name(name: str) -> Format:
+    """The format that `quantization.save_name` asks for."""
+    if name not in FORMATS:
+        raise ConfigError(f"save_name: unknown format '{name}'{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def format_of_checkpoint(config: Mapping[str, Any]) -> Format | None:
+    """The format a config.json declares, None for one without `quantization_config`."""
+    block = config.get("quantization_config")
+    if block is None:
+        return None
+    method = block.get("quant_method")
+    if method not in FORMATS:
+        raise CheckpointError(
+            f"config.json: quant_method '{method}' is not one that quantkit reads ({', '.join(FORMATS)})"
+        )
+    return FORMATS[method]

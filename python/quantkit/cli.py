@@ -1,0 +1,140 @@
+"""The command line: parse, call the engine, print. Exit status: 0 fine, 1 an audit failed, 2 a user's error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .errors import QuantkitError
+
+if TYPE_CHECKING:
+    from .config.run_config import RunConfig
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    from .config.yaml_file import load_run_config
+
+    return load_run_config(
+        args.config,
+        overrides=args.set,
+        model_path=args.model_path,
+        save_path=args.save_path,
+        overwrite=getattr(args, "overwrite", False),
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import engine
+    from .report.plan_view import render_plan
+
+    result = engine.run(_config(args), show=lambda plan: print(render_plan(plan), flush=True))
+    print(f"\n{result.audit.render()}")
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    print(f"written to {result.output} ({times})")
+    return 0 if result.audit.ok else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .engine import open_plan
+    from .report.plan_view import render_plan
+
+    with open_plan(_config(args)) as plan:
+        print(render_plan(plan))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from .audit import audit
+    from .checkpoint.hub import resolve_model
+    from .checkpoint.reader import Checkpoint
+
+    with Checkpoint(resolve_model(args.source)) as source:
+        result = audit(Path(args.output), source)
+    print(result.render())
+    if args.json:
+        Path(args.json).write_text(result.to_json() + "\n")
+    return 0 if result.ok else 1
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .checkpoint.hub import resolve_model
+    from .evaluate import evaluate
+
+    result = evaluate(
+        resolve_model(args.model),
+        Path(args.text),
+        reference=resolve_model(args.reference) if args.reference else None,
+        windows=args.windows,
+        window_length=args.window_length,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(result.render())
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    from .env import report
+
+    print(report())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantkit", description="Quantize large language models for vLLM, SGLang, Transformers and MindIE."
+    )
+    parser.add_argument("--version", action="version", version=f"quantkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        sub.set_defaults(function=function)
+        return sub
+
+    for name, function, help_ in (
+        ("run", _run, "quantize a model as a YAML file says, then audit the result"),
+        ("plan", _plan, "show what a run would do, from config.json and safetensors headers alone"),
+    ):
+        sub = add(name, function, help_)
+        sub.add_argument("-c", "--config", required=True, metavar="FILE", help="the YAML file")
+        sub.add_argument("--model-path", metavar="PATH", help="replaces model.model_path: a folder or a hub id")
+        sub.add_argument("--save-path", metavar="DIR", help="replaces global.save_path")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key, e.g. dataset.num_samples=64"
+        )
+        if name == "run":
+            sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
+
+    sub = add("audit", _audit, "compare a quantized folder with its source, tensor by tensor")
+    sub.add_argument("output", help="the quantized folder")
+    sub.add_argument("--source", required=True, help="the full-precision model: a folder or a hub id")
+    sub.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+
+    sub = add("eval", _eval, "measure perplexity, and KL and top-1 agreement with a reference model")
+    sub.add_argument("model", help="a folder or hub id, quantized or not")
+    sub.add_argument("--text", required=True, metavar="FILE", help="plain text")
+    sub.add_argument("--reference", metavar="MODEL", help="the model to compare with, usually the source")
+    sub.add_argument("--windows", type=int, default=100, help="how many windows of the text (default 100)")
+    sub.add_argument("--window-length", type=int, default=256, metavar="N", help="tokens in a window (default 256)")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
+
+    add("env", _env, "print versions, the instruction set in use, and which libraries are loaded or why not")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `quantkit` command."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.function(args)
+    except QuantkitError as error:
+        print(f"quantkit {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"quantkit {args.command}: interrupted; nothing finished was changed", file=sys.stderr)
+        return 130
+    return status

@@ -1,0 +1,112 @@
+"""A quantized checkpoint read as if it were a plain one: weights dequantized, activations quantized at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint.reader import Checkpoint
+from ..config.schemes import QuantizationArgs
+from ..errors import CheckpointError
+from . import format_of_checkpoint
+
+if TYPE_CHECKING:
+    from ..quantized import QuantizedTensor
+
+FP8 = torch.float8_e4m3fn
+
+
+class WeightSource:
+    """`get(name)` gives a tensor of the checkpoint by the name it has in a plain one; a quantized weight comes
+    dequantized in fp32. `input_quantizers` maps a module to the function its inputs go through first.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.format = format_of_checkpoint(checkpoint.config)
+        self.modules: set[str] = set()
+        self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.format is None:
+            return
+        self.scheme = self.format.read_scheme(checkpoint.config["quantization_config"])
+        self.modules = set(self.format.quantized_modules(checkpoint.tensors))
+        activations = self.scheme.input_activations
+        if activations is not None:
+            for module in self.modules:
+                self.input_quantizers[module] = self._input_quantizer(module, activations)
+
+    def names(self) -> set[str]:
+        """The names that `get` knows: those of the plain checkpoint."""
+        plain = set(self.checkpoint.tensors)
+        for module in self.modules:
+            plain -= {n for n in self._stored(module) if n in plain}
+        return plain | {f"{module}.weight" for module in self.modules}
+
+    def _stored(self, module: str) -> list[str]:
+        return [
+            f"{module}.{part}"
+            for part in (
+                "weight",
+                "weight_packed",
+                "weight_scale",
+                "weight_shape",
+                "weight_zero_point",
+                "input_scale",
+                "input_zero_point",
+            )
+        ]
+
+    def get(self, name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module != name and module in self.modules:
+            return self.quantized(module).dequantize()
+        return self.checkpoint.tensor(name)
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """The codes and scales of `module`'s weight."""
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        rows, cols = self._shape(module)
+        return self.format.load_weight(module, self.scheme, self.checkpoint.tensor, rows, cols)
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        info = self.checkpoint.tensors.get(f"{module}.weight")
+        if info is not None:
+            return info.shape[0], info.shape[1]
+        rows, cols = self.checkpoint.tensor(f"{module}.weight_shape").tolist()
+        return int(rows), int(cols)
+
+    def _input_quantizer(self, module: str, args: QuantizationArgs) -> Callable[[Tensor], Tensor]:
+        if args.dynamic:
+            return lambda x: fake_quantize(x, args)
+        scale = self.checkpoint.tensor(f"{module}.input_scale").float().reshape(1, 1).clone()
+        zero_point = None
+        if not args.symmetric:
+            zero_point = self.checkpoint.tensor(f"{module}.input_zero_point").reshape(1, 1).clone()
+        return lambda x: fake_quantize(x, args, scale, zero_point)
+
+
+def fake_quantize(
+    x: Tensor, args: QuantizationArgs, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """x [..., channels] rounded to what its codes can hold, in x's dtype; scales from x itself unless given."""
+    rows = x.reshape(-1, x.shape[-1])
+    block = args.block
+    if args.type == "float":
+        codes, scale = (
+            ops.rtn_fp8(rows, block, FP8) if scale is None else (ops.quantize_fp8(rows, scale, block, FP8), scale)
+        )
+    else:
+        q_min, q_max = args.q_range
+        if scale is None:
+            codes, scale, zero_point = ops.rtn_int(
+                rows, block, q_min=q_min, q_max=q_max, symmetric=args.symmetric, divisor=args.divisor
+            )
+            zero_point = None if args.symmetric else zero_point
+        else:
+            codes = ops.quantize_int(rows, scale, zero_point, block, q_min, q_max)
+    return ops.dequantize(codes, scale, zero_point, block, x.dtype).reshape(x.shape)

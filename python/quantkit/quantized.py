@@ -1,0 +1,41 @@
+"""What a modifier hands to a format: a Linear's weight as integer or FP8 codes with their scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config.schemes import QuantizationArgs
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """codes: int8 or FP8 [rows, cols], or int32 words when `packed`; scale fp32 [grid rows, grid cols]; zero_point
+    int8 of the scale's shape, None if symmetric. `args` says what the codes mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    args: QuantizationArgs
+    rows: int
+    cols: int
+    packed: bool = False
+
+    def unpacked(self) -> Tensor:
+        """The codes as int8 or FP8 [rows, cols]."""
+        from . import ops
+
+        return ops.unpack_int32(self.codes, self.args.num_bits, self.cols) if self.packed else self.codes
+
+    def dequantize(self, dtype: object = None) -> Tensor:
+        """(codes - zero_point) * scale: [rows, cols] in `dtype` (fp32 unless given)."""
+        import torch
+
+        from . import ops
+
+        assert dtype is None or isinstance(dtype, torch.dtype)
+        return ops.dequantize(self.unpacked(), self.scale, self.zero_point, self.args.block, dtype or torch.float32)

@@ -1,0 +1,39 @@
+"""The README.md of an output: what it is, how it was made, how to serve it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .plan_view import describe
+from .table import size
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+def model_card(plan: Plan) -> str:
+    """Markdown with the hub's front matter."""
+    inputs = plan.scheme.input_activations
+    base = plan.config.model.model_path
+    kept = f"{len(plan.ignore)} Linears kept in full precision" if plan.ignore else "none kept in full precision"
+    data = f"\n- calibration data: {plan.config.dataset.num_samples} rows" if plan.scheme.needs_calibration else ""
+    return f"""---
+base_model: {base}
+base_model_relation: quantized
+tags: [{plan.format.NAME}, quantkit, {plan.scheme.name.lower()}]
+---
+
+# {plan.config.stem}
+
+`{base}` quantized with quantkit.
+
+- scheme: {plan.scheme.name}; weights {describe(plan.scheme.weights)}, activations {describe(inputs) if inputs else "not quantized"}
+- {len(plan.modules)} Linears quantized, {kept}
+- size: {size(plan.estimate.source_bytes)} -> {size(plan.estimate.output_bytes)}, {plan.estimate.bits_per_weight:.2f} bits per quantized weight{data}
+
+```
+vllm serve <this folder>
+```
+
+`quantkit_config.json` holds every option that was in force.
+"""

