@@ -1,6 +1,7 @@
 # _C_cuda: kernels by nvcc without any torch header, the torch boundary by the C++ compiler. Compiled wherever nvcc is, a GPU or a CUDA
 # build of torch are not needed for that.
-set(QUANTKIT_WITH_CUDA OFF)
+set(QUANTKIT_NVCC "")
+set(QUANTKIT_CUDA_ARCHS_BUILT "")
 if(QUANTKIT_CUDA STREQUAL "OFF")
   message(STATUS "quantkit: CUDA kernels are left out (QUANTKIT_CUDA=OFF)")
   return()
@@ -20,7 +21,6 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
 endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-set(QUANTKIT_WITH_CUDA ON)
 # CMake before 3.25.2 does not know nvcc's flag for C++20.
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
@@ -65,4 +65,6 @@ add_library(_C_cuda MODULE ${_ops})
 target_compile_definitions(_C_cuda PRIVATE QUANTKIT_CUDA_SM90=${_has_sm90})
 target_link_libraries(_C_cuda PRIVATE quantkit_flags ${_objects} torch_stable_cuda CUDA::cudart)
 set_target_properties(_C_cuda PROPERTIES PREFIX "")
+set(QUANTKIT_NVCC "${CMAKE_CUDA_COMPILER_VERSION}")
+list(JOIN _archs_common " " QUANTKIT_CUDA_ARCHS_BUILT)
 install(TARGETS _C_cuda LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})

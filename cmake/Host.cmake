@@ -3,23 +3,23 @@ if(NOT QUANTKIT_HOST)
   message(STATUS "quantkit: the module _host is left out (QUANTKIT_HOST=OFF); checkpoints cannot be read or written without it")
   return()
 endif()
-if(NOT pybind11_DIR)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
-    OUTPUT_VARIABLE _pybind11_dir
-    ERROR_QUIET
-    OUTPUT_STRIP_TRAILING_WHITESPACE)
-  if(_pybind11_dir)
-    set(pybind11_DIR "${_pybind11_dir}")
-  endif()
+# The interpreter's own pybind11, asked for anew each time: a build folder may outlive the environment it was made with.
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
+  OUTPUT_VARIABLE _pybind11_dir
+  ERROR_QUIET
+  OUTPUT_STRIP_TRAILING_WHITESPACE)
+if(_pybind11_dir)
+  set(pybind11_DIR "${_pybind11_dir}")
 endif()
 set(PYBIND11_FINDPYTHON ON)
-find_package(pybind11 3.0 CONFIG REQUIRED)
+find_package(pybind11 3.0 CONFIG QUIET)
+if(NOT pybind11_FOUND)
+  message(FATAL_ERROR "quantkit's module _host needs pybind11 >= 3.0, and ${Python_EXECUTABLE} has none: pip install pybind11 there, "
+                      "pass -Dpybind11_DIR=..., or leave the module out with -DQUANTKIT_HOST=OFF")
+endif()
 
 file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/host/*.cpp")
-if(NOT _sources)
-  return()
-endif()
 pybind11_add_module(_host MODULE ${_sources})
 target_link_libraries(_host PRIVATE quantkit_flags)
 install(TARGETS _host LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})

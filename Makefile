@@ -1,0 +1,63 @@
+# make demo    quantize the embedded model, audit it, load it with Transformers
+# make test    lint, types, tests
+# make lint    format and lint alone (lint, types)
+# make build   what these need: .venv with torch and the installed package
+#
+# All that has to be there is Python >= 3.10 with venv, a C++20 compiler, make and the network.
+#   PYTHON   interpreter that .venv is made from         VENV    where the environment lies
+#   TORCH    requirement that pip gets for torch          PYTEST_ARGS   passed on, e.g. PYTEST_ARGS="-k abi"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name '*.pyc' -not -name '_build.json')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: build demo test lint format clean
+
+build: $(VENV)/.installed
+
+# One stamp for each TORCH: another one is installed over the last, and all that is built on it is built again.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+$(TORCH_STAMP):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "quantkit needs Python >= 3.10; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	@# torch before anything that depends on it, which would otherwise choose the version
+	$(PIP) '$(TORCH)'
+	rm -f $(VENV)/.torch-*
+	touch $@
+
+$(VENV)/.tools: $(TORCH_STAMP) Makefile
+	$(PIP) 'scikit-build-core>=1.0' 'pybind11>=3.0' ninja
+	@# a system cmake serves if it is new enough
+	@$(PYTHON) -c 'import re, subprocess, sys; text = subprocess.run(["cmake", "--version"], capture_output=True, text=True).stdout; \
+	    sys.exit(tuple(map(int, re.search(r"(\d+)\.(\d+)", text).groups())) < (3, 25))' 2>/dev/null || $(PIP) cmake
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml CMakeLists.txt $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation '.[test,demo]'
+	touch $@
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build
