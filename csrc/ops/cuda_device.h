@@ -1,0 +1,35 @@
+// The few things that tie the torch boundary to a real device; the host emulation
+// (tests/cuda_emulation) has its own version of this file.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <vector>
+
+#include "ops/check.h"
+
+#define QUANTKIT_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(quantkit, CUDA, m)
+
+namespace qk::cuda {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+inline DeviceGuard use_device_of(const Tensor& tensor) {
+  return DeviceGuard(tensor.get_device_index());
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,58 @@
+// What the emulated ops need from torch beyond csrc/ops: outputs and inputs in guarded memory.
+#include <cstring>
+
+#include "emulation.h"
+#include "faults.h"
+#include "guard.h"
+#include "ops/cuda_device.h"
+
+namespace qk::cuda {
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  int64_t elements = 1;
+  std::vector<int64_t> strides(shape.size());
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = elements;
+    elements *= shape[d] > 0 ? shape[d] : 1;
+  }
+  for (const int64_t extent : shape) elements = extent == 0 ? 0 : elements;
+  const size_t width =
+      torch::stable::new_empty(like, std::vector<int64_t>{0}, dtype).element_size();
+  auto* buffer = new emulation::Buffer(static_cast<size_t>(elements) * width);
+  return torch::stable::from_blob(buffer->data, shape, strides, like.device(), dtype,
+                                  [buffer](void*) { delete buffer; });
+}
+
+namespace {
+
+// A contiguous copy in guarded memory.
+Tensor guarded(const Tensor& x) {
+  check(x.is_contiguous(), "guarded", "x must be contiguous");
+  const auto sizes = x.sizes();
+  const Tensor copy =
+      new_tensor(x, std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type());
+  std::memcpy(copy.mutable_data_ptr(), x.const_data_ptr(),
+              static_cast<size_t>(x.numel()) * x.element_size());
+  return copy;
+}
+
+Tensor fault(const Tensor& x, int64_t kind) {
+  const Tensor out = new_tensor(x, {64}, ScalarType::Float);
+  run_fault(static_cast<Fault>(kind), static_cast<const float*>(x.const_data_ptr()),
+            static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void set_seed(int64_t seed) { emulation::set_seed(static_cast<uint64_t>(seed)); }
+
+}  // namespace
+}  // namespace qk::cuda
+
+QUANTKIT_CUDA_OPS(m) {
+  m.impl("guarded", TORCH_BOX(&qk::cuda::guarded));
+  m.impl("fault", TORCH_BOX(&qk::cuda::fault));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quantkit_emulated, CompositeExplicitAutograd, m) {
+  m.impl("set_seed", TORCH_BOX(&qk::cuda::set_seed));
+}
