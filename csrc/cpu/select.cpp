@@ -1,0 +1,52 @@
+// Every family's table for the instruction set that dispatch.h chose.
+#include "cpu/dispatch.h"
+#include "cpu/error.h"
+#include "cpu/pack.h"
+#include "cpu/quantize.h"
+#include "cpu/reduce.h"
+#include "cpu/rtn.h"
+#include "cpu/scale.h"
+
+#if QUANTKIT_X86
+#define QK_FAMILY(Kernels, family)    \
+  namespace portable {                \
+  extern const Kernels family;        \
+  }                                   \
+  namespace avx2 {                    \
+  extern const Kernels family;        \
+  }                                   \
+  namespace avx512 {                  \
+  extern const Kernels family;        \
+  }                                   \
+  const Kernels& family##_kernels() { \
+    switch (current_isa()) {          \
+      case Isa::avx512:               \
+        return avx512::family;        \
+      case Isa::avx2:                 \
+        return avx2::family;          \
+      case Isa::portable:             \
+        break;                        \
+    }                                 \
+    return portable::family;          \
+  }
+#else
+#define QK_FAMILY(Kernels, family)                                 \
+  namespace portable {                                             \
+  extern const Kernels family;                                     \
+  }                                                                \
+  const Kernels& family##_kernels() {                              \
+    current_isa(); /* a forced one that is not here is an error */ \
+    return portable::family;                                       \
+  }
+#endif
+
+namespace qk {
+
+QK_FAMILY(ReduceKernels, reduce)
+QK_FAMILY(ScaleKernels, scale)
+QK_FAMILY(QuantizeKernels, quantize)
+QK_FAMILY(PackKernels, pack)
+QK_FAMILY(RtnKernels, rtn)
+QK_FAMILY(ErrorKernels, error)
+
+}  // namespace qk

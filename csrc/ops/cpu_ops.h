@@ -1,0 +1,48 @@
+// The CPU ops, as functions that other ops call, and how work is spread over threads.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ops/check.h"
+
+namespace qk::cpu {
+
+using Block = std::vector<int64_t>;
+
+Tensor absmax(const Tensor& x, const Block& block);
+std::tuple<Tensor, Tensor> minmax(const Tensor& x, const Block& block);
+Tensor symmetric_scale(const Tensor& amax, double divisor, ScalarType scale_dtype);
+std::tuple<Tensor, Tensor> asymmetric_scale(const Tensor& x_min, const Tensor& x_max, int64_t q_min,
+                                            int64_t q_max, ScalarType scale_dtype);
+Tensor quantize_int(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                    const Block& block, int64_t q_min, int64_t q_max);
+Tensor quantize_fp8(const Tensor& x, const Tensor& scale, const Block& block, ScalarType dtype);
+Tensor pack_int32(const Tensor& codes, int64_t num_bits);
+
+inline void check_code_range(const char* op, int64_t q_min, int64_t q_max) {
+  check(-128 <= q_min && q_min < q_max && q_max <= 127, op, "[q_min, q_max] must fit int8, got [",
+        q_min, ", ", q_max, "]");
+}
+
+// f(begin, end) over rows of `cols` elements; a thread gets no fewer than are worth waking it for.
+template <typename Body>
+void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
+  constexpr int64_t kElements = 32768;
+  torch::stable::parallel_for(0, rows, cols >= kElements ? 1 : kElements / (cols + 1) + 1, body);
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Element `index` of a tensor that is only read.
+inline const char* element(const Tensor& tensor, int64_t index) {
+  return static_cast<const char*>(tensor.const_data_ptr()) +
+         index * static_cast<int64_t>(tensor.element_size());
+}
+
+}  // namespace qk::cpu
