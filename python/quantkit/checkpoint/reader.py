@@ -1,0 +1,220 @@
+"""A model folder read lazily: headers at once, tensors as views on the mapped shards.
+
+Opening reads config.json, the index and the shards' headers, and refuses whatever does not fit together; no tensor
+data is touched, neither torch nor the compiled module is needed. A tensor costs no memory of its own: it is the page
+cache, and `release` takes its pages out of the process's resident set.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, nearest
+from .dtypes import alignment, torch_dtype, torch_shape
+from .folder import (
+    CONFIG,
+    INDEX,
+    SHARD,
+    SINGLE,
+    checked_file,
+    explain_missing_weights,
+    is_plain_name,
+    side_files,
+    weight_files,
+)
+from .header import DOWNLOAD_AGAIN, TensorInfo, read_header, read_object
+from .native import host
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+
+    from .._host import MappedFile
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+
+class Checkpoint:
+    """A folder with config.json and model.safetensors, or shards and their index.
+
+    Attributes:
+        folder: the path as given.
+        config: config.json.
+        tensors: every tensor by name, in the order of the files and of the data in them.
+        files: the weight files' names, sorted.
+        total_bytes: the sum of the tensors' bytes.
+        side_files: what a copy of the model needs beside weights and config.json (`folder.side_files`).
+        left_out: names of safetensors files in the folder that are no part of the model (`consolidated.safetensors`).
+
+    Reading is thread-safe.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: not a folder; give the folder that holds config.json")
+        if not (self.folder / CONFIG).exists():
+            raise CheckpointError(f"{self.folder}: no {CONFIG}; give the folder of a Transformers model")
+        self.config: dict[str, Any] = read_object(checked_file(self.folder, CONFIG))
+        present = weight_files(self.folder)
+        weight_map = self._weight_map(present)
+        self.files: list[str] = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+        self._sizes: dict[str, int] = {}
+        self.tensors: dict[str, TensorInfo] = self._read_headers()
+        if weight_map is not None:
+            self._check_index(weight_map)
+        self.left_out: list[str] = [name for name in present if name not in self._sizes]
+        self.total_bytes: int = sum(info.nbytes for info in self.tensors.values())
+        self.side_files: list[Path] = side_files(self.folder)
+        self._mapped: dict[str, MappedFile] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def _weight_map(self, present: list[str]) -> dict[str, str] | None:
+        """The index's map from tensor to file, None for a folder with a single weight file."""
+        path = self.folder / INDEX
+        if not path.exists() and not path.is_symlink():
+            stray = [name for name in present if SHARD.fullmatch(name)]
+            if SINGLE in present and stray:
+                raise CheckpointError(
+                    f"{self.folder}: {SINGLE} beside {stray[0]}, and no {INDEX} to tell which of them is the model; "
+                    "remove the one that is not"
+                )
+            if SINGLE in present:
+                return None
+            if stray:
+                raise CheckpointError(f"{self.folder}: {stray[0]}, but no {INDEX}; complete the download")
+            raise CheckpointError(f"{self.folder}: no weights: {explain_missing_weights(self.folder)}")
+        index = read_object(checked_file(self.folder, INDEX))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path}: no object 'weight_map' that names tensors; {DOWNLOAD_AGAIN}")
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or not is_plain_name(file):
+                raise CheckpointError(
+                    f"{path}: tensor '{tensor}' is said to be in {file!r:.300}, which is not a plain file name; "
+                    f"only files of the folder are read; {DOWNLOAD_AGAIN}"
+                )
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{path}: tensor '{tensor}' is in '{file}', which is not a safetensors file; convert the model"
+                )
+        named = set(weight_map.values())
+        stray = [name for name in present if name not in named and (SHARD.fullmatch(name) or name == SINGLE)]
+        if stray:
+            raise CheckpointError(
+                f"{self.folder}: {stray[0]} is not in {INDEX}: left over from another version of the model, or the "
+                "index is; remove one of them"
+            )
+        return weight_map
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            path = checked_file(self.folder, file)
+            found, self._sizes[file] = read_header(path)
+            for name in found.keys() & tensors.keys():
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is also in {tensors[name].file}; which one is meant? {DOWNLOAD_AGAIN}"
+                )
+            tensors.update(found)
+        if not tensors:
+            raise CheckpointError(f"{self.folder / self.files[0]}: no tensor in it; {DOWNLOAD_AGAIN}")
+        return tensors
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        path = self.folder / INDEX
+        for name, info in self.tensors.items():
+            if name not in weight_map:
+                raise CheckpointError(
+                    f"{self.folder / info.file}: tensor '{name}' is missing from {INDEX}; {DOWNLOAD_AGAIN}"
+                )
+            if weight_map[name] != info.file:
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is said to be in {weight_map[name]} but is in {info.file}; "
+                    f"{DOWNLOAD_AGAIN}"
+                )
+        if len(weight_map) > len(self.tensors):
+            name = next(name for name in weight_map if name not in self.tensors)
+            raise CheckpointError(f"{path}: tensor '{name}' is not in {weight_map[name]}; {DOWNLOAD_AGAIN}")
+
+    def info(self, name: str) -> TensorInfo:
+        """Where tensor `name` lies; CheckpointError with the nearest name if there is none."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: no tensor '{name}'{nearest(name, self.tensors)}")
+        return found
+
+    def mapped(self, file: str) -> MappedFile:
+        """The mapping of one weight file, made on first use."""
+        with self._lock:
+            if self._closed:
+                raise CheckpointError(f"{self.folder}: the checkpoint was closed")
+            mapped: MappedFile | None = self._mapped.get(file)
+            if mapped is None:
+                path = checked_file(self.folder, file)
+                try:
+                    mapped = host().MappedFile(path)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: {error.strerror}") from error
+                if mapped.size != self._sizes[file]:
+                    raise CheckpointError(f"{path}: changed after its header was read; start again when it is complete")
+                self._mapped[file] = mapped
+            return mapped
+
+    def tensor(self, name: str, populate: bool = True) -> torch.Tensor:
+        """Tensor `name` as a view on the mapped file, without a copy. It must not be written to: that is a
+        segmentation fault. It stays valid after `release` and `close`.
+
+        Reads all of it, so that a failing disk is a CheckpointError and not a crash in the middle of a kernel;
+        `populate=False` leaves it to the accesses, for who needs a few rows of a large tensor. Data that are not
+        aligned to their dtype (files of old libraries) are copied.
+        """
+        import torch
+
+        info = self.info(name)
+        dtype, shape = torch_dtype(info.dtype), torch_shape(info.dtype, info.shape)
+        if info.nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        mapped = self.mapped(info.file)
+        if populate:
+            try:
+                mapped.populate(info.begin, info.end)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / info.file}: tensor '{name}': {error.strerror}") from error
+        # torch takes any object with the buffer protocol and keeps it alive.
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
+        if info.begin % alignment(info.dtype):
+            raw = raw.clone()
+        return raw.view(dtype).reshape(shape)
+
+    def prefetch(self, name: str) -> None:
+        """Start reading tensor `name` from disk, to have it when it is needed; returns at once."""
+        info = self.info(name)
+        try:
+            self.mapped(info.file).prefetch(info.begin, info.end)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / info.file}: tensor '{name}': {error.strerror}") from error
+
+    def release(self, name: str) -> None:
+        """Take tensor `name` out of the resident set. Views on it stay valid; reading them maps it again."""
+        info = self.info(name)
+        with self._lock:
+            mapped = self._mapped.get(info.file)
+        if mapped is not None:
+            mapped.drop(info.begin, info.end)
+
+    def close(self) -> None:
+        """Drop the mappings; each goes when the last tensor on it does."""
+        with self._lock:
+            self._closed = True
+            self._mapped.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
