@@ -93,6 +93,22 @@ class QuantizationScheme:
     weights: QuantizationArgs
     input_activations: QuantizationArgs | None = None
 
+    def __post_init__(self) -> None:
+        weights, inputs = self.weights, self.input_activations
+        if weights.dynamic:
+            raise ConfigError(f"scheme {self.name}: weights cannot be dynamic; they are quantized once")
+        if inputs is None:
+            return
+        if inputs.strategy not in ("tensor", "token", "group"):
+            raise ConfigError(
+                f"scheme {self.name}: activations cannot have strategy '{inputs.strategy}'; use tensor, token or group"
+            )
+        if not inputs.dynamic and inputs.strategy != "tensor":
+            raise ConfigError(
+                f"scheme {self.name}: static activations have one scale per tensor, not per {inputs.strategy}; "
+                "use strategy tensor, or dynamic: true"
+            )
+
     @property
     def needs_calibration(self) -> bool:
         """Whether activation scales are fixed from data (static) and not computed at run time (dynamic)."""

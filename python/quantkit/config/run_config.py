@@ -1,0 +1,234 @@
+"""What a run shall do, with every default filled in. Made from YAML by yaml_file.py, or in Python as it stands.
+
+Each class checks itself and raises FieldError, a ConfigError, with the key at fault. docs/config.md describes the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from .algorithms import PRESETS, SMOOTH, Algorithm, QuantMethod, algorithm_of
+from .fields import FieldError, require
+from .schemes import QuantizationScheme
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": base ** (i + 1) for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")
+}
+_UNITS_BY_CASE = {unit.upper(): factor for unit, factor in _UNITS.items()}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+TEXT_DATASET = "TextDataset"
+_EXAMPLE = "  dataset:\n    name: TextDataset\n    data_path: ./examples/data/calibration.jsonl\n    num_samples: 64"
+
+
+@dataclass(frozen=True)
+class GlobalConfig:
+    """`global`: where the output goes, and what holds for the whole run."""
+
+    save_path: str = "./output"
+    max_shard_size: int | str = "5GB"
+    seed: int = 0
+    overwrite: bool = False
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.save_path.strip()), "save_path", "is empty; give a folder")
+        require(self.seed >= 0, "seed", f"{self.seed} is negative")
+        require(self.num_threads is None or self.num_threads > 0, "num_threads", f"{self.num_threads} must be positive")
+        require(self.max_shard_bytes > 0, "max_shard_size", f"'{self.max_shard_size}' must be positive")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes: a number, with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.max_shard_size), re.ASCII)
+        factor = _UNITS_BY_CASE.get(found[2].upper()) if found else None
+        if found is None or factor is None:
+            raise FieldError("max_shard_size", f"'{self.max_shard_size}' is no size; write it like 5GB or 500MiB")
+        return int(float(found[1]) * factor)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`model`: which one. `torch_dtype` is that of the calibration forward; weights are read in their own."""
+
+    model_path: str
+    trust_remote_code: bool = False
+    torch_dtype: str = "auto"
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.model_path.strip()), "model_path", "is empty; give a folder, or a hub id (org/name)")
+        dtype = self.torch_dtype
+        require(
+            not dtype.startswith(("fp8", "float8")),
+            "torch_dtype",
+            f"'{dtype}': starting from an FP8 checkpoint is not supported; convert it to bfloat16 first",
+        )
+        require(
+            dtype in DTYPES, "torch_dtype", f"no such dtype: '{dtype}'{nearest(dtype, DTYPES)}; use {', '.join(DTYPES)}"
+        )
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """`compression.quantization`: the algorithm by `name`, or a preset by `scheme`, and what to leave out.
+
+    Once made, `name` is spelled as in the table of algorithms and `quant_method` has every default filled in.
+    """
+
+    name: str | None = None
+    scheme: str | None = None
+    bits: int | None = None
+    quant_method: QuantMethod = field(default_factory=QuantMethod)
+    ignore_layers: tuple[str, ...] = ()
+    save_name: str = "compressed-tensors"
+    quant_helpers: tuple[str, ...] = ()
+    smooth_alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        algorithm = self.algorithm
+        try:
+            method, scheme = algorithm.resolve(self.quant_method)
+        except FieldError as error:
+            raise FieldError(f"quant_method.{error.key}", error.problem) from None
+        bits = scheme.weights.num_bits
+        require(
+            self.bits in (None, bits),
+            "bits",
+            f"{self.bits}, but {algorithm.name} makes weights of {bits} bits; leave it out or change the algorithm",
+        )
+        for i, pattern in enumerate(self.ignore_layers):
+            require(bool(pattern.strip()), f"ignore_layers[{i}]", "is empty; give a module name, or re: and a pattern")
+        for i, helper in enumerate(self.quant_helpers):
+            require(helper == "smooth", f"quant_helpers[{i}]", f"no such helper: '{helper}'; there is smooth")
+        require(0 <= self.smooth_alpha <= 1, "smooth_alpha", f"{self.smooth_alpha} is not between 0 and 1")
+        is_preset = algorithm.name in PRESETS
+        for key, value in (
+            ("name", None if is_preset else algorithm.name),
+            ("scheme", algorithm.name if is_preset else None),
+            ("bits", bits),
+            ("quant_method", method),
+        ):
+            object.__setattr__(self, key, value)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The entry that `name` or `scheme` stands for."""
+        return algorithm_of(self.name, self.scheme)
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does."""
+
+    quantization: QuantizationConfig
+    name: str | tuple[str, ...] = "PTQ"
+
+    def __post_init__(self) -> None:
+        names = (self.name,) if isinstance(self.name, str) else self.name
+        for name in names or ("",):
+            require(
+                name.lower() in ("ptq", "quantization"),
+                "name",
+                f"no such compression: '{name}'; quantkit does 'quantization', also spelled 'PTQ'",
+            )
+        object.__setattr__(self, "name", "PTQ")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """`dataset`: calibration text. `num_samples` -1: all rows. Rows are cut after `max_seq_length` tokens."""
+
+    data_path: str
+    name: str = TEXT_DATASET
+    max_seq_length: int = 2048
+    num_samples: int = 256
+    batch_size: int = 1
+    shuffle: bool = False
+    text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        known = self.name.lower() in ("textdataset", "text", "auto")
+        require(known, "name", f"'{self.name}': only text is calibrated with; use {TEXT_DATASET}")
+        object.__setattr__(self, "name", TEXT_DATASET)
+        require(bool(self.data_path.strip()), "data_path", "is empty; give a file")
+        require(self.max_seq_length > 0, "max_seq_length", f"{self.max_seq_length} must be positive")
+        samples = self.num_samples
+        require(samples > 0 or samples == -1, "num_samples", f"{samples} must be positive, or -1 for all rows")
+        require(self.batch_size > 0, "batch_size", f"{self.batch_size} must be positive")
+
+
+# The sections of a file by their key there.
+SECTIONS: dict[str, type[Any]] = {
+    "global": GlobalConfig,
+    "model": ModelConfig,
+    "compression": CompressionConfig,
+    "dataset": DatasetConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `source`: the file it was read from; `stem` names the output; `notes`: what to tell the user."""
+
+    global_: GlobalConfig
+    model: ModelConfig
+    compression: CompressionConfig
+    dataset: DatasetConfig | None
+    source: Path
+    stem: str
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scheme.needs_calibration and self.dataset is None and self.unavailable is None:
+            raise FieldError(
+                "dataset",
+                f"{self.algorithm} takes activation scales from data, and there is no such section; add:\n{_EXAMPLE}",
+            )
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the quantized model goes: a folder named after the file, in `global.save_path`."""
+        return Path(self.global_.save_path).expanduser() / self.stem
+
+    @cached_property
+    def scheme(self) -> QuantizationScheme:
+        """What happens to each Linear that is quantized."""
+        quantization = self.compression.quantization
+        return quantization.algorithm.resolve(quantization.quant_method)[1]
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm's name, or that of the preset."""
+        return self.compression.quantization.algorithm.name
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """`ignore_layers`."""
+        return self.compression.quantization.ignore_layers
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why this cannot run although it is well-formed; None if it can."""
+        quantization = self.compression.quantization
+        return quantization.algorithm.unavailable or (SMOOTH if quantization.quant_helpers else None)
+
+    def require_available(self) -> None:
+        """ConfigError with `unavailable`, if there is a reason."""
+        if self.unavailable is not None:
+            raise ConfigError(f"{self.source}: {self.unavailable}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that is in force, in plain types; written as YAML, it reads as the same configuration."""
+        sections = zip(SECTIONS, (self.global_, self.model, self.compression, self.dataset), strict=True)
+        return {key: _plain(asdict(section)) for key, section in sections if section is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

@@ -1,0 +1,8 @@
+"""`python tools/run.py -c FILE`: the same as `quantkit run -c FILE`, for those who know the command from AngelSlim."""
+
+import sys
+
+from quantkit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))
