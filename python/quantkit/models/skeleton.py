@@ -1,0 +1,386 @@
+"""A Transformers model whose weights are not there: built on the meta device, one decoder layer filled at a time.
+
+The forward pass is Transformers' own. What it hands to each decoder layer (masks, position embeddings, ...) is
+recorded by running the whole model with layers that only take notes, so nothing about an architecture is repeated here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from . import attention
+from .experts import Experts, is_fused
+from .families import Family, family_of
+
+# Buffers that old checkpoints carry and that every model computes itself.
+COMPUTED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a plain checkpoint, or a quantized one that is dequantized on the way.
+
+    A source may also have `release(name)`; it is called for what a layer was filled with when the layer is dropped, so
+    that mapped files leave the resident set.
+    """
+
+    def get(self, name: str) -> Tensor:
+        """The tensor with this checkpoint name. The skeleton only reads it."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model passes to a decoder layer besides hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Skeleton:
+    """The model of `folder`'s config.json, for a checkpoint with tensors `names`.
+
+    Every parameter is on the meta device until `materialize` (a layer) or `outer` (the rest) fills it from a source;
+    floating-point ones are converted to `dtype`, the checkpoint's own unless given. Raises CheckpointError
+    naming tensors that the model needs and the checkpoint lacks, or that no part of the model takes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Collection[str],
+        *,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        config, raw = _read_config(self.folder, trust_remote_code)
+        self.family: Family = family_of(raw)
+        self.names = frozenset(names)
+        self.root = self.family.root(self.names)
+        self.model = _build(config, self.family, dtype, trust_remote_code, self.folder)
+        self.dtype: torch.dtype = self.model.dtype
+        self.base: Any = self.model.base_model
+        self.layers: nn.ModuleList = self.base.get_submodule(self.family.layers)
+        self.num_layers = len(self.layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(config.vocab_size)
+        self._tuples = False
+        self._fp32 = [re.compile(p) for p in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()]
+        self._layers_path = next(n for n, m in self.model.named_modules() if m is self.layers)
+        self._base_path = self._layers_path.removesuffix(self.family.layers)
+        self.experts: list[list[Experts]] = [self._split_experts(i) for i in range(self.num_layers)]
+        self._materialize_buffers()
+        self._check_names()
+
+    # Names
+
+    def checkpoint_name(self, name: str) -> str:
+        """The checkpoint's name of a parameter or module of the model."""
+        for here, there in self.family.renames:
+            name = name.replace(here, there)
+        if name.startswith(self._base_path) and self._base_path:
+            return self.root + name[len(self._base_path) :]
+        if name == "lm_head" or name.startswith("lm_head."):
+            for head in self.family.heads:
+                if f"{head}.weight" in self.names:
+                    return head + name.removeprefix("lm_head")
+        return name
+
+    def layer_prefix(self, index: int) -> str:
+        """The checkpoint's name of a decoder layer."""
+        return self.checkpoint_name(f"{self._layers_path}.{index}")
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The layer's Linears by their checkpoint names, in the model's order."""
+        path = f"{self._layers_path}.{index}"
+        return {
+            self.checkpoint_name(f"{path}.{name}"): module
+            for name, module in self.layers[index].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    # Weights
+
+    def materialize(self, index: int, source: WeightSource) -> None:
+        """Fill decoder layer `index` from `source`."""
+        self._fill(f"{self._layers_path}.{index}", self.layers[index], source)
+
+    def drop(self, index: int, source: WeightSource) -> None:
+        """Return decoder layer `index` to the meta device."""
+        _to_meta(self.layers[index])
+        release = getattr(source, "release", None)
+        if release is not None:
+            path = f"{self._layers_path}.{index}"
+            for name, module in self.layers[index].named_modules():
+                for key in _stored(module):
+                    release(self._source_name(".".join(part for part in (path, name, key) if part)))
+
+    @contextmanager
+    def outer(self, source: WeightSource, *, head: bool) -> Iterator[None]:
+        """What lies outside the decoder layers, filled within the block: embeddings and final norm, and the head
+        if asked for.
+        """
+        modules = [(name, m) for name, m in self.model.named_modules() if not self._in_layers(name)]
+        if not head:
+            modules = [(name, m) for name, m in modules if not (name == "lm_head" or name.startswith("lm_head."))]
+        try:
+            for name, module in modules:
+                self._fill(name, module, source, recurse=False)
+            yield
+        finally:
+            for _, module in modules:
+                _to_meta(module, recurse=False)
+
+    # Forward
+
+    def capture(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
+        """Embed `input_ids` [rows, tokens]: hidden states that enter the first layer, and every layer's call.
+        Needs `outer`. `attention_mask` [rows, tokens] is 1 for real tokens, None if all are.
+        """
+        calls: list[LayerCall] = []
+        entered: list[Tensor] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append(hidden_states)
+            calls.append(LayerCall(args, kwargs))
+            return self._result(hidden_states)
+
+        def run() -> Tensor:
+            calls.clear()
+            entered.clear()
+            with self._stubbed(record), torch.no_grad():
+                out = self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            last: Tensor = out.last_hidden_state
+            return last
+
+        last = run()
+        if any(hidden.shape != entered[0].shape for hidden in (*entered, last)):
+            # The model took element 0 of what a layer gave: its layers return tuples.
+            self._tuples = True
+            last = run()
+        if len(calls) != self.num_layers or last.shape != entered[0].shape:
+            raise CheckpointError(
+                f"{type(self.model).__name__}: its forward calls {len(calls)} of {self.num_layers} decoder layers; "
+                "quantkit runs models whose decoder layers follow one another"
+            )
+        return entered[0], calls
+
+    def forward(self, index: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        """Decoder layer `index` applied to `hidden` [rows, tokens, hidden size]."""
+        out = self.layers[index](hidden, *call.args, **call.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, tokens, vocabulary] of the last layer's output: final norm, head, and whatever the model does
+        to logits. Needs `outer(head=True)`.
+        """
+        with self._stubbed(lambda hidden_states, *args, **kwargs: self._result(hidden)), torch.no_grad():
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What enters the head, given the last layer's output. Needs `outer`."""
+        with self._stubbed(lambda hidden_states, *args, **kwargs: self._result(hidden)), torch.no_grad():
+            inputs: Tensor = self.base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return inputs
+
+    def _result(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._tuples else hidden
+
+    @contextmanager
+    def _stubbed(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Every decoder layer's forward replaced, its attributes (which the model may look at) kept."""
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    # Construction
+
+    def _in_layers(self, name: str) -> bool:
+        return name == self._layers_path or name.startswith(self._layers_path + ".")
+
+    def _split_experts(self, index: int) -> list[Experts]:
+        """Replace fused experts by one Linear per projection, unless the checkpoint stores them fused as well."""
+        split = []
+        layer = self.layers[index]
+        for name, module in list(layer.named_modules()):
+            if not is_fused(module):
+                continue
+            path = f"{self._layers_path}.{index}.{name}"
+            if self.checkpoint_name(f"{path}.down_proj") in self.names:
+                continue
+            experts = Experts(module, self.family.expert_parts, self.checkpoint_name(path))
+            layer.set_submodule(name, experts)
+            split.append(experts)
+        return split
+
+    def _materialize_buffers(self) -> None:
+        """Non-persistent buffers (rotary frequencies, embedding scales) are in no checkpoint: the model computes them.
+
+        Transformers' contract for models built on meta is that `_init_weights` sets them. NaN shows what it missed.
+        """
+        for name, module in self.model.named_modules():
+            buffers = {k: b for k, b in module._buffers.items() if k in module._non_persistent_buffers_set}
+            buffers = {k: b for k, b in buffers.items() if b is not None and b.is_meta}
+            if not buffers:
+                continue
+            for key, buffer in buffers.items():
+                fill = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
+            with torch.no_grad():
+                self.model._init_weights(module)
+            for key in buffers:
+                value = module._buffers[key]
+                assert value is not None
+                if value.is_floating_point() and bool(value.isnan().any()):
+                    raise CheckpointError(
+                        f"{type(self.model).__name__}: buffer '{name}.{key}' of class {type(module).__name__} is not "
+                        "set by the model's _init_weights, so it cannot be computed without loading the whole model"
+                    )
+
+    def _tensors(self) -> Iterator[tuple[str, str]]:
+        """(name in the model, name in the checkpoint) of everything a checkpoint has to hold."""
+        for name, module in self.model.named_modules():
+            for key in _stored(module):
+                path = f"{name}.{key}" if name else key
+                yield path, self._source_name(path)
+
+    def _source_name(self, path: str) -> str:
+        """The checkpoint name to read `path` from: a tied head without a tensor of its own is the embedding."""
+        name = self.checkpoint_name(path)
+        if name not in self.names and path == "lm_head.weight" and self.family.tied:
+            return f"{self.root}{self.family.embedding}.weight"
+        return name
+
+    def _check_names(self) -> None:
+        wanted = {there for _, there in self._tensors()}
+        missing = sorted(wanted - self.names)
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: {type(self.model).__name__} needs {_list(missing)}, which the checkpoint lacks"
+            )
+        allowed = re.compile(
+            "|".join((*COMPUTED, *(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())))
+        )
+        unexpected = sorted(
+            name
+            for name in self.names - wanted
+            if self.family.layer_of(name) is not None and allowed.search(name) is None
+        )
+        if unexpected:
+            raise CheckpointError(
+                f"{self.folder}: {_list(unexpected)} in the checkpoint, but no part of {type(self.model).__name__} "
+                "takes it; config.json does not describe this checkpoint"
+            )
+
+    def _fill(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
+        for name, module in list(root.named_modules()) if recurse else [("", root)]:
+            for key, old in _stored(module).items():
+                full = ".".join(part for part in (path, name, key) if part)
+                there = self._source_name(full)
+                try:
+                    tensor = source.get(there)
+                except KeyError:
+                    raise CheckpointError(f"{self.folder}: tensor '{there}' is missing") from None
+                if tensor.shape != old.shape:
+                    raise CheckpointError(
+                        f"{self.folder}: tensor '{there}' has shape {list(tensor.shape)}, {type(self.model).__name__} "
+                        f"with this config.json needs {list(old.shape)}"
+                    )
+                if tensor.is_floating_point():
+                    keep = any(p.search(full) for p in self._fp32)
+                    tensor = tensor.to(torch.float32 if keep else self.dtype)
+                if key in module._parameters:
+                    module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    module._buffers[key] = tensor
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own tensors that are in a checkpoint: parameters and persistent buffers."""
+    tensors: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            tensors[key] = buffer
+    return tensors
+
+
+def _to_meta(root: nn.Module, *, recurse: bool = True) -> None:
+    for module in root.modules() if recurse else [root]:
+        for key, tensor in _stored(module).items():
+            if tensor.is_meta:
+                continue
+            empty = torch.empty_like(tensor, device="meta")
+            if key in module._parameters:
+                module._parameters[key] = nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[key] = empty
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """Transformers' config of the decoder, and config.json as a dict."""
+    import json
+
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; the model folder has to be one that Transformers can load") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {str(error).strip()}") from error
+    config = config.get_text_config()
+    # The weights this model gets are plain ones, whatever they are stored as.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # Router logits are a training matter; collecting them would keep every layer's.
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+    return config, raw
+
+
+def _build(config: Any, family: Family, dtype: torch.dtype | None, trust_remote_code: bool, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    models: Any = AutoModelForCausalLM
+    dtype = dtype or config.dtype or torch.float32
+
+    def build(implementation: str) -> Any:
+        with torch.device("meta"):
+            return models.from_config(
+                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=trust_remote_code
+            )
+
+    try:
+        if family.attention != "sdpa":
+            model = build(family.attention)
+        else:
+            model = build(attention.register())
+            if not getattr(model, "_supports_sdpa", False):
+                model = build("eager")
+    except (ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder}: Transformers cannot build model_type '{family.model_type}': {str(error).strip()}"
+        ) from error
+    return model.eval()
