@@ -1,4 +1,5 @@
-// Kernels with one fault each: that the emulation finds them is tested in tests/ops/test_cuda_emulation.py.
+// A kernel that commits one fault at a time: tests/ops/test_cuda_emulation.py asks that each is
+// found.
 #include "faults.h"
 
 #include "cuda/common/intrinsics.h"

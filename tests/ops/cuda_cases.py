@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import quantkit.ops as ops
 import torch
 from torch import Tensor
-
-import quantkit.ops as ops
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -75,6 +74,22 @@ def pack_cases(rows: int, cols: int) -> Iterator[Case]:
     for bits in (4, 8):
         yield "pack_int32", (codes, bits)
         yield "unpack_int32", (ops._library.REFERENCES["pack_int32"](codes, bits), bits, cols)
+
+
+def relocate(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """The same tensor where `copy` puts contiguous ones, strides included; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_contiguous():
+        return copy(value)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return copy(value.as_strided((extent,), (1,), value.storage_offset())).as_strided(value.shape, value.stride())
+
+
+def strided() -> Iterator[Tensor]:
+    """Matrices that are not contiguous: narrow, off alignment, transposed, with steps, one row many times."""
+    base = matrix(34, 96, torch.bfloat16)
+    yield from (base[:, :64], base[:, 3:67], base.t(), base[::2], base[:, ::2], base[:1].expand(5, 96))
 
 
 def assert_same(op: str, got: Any, wanted: Any) -> None:

@@ -14,9 +14,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 import quantkit.ops
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
@@ -29,6 +28,7 @@ FLAGS = [
     *(f"-I{path}" for path in (EMULATION / "override", EMULATION, ROOT / "csrc")),
     *("-isystem", str(TORCH / "include")),
 ]
+CACHE = [path] if (path := shutil.which("ccache")) else []
 OWN_SCHEMAS = ("guarded(Tensor x) -> Tensor", "fault(Tensor x, int kind) -> Tensor", "set_seed(int seed) -> ()")
 
 
@@ -40,7 +40,8 @@ def build(folder: Path) -> Path:
     """The emulated library for the sources as they are now; compiled in `folder` unless it is there already."""
     sources = sorted([*ROOT.glob("csrc/cuda/*/*.cu"), *ROOT.glob("csrc/ops/*_cuda.cpp")])
     sources += sorted([*EMULATION.glob("*.cpp"), *EMULATION.glob("*.cu")])
-    headers = [*ROOT.glob("csrc/**/*.h"), *EMULATION.glob("**/*.h")]
+    headers = [*ROOT.glob("csrc/cuda/*/*.h"), *ROOT.glob("csrc/ops/*.h"), *EMULATION.glob("**/*.h")]
+    headers.append(ROOT / "csrc" / "cpu" / "types.h")
     digest = hashlib.sha256(repr((FLAGS, compiler(), torch.__version__)).encode())
     for path in (*sources, *sorted(headers)):
         digest.update(path.read_bytes())
@@ -50,7 +51,7 @@ def build(folder: Path) -> Path:
 
     def compile_one(source: Path) -> str:
         output = folder / f"{library.stem}-{source.parent.name}-{source.stem}.o"
-        run([compiler() or "g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(output)])
+        run([*CACHE, compiler() or "g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(output)])
         return str(output)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
