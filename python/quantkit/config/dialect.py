@@ -11,10 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Accepted:
-    """A key without effect: its type is checked, and a run says that it has none. `why`: what decides instead."""
+    """A key without effect: its type is checked, and a run says that it has none. `why`: what decides instead.
+
+    `suggest`: whether a did-you-mean may name it.
+    """
 
     hint: Any
     why: str
+    suggest: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "compression.quantization.cpu_convert": Accepted(bool, "packing is done where quantization is"),
     "compression.quantization.low_memory": Accepted(bool, _LAYERWISE),
     # The word as some documents misspell it in a file name.
-    "compression.quantization.low_memroy": Accepted(bool, "a spelling of `low_memory`"),
+    "compression.quantization.low_memroy": Accepted(bool, "a spelling of `low_memory`", suggest=False),
     "compression.quantization.quant_analyse": Accepted(bool, "the audit after each run reports every tensor's error"),
     "compression.quantization.quant_method.num_workers": Accepted(int, "`global.num_threads` decides"),
     "dataset.is_sft_data": Accepted(bool, "ranges do not depend on labels"),

@@ -188,7 +188,8 @@ class _Reader:
                 return
             raise self.error(path, f"{refused.why}; leave it out")
         section, _, key = path.rpartition(".")
-        valid = [*known, *(k.rpartition(".")[2] for k in WITHOUT_EFFECT if k.rpartition(".")[0] == section)]
+        idle = [path.rpartition(".") for path, accepted in WITHOUT_EFFECT.items() if accepted.suggest]
+        valid = [*known, *(name for place, _, name in idle if place == section)]
         elsewhere = [place.rpartition(".")[0] for place in _every_key() if place.rpartition(".")[2] == key]
         hint = f"; it belongs to {' or '.join(elsewhere)}" if any(elsewhere) else nearest(key, valid)
         raise self.error(path, f"unknown key{hint}; {section or 'the top level'} has {', '.join(known)}")
