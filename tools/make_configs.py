@@ -133,7 +133,6 @@ dataset:
   data_path: ./examples/data/calibration.jsonl  # better: some hundred texts like those the model will see
   max_seq_length: 4096
   num_samples: 64
-  batch_size: 1
 """
 
 

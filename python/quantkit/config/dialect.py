@@ -47,6 +47,7 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "compression.quantization.low_memroy": Accepted(bool, "a spelling of `low_memory`", suggest=False),
     "compression.quantization.quant_analyse": Accepted(bool, "the audit after each run reports every tensor's error"),
     "compression.quantization.quant_method.num_workers": Accepted(int, "`global.num_threads` decides"),
+    "dataset.batch_size": Accepted(int, "rows of like length share a forward, some thousand tokens at a time"),
     "dataset.is_sft_data": Accepted(bool, "ranges do not depend on labels"),
 }
 

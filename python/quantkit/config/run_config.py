@@ -147,7 +147,6 @@ class DatasetConfig:
     name: str = TEXT_DATASET
     max_seq_length: int = 2048
     num_samples: int = 256
-    batch_size: int = 1
     shuffle: bool = False
     text_column: str = "text"
 
@@ -159,7 +158,6 @@ class DatasetConfig:
         require(self.max_seq_length > 0, "max_seq_length", f"{self.max_seq_length} must be positive")
         samples = self.num_samples
         require(samples > 0 or samples == -1, "num_samples", f"{samples} must be positive, or -1 for all rows")
-        require(self.batch_size > 0, "batch_size", f"{self.batch_size} must be positive")
 
 
 # The sections of a file by their key there.
