@@ -176,7 +176,8 @@ def _samples(data: Any) -> Iterator[tuple[str, Any]]:
         if path.suffix.lower() == ".parquet":
             return _indexed(_library("parquet", path), str(path))
         return _json_samples(path)
-    if hasattr(data, "keys") and not hasattr(data, "column_names"):
+    # A DatasetDict, or any other mapping; a Dataset has keys of its own, but columns too.
+    if hasattr(data, "keys") and not isinstance(getattr(data, "column_names", None), list):
         raise CalibrationError(
             f"calibration data: a mapping of {', '.join(map(str, list(data)[:5]))} is no list of samples; "
             "pick one split"

@@ -33,7 +33,8 @@ class Expert(nn.Module):
     def forward(self, x: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         gate, up, down = (self._modules[part] for part in self.parts)
         assert gate is not None and up is not None and down is not None
-        return down(combine(gate(x), up(x)))
+        result: Tensor = down(combine(gate(x), up(x)))
+        return result
 
 
 class Experts(nn.ModuleList):
@@ -54,9 +55,10 @@ class Experts(nn.ModuleList):
 
     def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
         fused: Any = self._fused[0]
-        if self._own_gate:
-            return fused._apply_gate(torch.cat((gate, up), dim=-1))
-        return fused.act_fn(gate) * up
+        combined: Tensor = (
+            fused._apply_gate(torch.cat((gate, up), dim=-1)) if self._own_gate else fused.act_fn(gate) * up
+        )
+        return combined
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
