@@ -117,7 +117,8 @@ class CheckpointWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor of exactly the planned dtype and shape, on any device, of any strides.
 
-        Returns before it is on disk, so the tensor must not be changed afterwards.
+        Returns before it is on disk, so the tensor must not be changed afterwards. For a tensor of the source `copy`
+        is better: here its pages would become resident again after `Checkpoint.release`.
         """
         import torch
 
