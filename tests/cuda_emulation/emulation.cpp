@@ -31,7 +31,8 @@ struct Fiber {
 struct Device {
   std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept from block to block
   std::vector<Fiber> fibers;
-  std::vector<unsigned> ready;
+  std::vector<std::vector<unsigned>> ready;  // threads of each warp
+  unsigned favourite = 0;                    // warp
   std::vector<Collective> warps;
   const std::function<void()>* thread = nullptr;
   unsigned current = 0, live = 0, at_barrier = 0;
@@ -57,7 +58,7 @@ void wake(unsigned first, unsigned end, State state) {
   for (unsigned i = first; i < end; ++i) {
     if (device.fibers[i].state != state) continue;
     device.fibers[i].state = State::kReady;
-    device.ready.push_back(i);
+    device.ready[i / kWarpSize].push_back(i);
   }
 }
 
@@ -80,8 +81,8 @@ void start_fibers(unsigned threads) {
   device.warps = std::vector<Collective>((threads + kWarpSize - 1) / kWarpSize);
   device.live = threads;
   device.at_barrier = 0;
-  device.ready.resize(threads);
-  std::iota(device.ready.begin(), device.ready.end(), 0u);
+  device.ready.assign(device.warps.size(), {});
+  for (unsigned i = 0; i < threads; ++i) device.ready[i / kWarpSize].push_back(i);
   while (device.stacks.size() < threads)
     device.stacks.push_back(std::make_unique<unsigned char[]>(kStackBytes));
   for (unsigned i = 0; i < threads; ++i) {
@@ -117,18 +118,35 @@ std::string describe_deadlock() {
   return text;
 }
 
+// A warp is followed until all of its lanes wait, mostly, then another is drawn: so warps get as
+// far ahead of each other as the barriers let them. Which lane goes next is drawn each time.
+bool choose_thread(unsigned* thread) {
+  if (device.ready[device.favourite].empty() || device.random() % 256 == 0) {
+    std::vector<unsigned> able;
+    for (unsigned warp = 0; warp < device.ready.size(); ++warp) {
+      if (!device.ready[warp].empty()) able.push_back(warp);
+    }
+    if (able.empty()) return false;
+    device.favourite = able[device.random() % able.size()];
+  }
+  std::vector<unsigned>& lanes = device.ready[device.favourite];
+  std::swap(lanes[device.random() % lanes.size()], lanes.back());
+  *thread = lanes.back();
+  lanes.pop_back();
+  return true;
+}
+
 void run_block() {
   std::memset(device.shared->data, 0xFF, device.shared_bytes);
   start_fibers(block_extent.x * block_extent.y * block_extent.z);
+  device.favourite = 0;
   while (device.live > 0 && device.error.empty()) {
-    if (device.ready.empty()) {
+    unsigned thread = 0;
+    if (choose_thread(&thread)) {
+      resume(thread);
+    } else {
       device.error = describe_deadlock();
-      return;
     }
-    std::swap(device.ready[device.random() % device.ready.size()], device.ready.back());
-    const unsigned next = device.ready.back();
-    device.ready.pop_back();
-    resume(next);
   }
 }
 

@@ -1,7 +1,7 @@
 // A CUDA device on one CPU thread. Every thread of a block is a fiber that runs until it has to
 // wait for others: at a barrier, or at a collective of its warp. Which of the fibers able to run
-// goes next is drawn from a seed, so a missing barrier shows as a difference between seeds; if none
-// is able to, that is a deadlock and reported.
+// goes next is drawn from a seed, warps running far ahead of each other, so a missing barrier shows
+// as a wrong result; if none is able to run, that is a deadlock and reported.
 //
 // What else is found: reads and writes outside a buffer (guard.h), misaligned vectors, use of
 // shared memory that nothing was written to (it starts as 0xFF, NaN, in each block), lanes of a

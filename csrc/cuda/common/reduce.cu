@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(kThreads)
           if (i < n) store_range(out, static_cast<int64_t>(grid_row) * x.cols + col + i, ranges[i]);
         }
       }
-      sync_block();  // scratch is written again
     }
   }
 }
