@@ -19,7 +19,11 @@ if(NOT pybind11_FOUND)
                       "pass -Dpybind11_DIR=..., or leave the module out with -DQUANTKIT_HOST=OFF")
 endif()
 
+# The same headers by a path that does not change with the environment.
+set_target_properties(pybind11::pybind11_headers PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "")
+quantkit_include(pybind11::pybind11_headers pybind11 "${pybind11_INCLUDE_DIR}")
+
 file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/host/*.cpp")
-pybind11_add_module(_host MODULE ${_sources})
+pybind11_add_module(_host MODULE NO_EXTRAS ${_sources}) # no link-time optimisation: these functions wait for disks
 target_link_libraries(_host PRIVATE quantkit_flags)
 install(TARGETS _host LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})

@@ -1,4 +1,4 @@
-"""The compiled op libraries use LibTorch's stable ABI and nothing else of torch, no newer than the version we promise."""
+"""The compiled op libraries use LibTorch's stable ABI and nothing else of torch, nor anything newer than promised."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_every_op_has_a_cpu_kernel() -> None:
 def test_require_gives_the_reason() -> None:
     if torch.version.cuda is not None:
         pytest.skip("this torch is built with CUDA: the library may be loaded")
-    with pytest.raises(RuntimeError, match="CUDA kernels are needed and not loaded: torch .* is built without CUDA"):
+    with pytest.raises(RuntimeError, match=r"CUDA kernels are needed and not loaded: torch .* is built without CUDA"):
         _load.require("cuda")
     with pytest.raises(ValueError, match="no such op library: 'tpu'"):
         _load.require("tpu")

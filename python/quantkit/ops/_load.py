@@ -49,9 +49,7 @@ def _open(name: str) -> Library:
     except OSError as error:
         return Library(spec.origin, f"it cannot be opened: {error}")
     key = name.upper()
-    missing = [
-        op for op in REFERENCES if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
-    ]
+    missing = [op for op in REFERENCES if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)]
     if missing:
         return Library(spec.origin, f"{spec.origin} is older than these sources: it has no {', '.join(missing)}")
     return Library(spec.origin, None)
