@@ -12,6 +12,12 @@ QK_INLINE void for_lanes(int64_t n, Body body) {
   if (i < n) body(i, Part(n - i));
 }
 
+// Brings p[i] into the cache, to be read soon; a null p is nothing.
+template <class T>
+QK_INLINE void prefetch(const T* p, int64_t i) {
+  if (p) __builtin_prefetch(p + i, 0, 2);
+}
+
 // f(group index, first column, columns) for every group of a row; the last one may be shorter.
 template <class Body>
 QK_INLINE void for_groups(int64_t cols, int64_t group, Body body) {

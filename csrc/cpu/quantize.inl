@@ -14,8 +14,9 @@ void quantize_int(DType dtype, Rows x, Scales grid, int q_min, int q_max, int8_t
   visit_float(dtype, [&]<class T>(T) {
     for_rows(x, grid, [&](int64_t r, int64_t first) {
       const int8_t* zero_point = grid.zero_point ? grid.zero_point + first : nullptr;
-      row_quantize_int(static_cast<const T*>(x.data) + r * x.stride, x.cols, grid.block_cols,
-                       grid.scale + first, zero_point, q_min, q_max, q + r * x.cols);
+      row_quantize_int<T>(static_cast<const T*>(x.data) + r * x.stride, nullptr, x.cols,
+                          grid.block_cols, grid.scale + first, zero_point, q_min, q_max,
+                          q + r * x.cols);
     });
   });
 }
@@ -24,8 +25,8 @@ void quantize_fp8(DType dtype, Rows x, Scales grid, DType format, uint8_t* q) {
   visit_float(dtype, [&]<class T>(T) {
     visit_fp8(format, [&](auto fp8) {
       for_rows(x, grid, [&](int64_t r, int64_t first) {
-        row_quantize_fp8(static_cast<const T*>(x.data) + r * x.stride, x.cols, grid.block_cols,
-                         grid.scale + first, fp8, q + r * x.cols);
+        row_quantize_fp8<false, T>(static_cast<const T*>(x.data) + r * x.stride, nullptr, x.cols,
+                                   grid.block_cols, grid.scale + first, fp8, q + r * x.cols);
       });
     });
   });

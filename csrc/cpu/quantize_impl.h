@@ -8,56 +8,61 @@
 namespace qk::QK_ISA {
 namespace {
 
-// round(x) + zero_point within [q_min, q_max], in the lowest byte. Clamped before it is rounded:
-// the bounds are integers, so the result is the same and the conversion cannot overflow. NaN passes
-// through (it is the second operand) and `round` makes its lowest byte 0, the code of zero.
+// round(x) + zero_point within [q_min, q_max], in the lowest byte; `least` and `most` are the
+// bounds less the zero point. Clamped before it is rounded: the bounds are integers, so the result
+// is the same and the conversion cannot overflow. NaN passes through (it is the second operand) and
+// `round` makes its lowest byte 0, the code of zero.
 QK_INLINE I32 int_code(F32 x, F32 least, F32 most, I32 zero_point) {
   return round(max(least, min(most, x))) + zero_point;
 }
 
-template <class T>
-QK_INLINE void span_quantize_int(const T* x, int64_t n, float scale, int zero_point, int q_min,
-                                 int q_max, int8_t* q) {
-  const F32 inverse = broadcast(1.0f / scale);
-  const F32 least = broadcast(static_cast<float>(q_min - zero_point));
-  const F32 most = broadcast(static_cast<float>(q_max - zero_point));
-  const I32 shift = broadcast(zero_point);
-  for_lanes(n, [&](int64_t i, auto lanes) {
-    store_bytes(q + i, int_code(load(x + i, lanes) * inverse, least, most, shift), lanes);
-  });
+// The same with a scale and zero point for every element, and for zero points outside of [q_min,
+// q_max].
+QK_INLINE I32 int_code_each(F32 x, I32 zero_point, int q_min, int q_max) {
+  const I32 low = broadcast(q_min), high = broadcast(q_max);
+  const I32 code = int_code(x, to_float(low - zero_point), to_float(high - zero_point), zero_point);
+  return select(is_nan(x), max(low, min(high, zero_point)), code);
 }
 
+// `ahead` is what will be read next, element by element as x: it is fetched meanwhile. Null for
+// nothing.
 template <class T>
-void row_quantize_int(const T* x, int64_t cols, int64_t group, const float* scale,
+void row_quantize_int(const T* x, const T* ahead, int64_t cols, int64_t group, const float* scale,
                       const int8_t* zero_point, int q_min, int q_max, int8_t* q) {
   if (group == 1) {
-    const F32 least = broadcast(static_cast<float>(q_min)),
-              most = broadcast(static_cast<float>(q_max));
     for_lanes(cols, [&](int64_t i, auto lanes) {
-      const I32 shift = zero_point ? load_signed(zero_point + i, lanes) : broadcast(0);
+      const I32 zero = zero_point ? load_signed(zero_point + i, lanes) : broadcast(0);
       const F32 scaled = load(x + i, lanes) * (broadcast(1.0f) / load(scale + i, lanes));
-      store_bytes(q + i, int_code(scaled, least - to_float(shift), most - to_float(shift), shift),
-                  lanes);
+      store_bytes(q + i, int_code_each(scaled, zero, q_min, q_max), lanes);
     });
     return;
   }
   for_groups(cols, group, [&](int64_t g, int64_t first, int64_t n) {
-    span_quantize_int(x + first, n, scale[g], zero_point ? zero_point[g] : 0, q_min, q_max,
-                      q + first);
+    const F32 inverse = broadcast(1.0f / scale[g]);
+    const int shift = zero_point ? zero_point[g] : 0;
+    const I32 zero = broadcast(shift);
+    if (shift < q_min || shift > q_max) {
+      for_lanes(n, [&](int64_t i, auto lanes) {
+        const F32 scaled = load(x + first + i, lanes) * inverse;
+        store_bytes(q + first + i, int_code_each(scaled, zero, q_min, q_max), lanes);
+      });
+      return;
+    }
+    const F32 least = broadcast(static_cast<float>(q_min - shift));
+    const F32 most = broadcast(static_cast<float>(q_max - shift));
+    for_lanes(n, [&](int64_t i, auto lanes) {
+      prefetch(ahead, first + i);
+      const F32 scaled = load(x + first + i, lanes) * inverse;
+      store_bytes(q + first + i, int_code(scaled, least, most, zero), lanes);
+    });
   });
 }
 
-template <class T, class Format>
-QK_INLINE void span_quantize_fp8(const T* x, int64_t n, float scale, Format format, uint8_t* q) {
-  const F32 inverse = broadcast(1.0f / scale);
-  for_lanes(n, [&](int64_t i, auto lanes) {
-    store_bytes(q + i, encode<Format, false>(load(x + i, lanes) * inverse, format), lanes);
-  });
-}
-
-template <class T, class Format>
-void row_quantize_fp8(const T* x, int64_t cols, int64_t group, const float* scale, Format format,
-                      uint8_t* q) {
+// `kFitted` promises that the scales come from the absmax of their blocks: where one is finite, its
+// block holds no NaN and nothing beyond the range.
+template <bool kFitted, class T, class Format>
+void row_quantize_fp8(const T* x, const T* ahead, int64_t cols, int64_t group, const float* scale,
+                      Format format, uint8_t* q) {
   if (group == 1) {
     for_lanes(cols, [&](int64_t i, auto lanes) {
       const F32 scaled = load(x + i, lanes) * (broadcast(1.0f) / load(scale + i, lanes));
@@ -66,7 +71,19 @@ void row_quantize_fp8(const T* x, int64_t cols, int64_t group, const float* scal
     return;
   }
   for_groups(cols, group, [&](int64_t g, int64_t first, int64_t n) {
-    span_quantize_fp8(x + first, n, scale[g], format, q + first);
+    const F32 inverse = broadcast(1.0f / scale[g]);
+    if (kFitted && scale[g] - scale[g] == 0.0f) {
+      for_lanes(n, [&](int64_t i, auto lanes) {
+        prefetch(ahead, first + i);
+        store_bytes(q + first + i,
+                    encode<Format, true>(load(x + first + i, lanes) * inverse, format), lanes);
+      });
+    } else {
+      for_lanes(n, [&](int64_t i, auto lanes) {
+        store_bytes(q + first + i,
+                    encode<Format, false>(load(x + first + i, lanes) * inverse, format), lanes);
+      });
+    }
   });
 }
 

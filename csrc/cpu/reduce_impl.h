@@ -122,6 +122,11 @@ void block_row_absmax(const T* x, int64_t stride, int64_t rows, int64_t cols, in
     columns_absmax(x, stride, rows, cols, folded);
     x = folded;
   }
+  if (block_cols == 1) {
+    for_lanes(cols,
+              [&](int64_t i, auto lanes) { store(out + i, magnitude(load(x + i, lanes)), lanes); });
+    return;
+  }
   for_groups(cols, block_cols,
              [&](int64_t g, int64_t first, int64_t n) { out[g] = span_absmax(x + first, n); });
 }
@@ -136,6 +141,14 @@ void block_row_minmax(const T* x, int64_t stride, int64_t rows, int64_t cols, in
     columns_minmax(x, stride, rows, cols, folded_low, folded_high);
     x_low = folded_low;
     x_high = folded_high;
+  }
+  if (block_cols == 1) {
+    for_lanes(cols, [&](int64_t i, auto lanes) {
+      const F32 a = load(x_low + i, lanes), b = load(x_high + i, lanes);
+      store(low + i, from_bits(select(is_nan(b), bits(b), bits(a))), lanes);
+      store(high + i, from_bits(select(is_nan(a), bits(a), bits(b))), lanes);
+    });
+    return;
   }
   for_groups(cols, block_cols, [&](int64_t g, int64_t first, int64_t n) {
     span_minmax(x_low + first, x_high + first, n, low + g, high + g);

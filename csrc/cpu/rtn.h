@@ -22,6 +22,7 @@ struct RtnInt {
 // i * q_stride bytes.
 struct BlockRow {
   const void* x;
+  const void* next;  // x of the block row that follows, fetched meanwhile; null for none
   int64_t stride;
   int64_t rows, cols;
   int64_t block_cols;

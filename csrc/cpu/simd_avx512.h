@@ -1,6 +1,6 @@
 // 16 fp32 lanes on AVX-512 (F, BW, VL, DQ). The same names exist in simd_avx2.h and
-// simd_portable.h; the kernels (*_impl.h) are written once over them and compiled once per ISA, each
-// inside its own namespace.
+// simd_portable.h; the kernels (*_impl.h) are written once over them and compiled once per ISA,
+// each in its namespace.
 //
 //   F32, I32, Mask  16 lanes
 //   Full, Part      how many lanes a load or store touches

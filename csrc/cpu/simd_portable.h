@@ -46,8 +46,16 @@ QK_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
 QK_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 QK_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
 QK_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
-QK_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
-QK_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+// Loops, which become vector code: GCC 12 takes a comparison of vectors wider than a register
+// apart.
+QK_INLINE F32 min(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+QK_INLINE F32 max(F32 a, F32 b) {
+  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
 
 QK_INLINE I32 operator+(I32 a, I32 b) { return {(IntVec)((UintVec)a.v + (UintVec)b.v)}; }
 QK_INLINE I32 operator-(I32 a, I32 b) { return {(IntVec)((UintVec)a.v - (UintVec)b.v)}; }
@@ -66,7 +74,10 @@ QK_INLINE I32 shift_right(I32 a) {
 
 QK_INLINE I32 bits(F32 a) { return {(IntVec)a.v}; }
 QK_INLINE F32 from_bits(I32 a) { return {(FloatVec)a.v}; }
-QK_INLINE Mask is_nan(F32 a) { return {a.v != a.v}; }
+QK_INLINE Mask is_nan(F32 a) {
+  const IntVec magnitude = (IntVec)a.v & 0x7fffffff;
+  return {(0x7f800000 - magnitude) >> 31};
+}
 QK_INLINE Mask equal(I32 a, I32 b) { return {a.v == b.v}; }
 QK_INLINE I32 select(Mask m, I32 yes, I32 no) { return {(yes.v & m.v) | (no.v & ~m.v)}; }
 // 1.5 * 2^23 + x has the nearest integer to x in its low mantissa bits: the addition does the

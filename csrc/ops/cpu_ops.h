@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "ops/check.h"
 
 namespace qk::cpu {
@@ -37,6 +38,13 @@ void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An uninitialised output that may be large.
+inline Tensor output(const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(x, shape, dtype);
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
 }
 
 // Element `index` of a tensor that is only read.

@@ -9,7 +9,7 @@ Tensor pack_int32(const Tensor& codes, int64_t num_bits) {
   check_packing("pack_int32", codes, ScalarType::Char, num_bits);
   check_rows("pack_int32", "codes", codes);
   const int64_t rows = codes.size(0), cols = codes.size(1), words = (cols * num_bits + 31) / 32;
-  Tensor packed = empty(codes, {rows, words}, ScalarType::Int);
+  Tensor packed = output(codes, {rows, words}, ScalarType::Int);
   if (packed.numel() == 0) return packed;
   parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -27,7 +27,7 @@ Tensor unpack_int32(const Tensor& packed, int64_t num_bits, int64_t cols) {
   const int64_t rows = packed.size(0), words = (cols * num_bits + 31) / 32;
   check(cols >= 0 && packed.size(1) == words, kOp, cols, " columns of ", num_bits, " bits take ",
         words, " words a row, packed has ", packed.size(1));
-  Tensor codes = empty(packed, {rows, cols}, ScalarType::Char);
+  Tensor codes = output(packed, {rows, cols}, ScalarType::Char);
   if (codes.numel() == 0) return codes;
   parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

@@ -45,8 +45,9 @@ void for_tokens(const Tensor& x, const Tokens& tokens, int8_t* q, float* scale, 
   parallel_rows(tokens.rows, cols, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(rtn_scratch_bytes(cols));
     for (int64_t i = begin; i < end; ++i) {
-      kernel(BlockRow{element(x, row_offset(x, i)), cols, 1, cols, cols, q + i * cols, cols,
-                      scale + i, zero_point ? zero_point + i : nullptr},
+      kernel(BlockRow{element(x, row_offset(x, i)),
+                      i + 1 < end ? element(x, row_offset(x, i + 1)) : nullptr, cols, 1, cols, cols,
+                      q + i * cols, cols, scale + i, zero_point ? zero_point + i : nullptr},
              scratch.data());
     }
   });
@@ -57,7 +58,7 @@ void for_tokens(const Tensor& x, const Tokens& tokens, int8_t* q, float* scale, 
 std::tuple<Tensor, Tensor, Tensor> int8_quant_per_token(const Tensor& x, bool symmetric) {
   constexpr auto kOp = "int8_quant_per_token";
   const Tokens tokens = check_tokens(kOp, x);
-  Tensor q = torch::stable::new_empty(x, tokens.shape, ScalarType::Char);
+  Tensor q = output(x, tokens.shape, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, tokens.scale_shape, ScalarType::Float);
   Tensor zero_point =
       torch::stable::new_empty(x, symmetric ? Shape{0} : tokens.scale_shape, ScalarType::Char);
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor> fp8_quant_per_token(const Tensor& x, ScalarType dtype
   constexpr auto kOp = "fp8_quant_per_token";
   const Tokens tokens = check_tokens(kOp, x);
   check_fp8_dtype(kOp, dtype);
-  Tensor q = torch::stable::new_empty(x, tokens.shape, dtype);
+  Tensor q = output(x, tokens.shape, dtype);
   Tensor scale = torch::stable::new_empty(x, tokens.scale_shape, ScalarType::Float);
   if (tokens.cols == 0) {
     const std::vector<float> zeros(tokens.rows);

@@ -12,7 +12,7 @@ Tensor quantize_int(const Tensor& x, const Tensor& scale, const std::optional<Te
   check_float(kOp, "x", x);
   check_rows(kOp, "x", x);
   check_code_range(kOp, q_min, q_max);
-  Tensor q = empty(x, {x.size(0), x.size(1)}, ScalarType::Char);
+  Tensor q = output(x, {x.size(0), x.size(1)}, ScalarType::Char);
   if (x.numel() == 0) return q;
   const Scales scales = scales_of(grid, scale, zero_point);
   const DType dtype = dtype_of(kOp, x.scalar_type());
@@ -29,7 +29,7 @@ Tensor quantize_fp8(const Tensor& x, const Tensor& scale, const Block& block, Sc
   check_float(kOp, "x", x);
   check_rows(kOp, "x", x);
   check_fp8_dtype(kOp, dtype);
-  Tensor q = empty(x, {x.size(0), x.size(1)}, dtype);
+  Tensor q = output(x, {x.size(0), x.size(1)}, dtype);
   if (x.numel() == 0) return q;
   const Scales scales = scales_of(grid, scale, std::nullopt);
   const DType from = dtype_of(kOp, x.scalar_type()), to = dtype_of(kOp, dtype);
@@ -46,7 +46,7 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, const std::optional<Tens
   check_quantized(kOp, "q", q);
   check_rows(kOp, "q", q);
   check(is_float(dtype), kOp, "dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
-  Tensor out = empty(q, {q.size(0), q.size(1)}, dtype);
+  Tensor out = output(q, {q.size(0), q.size(1)}, dtype);
   if (q.numel() == 0) return out;
   const Scales scales = scales_of(grid, scale, zero_point);
   const DType from = dtype_of(kOp, q.scalar_type()), to = dtype_of(kOp, dtype);

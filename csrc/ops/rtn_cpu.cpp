@@ -33,10 +33,13 @@ void for_tiles(const Tensor& x, const Grid& grid, void* q, int64_t q_bits, int64
   const int64_t tiles = (cols + tile - 1) / tile;
   parallel_rows(grid.rows * tiles, grid.block_rows * tile, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(rtn_scratch_bytes(tile));
+    const auto at = [&](int64_t i) {  // where tile i of x begins
+      return element(x, i / tiles * grid.block_rows * x.stride(0) + i % tiles * tile);
+    };
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / tiles, row = g * grid.block_rows, col = i % tiles * tile;
       const int64_t first = g * grid.cols + col / grid.block_cols;
-      kernel(BlockRow{element(x, row * x.stride(0) + col), x.stride(0),
+      kernel(BlockRow{at(i), i + 1 < end ? at(i + 1) : nullptr, x.stride(0),
                       std::min(grid.block_rows, rows - row), std::min(tile, cols - col),
                       grid.block_cols, static_cast<char*>(q) + row * q_row + col * q_bits / 8,
                       q_row, scale + first, zero_point ? zero_point + first : nullptr},
@@ -72,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> rtn_int(const Tensor& x, const Block& block, 
   }
   const int64_t rows = x.size(0), cols = x.size(1);
   const int64_t width = pack_bits ? (cols * pack_bits + 31) / 32 : cols;
-  Tensor q = empty(x, {rows, width}, pack_bits ? ScalarType::Int : ScalarType::Char);
+  Tensor q = output(x, {rows, width}, pack_bits ? ScalarType::Int : ScalarType::Char);
   Tensor scale = empty(x, {grid.rows, grid.cols}, ScalarType::Float);
   Tensor zero_point = symmetric ? empty(x, {0}, ScalarType::Char)
                                 : empty(x, {grid.rows, grid.cols}, ScalarType::Char);
@@ -100,7 +103,7 @@ std::tuple<Tensor, Tensor> rtn_fp8(const Tensor& x, const Block& block, ScalarTy
     const Tensor scale = symmetric_scale(absmax(x, block), divisor, ScalarType::Float);
     return {quantize_fp8(x, scale, block, dtype), scale};
   }
-  Tensor q = empty(x, {x.size(0), x.size(1)}, dtype);
+  Tensor q = output(x, {x.size(0), x.size(1)}, dtype);
   Tensor scale = empty(x, {grid.rows, grid.cols}, ScalarType::Float);
   if (x.numel() == 0) return {q, scale};
   const DType from = dtype_of(kOp, x.scalar_type()), to = dtype_of(kOp, dtype);
