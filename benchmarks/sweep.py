@@ -20,15 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
 from quantkit.calibration.batches import batches
 from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.sweep import Layer, sweep
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers.rtn import quantize_weight
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 
 PEER_SECONDS = 10.4
 FP8 = QuantizationArgs(8, "float", strategy="tensor")

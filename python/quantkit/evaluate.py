@@ -123,7 +123,7 @@ def compare(
     from .models.skeleton import Skeleton
     from .report.progress import Progress
 
-    grouped = batches(rows, 2048)
+    grouped = batches(rows)
     skeletons = [
         Skeleton(folder, source.names(), dtype=dtype or torch.float32, trust_remote_code=trust_remote_code)
         for folder, source in zip(folders, sources, strict=True)

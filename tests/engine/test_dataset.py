@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quantkit.calibration.dataset import load_rows, load_tokenizer, rows_of, text_rows
 from quantkit.errors import CalibrationError, CheckpointError
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from quantkit.calibration.dataset import load_tokenizer, text_rows
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate import Evaluation, compare, evaluate
-from torch import Tensor
 
 from .tiny import FileSource, make
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from quantkit.errors import CheckpointError
 from quantkit.models.families import FAMILIES, Family, family_of, is_known
 

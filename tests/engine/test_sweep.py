@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from quantkit.calibration.batches import Batch, batches
 from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.sweep import Layer, SweepReport, embed, forward, sweep
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.attention import blockwise
 from quantkit.models.experts import Experts
+from quantkit.models.packed_linear import packed
 from quantkit.models.skeleton import Skeleton
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from .tiny import CONFIGS, FileSource, make
 
@@ -430,7 +432,41 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(tmp_path: Pa
         Skeleton(tmp_path, ["model.layers.0.x.weight"])
 
 
-# Batches and Statistics on their own
+# Parts on their own
+
+
+@pytest.mark.parametrize(("rows_in", "columns", "bias"), [(1, 64, False), (96, 32, True), (65, 40, True)])
+def test_packed_linears_compute_the_same(rows_in: int, columns: int, bias: bool) -> None:
+    linear = nn.Linear(columns, rows_in, bias=bias, dtype=torch.bfloat16)
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs = [torch.randn(n, 7, columns, dtype=torch.bfloat16) for n in (3, 1, 0)] + [
+        torch.randn(33, columns).bfloat16()
+    ]
+    with torch.no_grad():
+        with packed([linear], 21):
+            found = [linear(x) for x in inputs]
+        assert len(seen) == len(inputs)
+        for x, y in zip(inputs, found, strict=True):
+            exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+            # One rounding to bf16, of a sum of rounded products.
+            torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-9)
+        assert "forward" not in linear.__dict__
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen2_moe"])
+def test_bf16_statistics_are_near_those_of_fp32(model_type: str, tmp_path: Path) -> None:
+    """The whole bf16 path (blockwise attention, packed Linears) on several batches; bf16 rounds in every layer."""
+    make(tmp_path, model_type, torch.bfloat16)
+    data = batches(rows([32] * 4), 32)
+    skeleton, source = opened(tmp_path)
+    visitor = Recorder()
+    names = [name for name in modules_of(skeleton, source) if ".experts." not in name]
+    sweep(skeleton, source, data, visitor, names, progress=False)
+    expected = input_ranges(tmp_path, data)
+    for name, statistics in visitor.statistics.items():
+        exact = torch.maximum(expected[name][0].abs(), expected[name][1].abs()).max()
+        assert float((statistics.tensor_absmax - exact).abs()) <= 0.1 * float(exact), name
 
 
 def test_batches_hold_every_row_once_within_the_limit() -> None:
