@@ -43,7 +43,8 @@ def _plan(args: argparse.Namespace) -> int:
     from .report.plan_view import render_plan
 
     with open_plan(_config(args)) as plan:
-        print(render_plan(plan))
+        print(render_plan(plan), flush=True)
+        plan.require_room()
     return 0
 
 

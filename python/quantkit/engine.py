@@ -66,9 +66,14 @@ def run(config: RunConfig, *, show: Callable[[Plan], None] | None = None) -> Run
         seconds[stage] = now - started
         started = now
 
+    if config.global_.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.global_.num_threads)
     with open_plan(config) as plan:
         if show is not None:
             show(plan)
+        plan.require_room()
         writer = CheckpointWriter(plan.layout, config.output_dir, overwrite=config.global_.overwrite)
         lap("plan")
         with writer:
@@ -127,6 +132,8 @@ def _data_free(plan: Plan, writer: CheckpointWriter) -> None:
 
 def _calibrated(plan: Plan, writer: CheckpointWriter) -> None:
     """Layer by layer with data: one sweep gives every statistic that the scheme needs."""
+    import torch
+
     from .calibration.batches import batches
     from .calibration.dataset import load_rows, load_tokenizer
     from .calibration.sweep import sweep
@@ -137,7 +144,9 @@ def _calibrated(plan: Plan, writer: CheckpointWriter) -> None:
     assert config.dataset is not None
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed)
-    skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, trust_remote_code=config.model.trust_remote_code)
+    dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
+    remote = config.model.trust_remote_code
+    skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=dtype, trust_remote_code=remote)
     for name in plan.carried:
         writer.copy(name, checkpoint.tensors[name], checkpoint)
     sweep(skeleton, WeightSource(checkpoint), batches(rows), _modifier(plan, writer), plan.modules)
@@ -152,14 +161,22 @@ def _side_files(plan: Plan, writer: CheckpointWriter) -> None:
 
 
 def _record(plan: Plan) -> dict[str, Any]:
-    """What made this output: every resolved option and the versions that took part."""
+    """What made this output: every resolved option and the versions that took part. Paths of this machine are cut to
+    their last part, since outputs are published.
+    """
     import torch
 
+    options = plan.config.to_dict()
+    del options["global"]["save_path"]
+    for section, key in (("model", "model_path"), ("model", "cache_dir"), ("dataset", "data_path")):
+        value = options.get(section, {}).get(key)
+        if value is not None and Path(value).exists():
+            options[section][key] = Path(value).name
     return {
         "quantkit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": sys.platform,
         "scheme": plan.scheme.name,
-        "config": plan.config.to_dict(),
+        "config": options,
     }

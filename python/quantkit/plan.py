@@ -24,6 +24,10 @@ from .formats import Format, format_by_name
 from .models.families import Family, family_of
 
 FLOATS = ("BF16", "F16", "F32")
+# Room for tokenizer and other side files, and what the process itself takes (torch, threads, queues).
+SIDE_FILES, PROCESS = 64 << 20, 300 << 20
+# num_samples: -1 means all there are, which the plan does not count.
+UNLIMITED_SAMPLES = 512
 TENSOR_PARALLEL = (2, 4, 8)
 # Linears whose input is split over ranks (their output is summed); all others split their output.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|w2|dense_4h_to_h|fc2)$")
@@ -69,6 +73,12 @@ class Plan:
     config_json: dict[str, Any]
     estimate: Estimate
     warnings: tuple[str, ...]
+    shortages: tuple[str, ...]
+
+    def require_room(self) -> None:
+        """PlanError if this machine lacks the memory or the disk that the run needs."""
+        if self.shortages:
+            raise PlanError("; ".join(self.shortages))
 
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
@@ -110,7 +120,6 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     config_json = dict(checkpoint.config)
     config_json["quantization_config"] = fmt.config_block(scheme, ignore, config.ignore)
     estimate = _estimate(config, checkpoint, family, modules, outputs, layout)
-    _check_room(config, estimate)
     return Plan(
         config,
         checkpoint,
@@ -125,6 +134,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         config_json,
         estimate,
         tuple(warnings),
+        tuple(_shortages(config, estimate)),
     )
 
 
@@ -269,19 +279,19 @@ def _estimate(
     carried = {name for name in checkpoint.tensors if name.removesuffix(".weight") not in modules}
     stored = sum(t.nbytes for t in outputs if t.name not in carried)
     largest = max(checkpoint.tensors[f"{name}.weight"].nbytes for name in modules)
-    base = 300 << 20
-    memory = base + 2 * largest
+    memory = PROCESS + 2 * largest
     if config.scheme.needs_calibration and config.dataset is not None:
         layers: Counter[str] = Counter()
         for name, info in checkpoint.tensors.items():
             layers[str(family.layer_of(name))] += info.nbytes
         hidden = int(checkpoint.config.get("hidden_size", 0))
-        tokens = max(config.dataset.num_samples, 1) * config.dataset.max_seq_length
-        memory = base + 3 * max(layers.values()) + tokens * hidden * 2
+        samples = config.dataset.num_samples if config.dataset.num_samples > 0 else UNLIMITED_SAMPLES
+        tokens = samples * config.dataset.max_seq_length
+        memory = PROCESS + 3 * max(layers.values()) + tokens * hidden * 2
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
     return Estimate(
         source_bytes=checkpoint.total_bytes,
-        output_bytes=sum(shard.size for shard in layout.shards),
+        output_bytes=layout.file_bytes,
         bits_per_weight=8 * stored / weights,
         memory_bytes=memory,
         memory_available=_memory_available(),
@@ -299,19 +309,21 @@ def _memory_available() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def _check_room(config: RunConfig, estimate: Estimate) -> None:
-    needed = estimate.output_bytes + (64 << 20)
+def _shortages(config: RunConfig, estimate: Estimate) -> list[str]:
+    found = []
+    needed = estimate.output_bytes + SIDE_FILES
     if estimate.disk_available < needed:
-        raise PlanError(
+        found.append(
             f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB and only "
             f"{estimate.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
         )
     if estimate.memory_available is not None and estimate.memory_available < estimate.memory_bytes:
-        raise PlanError(
+        found.append(
             f"the run needs about {estimate.memory_bytes / 1e9:.1f} GB of memory and "
             f"{estimate.memory_available / 1e9:.1f} GB are available; lower dataset.num_samples or max_seq_length, "
             "or close other programs"
         )
+    return found
 
 
 def collapse(name: str) -> str:

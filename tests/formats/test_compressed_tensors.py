@@ -98,7 +98,7 @@ def test_config_block_is_the_librarys(preset: str) -> None:
     parsed = quantization.QuantizationConfig.model_validate(block)
     group = parsed.config_groups["group_0"]
     assert group.weights.num_bits == PRESETS[preset].weights.num_bits
-    assert str(group.weights.strategy.value) == PRESETS[preset].weights.strategy
+    assert str(group.weights.strategy) == PRESETS[preset].weights.strategy
     assert parsed.ignore == ["lm_head"]
     assert "scale_dtype" not in str(block) and "zp_dtype" not in str(block)
     again = ct.read_scheme(block)
@@ -116,3 +116,30 @@ def test_schemes_no_server_reads_are_refused() -> None:
         format_by_name("compressed_tensors")
     with pytest.raises(ConfigError, match="per-tensor FP8"):
         FORMATS["fp8"].check(PRESETS["W8A8"])
+
+
+def test_int8_dynamic_block_has_every_key_of_angelslims_documentation() -> None:
+    group = ct.config_block(PRESETS["W8A8"], ["lm_head"], ["lm_head", "model.embed_tokens"])
+    assert group["ignored_layers"] == ["lm_head", "model.embed_tokens"]
+    assert (group["format"], group["quant_method"], group["kv_cache_scheme"]) == ("int-quantized", ct.NAME, None)
+    common = {"block_structure": None, "group_size": None, "num_bits": 8, "observer_kwargs": {}, "type": "int"}
+    assert group["config_groups"]["group_0"]["input_activations"] == common | {
+        "dynamic": True,
+        "observer": "memoryless",
+        "strategy": "token",
+        "symmetric": True,
+    }
+    assert group["config_groups"]["group_0"]["weights"] == common | {
+        "dynamic": False,
+        "observer": "minmax",
+        "strategy": "channel",
+        "symmetric": True,
+    }
+
+
+def test_fp8_block_is_angelslims() -> None:
+    fp8 = FORMATS["fp8"]
+    expected = {"activation_scheme": "static", "ignored_layers": ["lm_head"], "quant_method": "fp8"}
+    assert fp8.config_block(PRESETS["FP8"], ["lm_head"], ["lm_head"]) == expected
+    dynamic = fp8.config_block(PRESETS["FP8_PER_TENSOR_DYNAMIC"], ["lm_head"], [])
+    assert dynamic == expected | {"activation_scheme": "dynamic"}

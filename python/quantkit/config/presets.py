@@ -7,7 +7,7 @@ import re
 from ..errors import ConfigError, nearest
 from .schemes import QuantizationArgs, QuantizationScheme
 
-WEIGHTS = "memoryless_minmax"
+WEIGHTS = "minmax"
 STATIC = "static_minmax"
 
 

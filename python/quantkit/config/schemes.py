@@ -6,7 +6,7 @@ Names and validity rules are those of compressed-tensors, so that a scheme can b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import ConfigError
 
@@ -68,21 +68,6 @@ class QuantizationArgs:
     def divisor(self) -> float:
         """The code that the largest magnitude becomes; int4 splits the difference between -8 and 7."""
         return 7.5 if self.num_bits == 4 else 127.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The args object of a compressed-tensors config. Never scale_dtype / zp_dtype: older vLLM refuses them."""
-        return {
-            "num_bits": self.num_bits,
-            "type": self.type,
-            "symmetric": self.symmetric,
-            "group_size": self.group_size,
-            "strategy": self.strategy,
-            "block_structure": list(self.block_structure) if self.block_structure else None,
-            "dynamic": self.dynamic,
-            "actorder": self.actorder,
-            "observer": self.observer,
-            "observer_kwargs": {},
-        }
 
 
 @dataclass(frozen=True)

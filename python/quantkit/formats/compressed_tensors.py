@@ -126,10 +126,10 @@ def config_block(scheme: QuantizationScheme, ignore: Sequence[str], user_ignore:
         "config_groups": {
             "group_0": {
                 "format": name,
-                "input_activations": activations.to_dict() if activations else None,
+                "input_activations": _entry(activations) if activations else None,
                 "output_activations": None,
                 "targets": ["Linear"],
-                "weights": scheme.weights.to_dict(),
+                "weights": _entry(scheme.weights),
             }
         },
         "format": name,
@@ -142,6 +142,24 @@ def config_block(scheme: QuantizationScheme, ignore: Sequence[str], user_ignore:
         "sparsity_config": {},
         "transform_config": {},
         "version": VERSION,
+    }
+
+
+def _entry(args: QuantizationArgs) -> dict[str, Any]:
+    """The args object of config.json. Never scale_dtype or zp_dtype, which older vLLM refuses. Readers clear the
+    observer of dynamic activations.
+    """
+    return {
+        "block_structure": list(args.block_structure) if args.block_structure else None,
+        "dynamic": args.dynamic,
+        "group_size": args.group_size,
+        "num_bits": args.num_bits,
+        "observer": "memoryless" if args.dynamic else args.observer,
+        "observer_kwargs": {},
+        "strategy": args.strategy,
+        "symmetric": args.symmetric,
+        "type": args.type,
+        **({"actorder": args.actorder} if args.actorder == "group" else {}),
     }
 
 
@@ -159,6 +177,8 @@ def read_scheme(block: Mapping[str, Any]) -> QuantizationScheme:
         known = {k: v for k, v in entry.items() if k in fields and v is not None}
         if "block_structure" in known:
             known["block_structure"] = tuple(known["block_structure"])
+        if known.get("dynamic"):
+            known.pop("observer", None)
         return QuantizationArgs(**known)
 
     weights = args(group.get("weights"))

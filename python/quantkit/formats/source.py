@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from ..quantized import QuantizedTensor
 
 FP8 = torch.float8_e4m3fn
+# What a quantized module may have on disk, its bias aside.
+PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "input_scale",
+    "input_zero_point",
+)
 
 
 class WeightSource:
@@ -41,24 +51,18 @@ class WeightSource:
 
     def names(self) -> set[str]:
         """The names that `get` knows: those of the plain checkpoint."""
-        plain = set(self.checkpoint.tensors)
-        for module in self.modules:
-            plain -= {n for n in self._stored(module) if n in plain}
-        return plain | {f"{module}.weight" for module in self.modules}
+        stored = {name for module in self.modules for name in self._stored(module)}
+        return (set(self.checkpoint.tensors) - stored) | {f"{module}.weight" for module in self.modules}
 
     def _stored(self, module: str) -> list[str]:
-        return [
-            f"{module}.{part}"
-            for part in (
-                "weight",
-                "weight_packed",
-                "weight_scale",
-                "weight_shape",
-                "weight_zero_point",
-                "input_scale",
-                "input_zero_point",
-            )
-        ]
+        """Which tensors of the checkpoint are the quantized form of `module`'s weight and input."""
+        return [n for n in (f"{module}.{part}" for part in PARTS) if n in self.checkpoint.tensors]
+
+    def release(self, name: str) -> None:
+        """Let go of the pages behind `get(name)`."""
+        module = name.removesuffix(".weight")
+        for stored in self._stored(module) if module in self.modules else [name]:
+            self.checkpoint.release(stored)
 
     def get(self, name: str) -> Tensor:
         module = name.removesuffix(".weight")
@@ -72,6 +76,10 @@ class WeightSource:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
         rows, cols = self._shape(module)
         return self.format.load_weight(module, self.scheme, self.checkpoint.tensor, rows, cols)
+
+    def scale_dtype(self, module: str) -> str:
+        """What `module`'s weight scale is stored in, as safetensors names it."""
+        return self.checkpoint.info(f"{module}.weight_scale").dtype
 
     def _shape(self, module: str) -> tuple[int, int]:
         info = self.checkpoint.tensors.get(f"{module}.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .plan_view import describe
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 def model_card(plan: Plan) -> str:
     """Markdown with the hub's front matter."""
     inputs = plan.scheme.input_activations
-    base = plan.config.model.model_path
+    path = Path(plan.config.model.model_path)
+    base = path.name if path.exists() else str(path)  # a hub id stays whole, a local folder is nobody's business
     kept = f"{len(plan.ignore)} Linears kept in full precision" if plan.ignore else "none kept in full precision"
     data = f"\n- calibration data: {plan.config.dataset.num_samples} rows" if plan.scheme.needs_calibration else ""
     return f"""---
