@@ -47,3 +47,16 @@ def check_matrix(op: str, x: torch.Tensor, block: Sequence[int]) -> None:
         all(b == -1 or b > 0 for b in block),
         lambda: f"quantkit::{op}: block sizes must be positive, or -1 for the whole extent, got {list(block)}",
     )
+
+
+def check_float(op: str, name: str, x: torch.Tensor) -> None:
+    torch._check(
+        x.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        lambda: f"quantkit::{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}",
+    )
+
+
+def check_code_range(op: str, q_min: int, q_max: int) -> None:
+    torch._check(
+        -128 <= q_min < q_max <= 127, lambda: f"quantkit::{op}: [q_min, q_max] must fit int8, got [{q_min}, {q_max}]"
+    )

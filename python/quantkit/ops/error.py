@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import declare, expand
-from .quantize import check_scale
+from ._library import check_float, declare, expand
+from .quantize import check_quantized, check_scale
 
 
 def _fake(x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int]) -> Tensor:
     check_scale("quantization_error", x, scale, zero_point, block)
+    check_float("quantization_error", "x", x)
     torch._check(
         x.shape == q.shape,
         lambda: f"quantkit::quantization_error: q {list(q.shape)} must have x's shape {list(x.shape)}",
     )
+    check_quantized("quantization_error", "q", q)
     return x.new_empty((4,), dtype=torch.float64)
 
 
@@ -41,9 +43,7 @@ _error = declare(
 )
 
 
-def quantization_error(
-    x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int]
-) -> Tensor:
+def quantization_error(x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int]) -> Tensor:
     """fp64 [4]: sum of (x - x^)^2, sum of x^2, max |x - x^|, max |x|, where x^ = (q - zero_point) * scale in fp32.
 
     x [rows, cols] fp32, fp16 or bf16; q int8 or FP8 of the same shape. NaN propagates into every figure it touches.

@@ -39,8 +39,10 @@ def _unpack_fake(packed: Tensor, num_bits: int, cols: int) -> Tensor:
     _check("unpack_int32", packed, torch.int32, num_bits)
     torch._check(
         packed.shape[1] == (cols * num_bits + 31) // 32,
-        lambda: f"quantkit::unpack_int32: {cols} columns of {num_bits} bits take {(cols * num_bits + 31) // 32} words "
-        f"a row, packed has {packed.shape[1]}",
+        lambda: (
+            f"quantkit::unpack_int32: {cols} columns of {num_bits} bits take {(cols * num_bits + 31) // 32} words "
+            f"a row, packed has {packed.shape[1]}"
+        ),
     )
     return packed.new_empty((packed.shape[0], cols), dtype=torch.int8)
 

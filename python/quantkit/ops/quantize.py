@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import check_matrix, declare, expand, grid
+from ._library import check_code_range, check_float, check_matrix, declare, expand, grid
 from .reduce import _absmax_reference, _minmax_reference
 from .scale import _asymmetric_reference, _symmetric_reference
 
@@ -22,8 +22,10 @@ def check_scale(op: str, x: Tensor, scale: Tensor, zero_point: Tensor | None, bl
     expected = grid(x.shape[0], x.shape[1], block)
     torch._check(
         tuple(scale.shape) == expected and scale.dtype == torch.float32,
-        lambda: f"quantkit::{op}: scale must be float32 {list(expected)} for x {list(x.shape)} and block {list(block)}, "
-        f"got {scale.dtype} {list(scale.shape)}",
+        lambda: (
+            f"quantkit::{op}: scale must be float32 {list(expected)} for x {list(x.shape)} and block {list(block)}, "
+            f"got {scale.dtype} {list(scale.shape)}"
+        ),
     )
     torch._check(
         zero_point is None or (zero_point.shape == scale.shape and zero_point.dtype == torch.int8),
@@ -32,8 +34,13 @@ def check_scale(op: str, x: Tensor, scale: Tensor, zero_point: Tensor | None, bl
 
 
 def _check_fp8(op: str, dtype: torch.dtype) -> None:
+    torch._check(dtype in FP8_MAX, lambda: f"quantkit::{op}: dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
+
+
+def check_quantized(op: str, name: str, q: Tensor) -> None:
     torch._check(
-        dtype in FP8_MAX, lambda: f"quantkit::{op}: dtype must be float8_e4m3fn or float8_e5m2, got {dtype}"
+        q.dtype == torch.int8 or q.dtype in FP8_MAX,
+        lambda: f"quantkit::{op}: {name} must be int8, float8_e4m3fn or float8_e5m2, got {q.dtype}",
     )
 
 
@@ -41,6 +48,8 @@ def _quantize_int_fake(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], q_min: int, q_max: int
 ) -> Tensor:
     check_scale("quantize_int", x, scale, zero_point, block)
+    check_float("quantize_int", "x", x)
+    check_code_range("quantize_int", q_min, q_max)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -48,6 +57,8 @@ def _quantize_int_reference(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], q_min: int, q_max: int
 ) -> Tensor:
     check_scale("quantize_int", x, scale, zero_point, block)
+    check_float("quantize_int", "x", x)
+    check_code_range("quantize_int", q_min, q_max)
     rows, cols = x.shape
     codes = torch.round(x.float() * expand(1.0 / scale, rows, cols, block)).nan_to_num(nan=0.0)
     if zero_point is not None:
@@ -57,73 +68,93 @@ def _quantize_int_reference(
 
 def _quantize_fp8_fake(x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
     check_scale("quantize_fp8", x, scale, None, block)
+    check_float("quantize_fp8", "x", x)
     _check_fp8("quantize_fp8", dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
 def _quantize_fp8_reference(x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
     check_scale("quantize_fp8", x, scale, None, block)
+    check_float("quantize_fp8", "x", x)
     _check_fp8("quantize_fp8", dtype)
     limit = FP8_MAX[dtype]
     scaled = x.float() * expand(1.0 / scale, x.shape[0], x.shape[1], block)
     return scaled.clamp(-limit, limit).to(dtype).contiguous()
 
 
+def _check_dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], dtype: torch.dtype
+) -> None:
+    check_scale("dequantize", q, scale, zero_point, block)
+    check_quantized("dequantize", "q", q)
+    torch._check(
+        dtype in (torch.float32, torch.float16, torch.bfloat16),
+        lambda: f"quantkit::dequantize: dtype must be float32, float16 or bfloat16, got {dtype}",
+    )
+
+
 def _dequantize_fake(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    check_scale("dequantize", q, scale, zero_point, block)
+    _check_dequantize(q, scale, zero_point, block, dtype)
     return q.new_empty(q.shape, dtype=dtype)
 
 
 def _dequantize_reference(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    check_scale("dequantize", q, scale, zero_point, block)
+    _check_dequantize(q, scale, zero_point, block, dtype)
     values = q.float()
     if zero_point is not None:
         values = values - expand(zero_point.float(), q.shape[0], q.shape[1], block)
     return (values * expand(scale, q.shape[0], q.shape[1], block)).to(dtype).contiguous()
 
 
+def _check_tokens(op: str, x: Tensor) -> None:
+    torch._check(x.dim() >= 1, lambda: f"quantkit::{op}: x must have at least one dimension")
+    check_float(op, "x", x)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """x [..., cols] as a matrix. A token without elements counts as a zero, so that its scale is the smallest one."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if x.shape[-1] else rows.new_zeros((rows.shape[0], 1))
+
+
 def _int8_per_token_fake(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(x.dim() >= 1, lambda: "quantkit::int8_quant_per_token: x must have at least one dimension")
+    _check_tokens("int8_quant_per_token", x)
     shape = (*x.shape[:-1], 1)
     zero_point = x.new_empty((0,) if symmetric else shape, dtype=torch.int8)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(shape, dtype=torch.float32), zero_point
 
 
 def _int8_per_token_reference(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
-    shape, block = (*x.shape[:-1], 1), [1, -1]
+    _check_tokens("int8_quant_per_token", x)
+    rows, shape, block = _token_rows(x), (*x.shape[:-1], 1), [1, -1]
     if symmetric:
-        scale = _symmetric_reference(_absmax_reference(rows, block).reshape(-1, 1), 127.0, torch.float32)
-        codes = _quantize_int_reference(rows, scale, None, [1, max(rows.shape[1], 1)], -127, 127) if x.numel() else None
-        zero_point = x.new_empty((0,), dtype=torch.int8)
+        scale, zero_point = _symmetric_reference(_absmax_reference(rows, block), 127.0, torch.float32), None
     else:
-        low, high = (t.reshape(-1, 1) for t in _minmax_reference(rows, block))
-        scale, zero_point = _asymmetric_reference(low, high, -128, 127, torch.float32)
-        codes = _quantize_int_reference(rows, scale, zero_point, block, -128, 127) if x.numel() else None
-        zero_point = zero_point.reshape(shape)
-    codes = x.new_empty(x.shape, dtype=torch.int8) if codes is None else codes.reshape(x.shape)
-    return codes, scale.reshape(shape), zero_point
+        scale, zero_point = _asymmetric_reference(*_minmax_reference(rows, block), -128, 127, torch.float32)
+    codes = _quantize_int_reference(rows, scale, zero_point, block, -127 if symmetric else -128, 127)
+    codes = codes[:, : x.shape[-1]].reshape(x.shape)
+    if zero_point is None:
+        return codes, scale.reshape(shape), x.new_empty((0,), dtype=torch.int8)
+    return codes, scale.reshape(shape), zero_point.reshape(shape)
 
 
 def _fp8_per_token_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check_tokens("fp8_quant_per_token", x)
     _check_fp8("fp8_quant_per_token", dtype)
-    torch._check(x.dim() >= 1, lambda: "quantkit::fp8_quant_per_token: x must have at least one dimension")
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _fp8_per_token_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check_tokens("fp8_quant_per_token", x)
     _check_fp8("fp8_quant_per_token", dtype)
-    shape = (*x.shape[:-1], 1)
-    if x.numel() == 0:
-        amax = x.new_zeros(shape, dtype=torch.float32)
-        return x.new_empty(x.shape, dtype=dtype), _symmetric_reference(amax, FP8_MAX[dtype], torch.float32)
-    rows, block = x.reshape(-1, x.shape[-1]), [1, -1]
+    rows, block = _token_rows(x), [1, -1]
     scale = _symmetric_reference(_absmax_reference(rows, block), FP8_MAX[dtype], torch.float32)
-    return _quantize_fp8_reference(rows, scale, block, dtype).reshape(x.shape), scale.reshape(shape)
+    codes = _quantize_fp8_reference(rows, scale, block, dtype)
+    return codes[:, : x.shape[-1]].reshape(x.shape), scale.reshape((*x.shape[:-1], 1))
 
 
 _quantize_int = declare(

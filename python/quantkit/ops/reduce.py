@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import check_matrix, declare, grid
+from ._library import check_float, check_matrix, declare, grid
 
 
 def _blocked(x: Tensor, block: Sequence[int], fill: float) -> Tensor:
@@ -29,11 +29,13 @@ def _blocked(x: Tensor, block: Sequence[int], fill: float) -> Tensor:
 
 def _absmax_fake(x: Tensor, block: Sequence[int]) -> Tensor:
     check_matrix("absmax", x, block)
+    check_float("absmax", "x", x)
     return x.new_empty(grid(x.shape[0], x.shape[1], block), dtype=torch.float32)
 
 
 def _absmax_reference(x: Tensor, block: Sequence[int]) -> Tensor:
     check_matrix("absmax", x, block)
+    check_float("absmax", "x", x)
     if x.numel() == 0:
         return x.new_zeros(grid(x.shape[0], x.shape[1], block), dtype=torch.float32)
     return _blocked(x, block, 0.0).abs().amax(-1)
@@ -41,12 +43,14 @@ def _absmax_reference(x: Tensor, block: Sequence[int]) -> Tensor:
 
 def _minmax_fake(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     check_matrix("minmax", x, block)
+    check_float("minmax", "x", x)
     shape = grid(x.shape[0], x.shape[1], block)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
 def _minmax_reference(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     check_matrix("minmax", x, block)
+    check_float("minmax", "x", x)
     if x.numel() == 0:
         zeros = x.new_zeros(grid(x.shape[0], x.shape[1], block), dtype=torch.float32)
         return zeros, zeros.clone()

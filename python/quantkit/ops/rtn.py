@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import check_matrix, declare, grid
+from ._library import check_code_range, check_float, check_matrix, declare, grid
 from .pack import _pack_reference
 from .quantize import FP8_MAX, _check_fp8, _quantize_fp8_reference, _quantize_int_reference
 from .reduce import _absmax_reference, _minmax_reference
@@ -20,9 +20,8 @@ from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_referen
 
 def _check_rtn_int(x: Tensor, block: Sequence[int], q_min: int, q_max: int, pack_bits: int) -> None:
     check_matrix("rtn_int", x, block)
-    torch._check(
-        -128 <= q_min < q_max <= 127, lambda: f"quantkit::rtn_int: [q_min, q_max] must fit int8, got [{q_min}, {q_max}]"
-    )
+    check_float("rtn_int", "x", x)
+    check_code_range("rtn_int", q_min, q_max)
     torch._check(pack_bits in (0, 4, 8), lambda: f"quantkit::rtn_int: pack_bits must be 0, 4 or 8, got {pack_bits}")
 
 
@@ -72,12 +71,14 @@ def _rtn_int_reference(
 
 def _rtn_fp8_fake(x: Tensor, block: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     check_matrix("rtn_fp8", x, block)
+    check_float("rtn_fp8", "x", x)
     _check_fp8("rtn_fp8", dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(grid(x.shape[0], x.shape[1], block), dtype=torch.float32)
 
 
 def _rtn_fp8_reference(x: Tensor, block: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     check_matrix("rtn_fp8", x, block)
+    check_float("rtn_fp8", "x", x)
     _check_fp8("rtn_fp8", dtype)
     scale = _symmetric_reference(_absmax_reference(x, block), FP8_MAX[dtype], torch.float32)
     return _quantize_fp8_reference(x, scale, block, dtype), scale

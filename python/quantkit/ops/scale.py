@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import declare
+from ._library import check_code_range, declare
 
 # The smallest scale: an all-zero block gets it, so that 1/scale stays finite. fp16 cannot hold less than 2^-24.
 MIN_SCALE = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-24}
@@ -22,17 +22,35 @@ def _check_scale_dtype(op: str, scale_dtype: torch.dtype) -> None:
     )
 
 
+def _check_extremes(op: str, name: str, x: Tensor) -> None:
+    torch._check(x.dtype == torch.float32, lambda: f"quantkit::{op}: {name} must be float32, got {x.dtype}")
+
+
+def _check_asymmetric(x_min: Tensor, x_max: Tensor, q_min: int, q_max: int, scale_dtype: torch.dtype) -> None:
+    op = "asymmetric_scale"
+    _check_extremes(op, "x_min", x_min)
+    _check_extremes(op, "x_max", x_max)
+    torch._check(
+        x_min.shape == x_max.shape,
+        lambda: f"quantkit::{op}: x_max {list(x_max.shape)} must have x_min's shape {list(x_min.shape)}",
+    )
+    check_code_range(op, q_min, q_max)
+    _check_scale_dtype(op, scale_dtype)
+
+
 def _round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Rounded to `scale_dtype`, at least its MIN_SCALE; NaN stays NaN."""
     return scale.to(scale_dtype).float().clamp(min=MIN_SCALE[scale_dtype])
 
 
 def _symmetric_fake(amax: Tensor, divisor: float, scale_dtype: torch.dtype) -> Tensor:
+    _check_extremes("symmetric_scale", "amax", amax)
     _check_scale_dtype("symmetric_scale", scale_dtype)
     return torch.empty_like(amax, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _symmetric_reference(amax: Tensor, divisor: float, scale_dtype: torch.dtype) -> Tensor:
+    _check_extremes("symmetric_scale", "amax", amax)
     _check_scale_dtype("symmetric_scale", scale_dtype)
     return _round_scale(amax.contiguous() / divisor, scale_dtype)
 
@@ -40,7 +58,7 @@ def _symmetric_reference(amax: Tensor, divisor: float, scale_dtype: torch.dtype)
 def _asymmetric_fake(
     x_min: Tensor, x_max: Tensor, q_min: int, q_max: int, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    _check_scale_dtype("asymmetric_scale", scale_dtype)
+    _check_asymmetric(x_min, x_max, q_min, q_max, scale_dtype)
     scale = torch.empty_like(x_min, dtype=torch.float32, memory_format=torch.contiguous_format)
     return scale, torch.empty_like(scale, dtype=torch.int8)
 
@@ -48,7 +66,7 @@ def _asymmetric_fake(
 def _asymmetric_reference(
     x_min: Tensor, x_max: Tensor, q_min: int, q_max: int, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    _check_scale_dtype("asymmetric_scale", scale_dtype)
+    _check_asymmetric(x_min, x_max, q_min, q_max, scale_dtype)
     low, high = x_min.contiguous().clamp(max=0.0), x_max.contiguous().clamp(min=0.0)
     scale = _round_scale((high - low) / (q_max - q_min), scale_dtype)
     zero_point = (q_min - torch.round(low / scale)).clamp(q_min, q_max)
