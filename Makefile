@@ -34,8 +34,8 @@ $(TORCH_STAMP):
 $(VENV)/.tools: $(TORCH_STAMP) Makefile
 	$(PIP) 'scikit-build-core>=1.0' 'pybind11>=3.0' ninja
 	@# a system cmake serves if it is new enough
-	@$(PYTHON) -c 'import re, subprocess, sys; text = subprocess.run(["cmake", "--version"], capture_output=True, text=True).stdout; \
-	    sys.exit(tuple(map(int, re.search(r"(\d+)\.(\d+)", text).groups())) < (3, 25))' 2>/dev/null || $(PIP) cmake
+	@cmake --version 2>/dev/null | awk 'NR == 1 { split($$3, v, "."); new = v[1] * 100 + v[2] >= 325 } END { exit !new }' \
+	    || $(PIP) cmake
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml CMakeLists.txt $(SOURCES)

@@ -1,5 +1,5 @@
-# Compile through ccache when it is there. The base directory and NOHASHDIR are part of the launcher, so that a second clone of the
-# project hits the first one's results however it is built: by make, by pip or by plain CMake.
+# Compile through ccache when it is there. The base directory and NOHASHDIR are part of the launcher, so that a second
+# clone of the project hits the first one's results however it is built: by make, by pip or by plain CMake.
 if(DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
   return() # the caller has decided
 endif()

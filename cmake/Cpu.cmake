@@ -1,5 +1,5 @@
-# _C_cpu. The instruction set of a file is in its name: x_avx512.cpp, x_avx2.cpp; every other file is compiled for the baseline of the
-# architecture, and only csrc/cpu/dispatch.cpp decides at run time which one is called.
+# _C_cpu. The instruction set of a file is in its name: x_avx512.cpp, x_avx2.cpp; every other file is compiled for the
+# baseline of the architecture. Which of them is called is decided at run time, by csrc/cpu/dispatch.cpp alone.
 file(GLOB _kernels CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp")
 file(GLOB _ops CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/ops/*_cpu.cpp")
 
@@ -9,10 +9,11 @@ else()
   set(QUANTKIT_X86 0)
   list(FILTER _kernels EXCLUDE REGEX "_avx(2|512)\\.cpp$")
 endif()
+set(_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mfma -mf16c
+            -mprefer-vector-width=512)
 foreach(_file IN LISTS _kernels)
   if(_file MATCHES "_avx512\\.cpp$")
-    set_source_files_properties(
-      "${_file}" PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx512vnni;-mavx512bf16;-mfma;-mf16c;-mprefer-vector-width=512")
+    set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "${_avx512}")
   elseif(_file MATCHES "_avx2\\.cpp$")
     set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   endif()

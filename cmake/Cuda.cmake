@@ -1,5 +1,5 @@
-# _C_cuda: kernels by nvcc without any torch header, the torch boundary by the C++ compiler. Compiled wherever nvcc is, a GPU or a CUDA
-# build of torch are not needed for that.
+# _C_cuda: kernels by nvcc without any torch header, the torch boundary by the C++ compiler. Compiled wherever nvcc is;
+# neither a GPU nor a CUDA build of torch is needed for that.
 set(QUANTKIT_NVCC "")
 set(QUANTKIT_CUDA_ARCHS_BUILT "")
 if(QUANTKIT_CUDA STREQUAL "OFF")
@@ -49,17 +49,14 @@ foreach(_folder IN ITEMS common sm90)
     ${_target} PROPERTIES CUDA_ARCHITECTURES "${_archs_${_folder}}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
                           CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(
-    ${_target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-fmad=false;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra>)
+    # -fmad=false is nvcc's -ffp-contract=off.
+    ${_target} PRIVATE --expt-relaxed-constexpr -fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra)
   target_link_libraries(${_target} PRIVATE quantkit_flags)
   list(APPEND _objects ${_target})
   set(_has_${_folder} 1)
 endforeach()
 
 file(GLOB _ops CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/ops/*_cuda.cpp")
-if(NOT _ops)
-  message(STATUS "quantkit: csrc/ops has no *_cuda.cpp yet, _C_cuda is not built")
-  return()
-endif()
 add_library(_C_cuda MODULE ${_ops})
 # Whether the kernels of csrc/cuda/sm90 are part of this build.
 target_compile_definitions(_C_cuda PRIVATE QUANTKIT_CUDA_SM90=${_has_sm90})

@@ -1,9 +1,9 @@
 # _host: a CPython module by pybind11, without torch.
 if(NOT QUANTKIT_HOST)
-  message(STATUS "quantkit: the module _host is left out (QUANTKIT_HOST=OFF); checkpoints cannot be read or written without it")
+  message(STATUS "quantkit: the module _host is left out (QUANTKIT_HOST=OFF), and with it checkpoint I/O")
   return()
 endif()
-# The interpreter's own pybind11, asked for anew each time: a build folder may outlive the environment it was made with.
+# The interpreter's own pybind11, asked for anew each time: a build folder may outlive its environment.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
   OUTPUT_VARIABLE _pybind11_dir
@@ -15,8 +15,10 @@ endif()
 set(PYBIND11_FINDPYTHON ON)
 find_package(pybind11 3.0 CONFIG QUIET)
 if(NOT pybind11_FOUND)
-  message(FATAL_ERROR "quantkit's module _host needs pybind11 >= 3.0, and ${Python_EXECUTABLE} has none: pip install pybind11 there, "
-                      "pass -Dpybind11_DIR=..., or leave the module out with -DQUANTKIT_HOST=OFF")
+  message(
+    FATAL_ERROR
+      "quantkit's module _host needs pybind11 >= 3.0, and ${Python_EXECUTABLE} has none: pip install pybind11 there, pass "
+      "-Dpybind11_DIR=..., or leave the module out with -DQUANTKIT_HOST=OFF")
 endif()
 
 # The same headers by a path that does not change with the environment.

@@ -3,11 +3,10 @@
 #   torch_stable        headers and libtorch_cpu of the stable ABI, target 2.11: the binary serves every torch >= 2.11
 #   torch_stable_cuda   the same with the CUDA shims declared, and libtorch_cuda when this torch has it
 #
-# Not find_package(Torch): with a CUDA build of torch that enables CUDA with an architecture list of its own and links far
-# more than two libraries.
+# Not find_package(Torch): with a CUDA build of torch that enables CUDA with an architecture list of its own and links
+# far more than two libraries.
 execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c
-          "import pathlib, torch; print(f'{pathlib.Path(torch.__file__).parent};{torch.__version__};{torch.version.cuda or str()}')"
+  COMMAND "${Python_EXECUTABLE}" -c "import torch; print(torch.__file__, torch.__version__, sep=';')"
   OUTPUT_VARIABLE _torch
   ERROR_VARIABLE _torch_error
   RESULT_VARIABLE _torch_status
@@ -19,9 +18,9 @@ if(NOT _torch_status EQUAL 0)
       "torch. Install torch >= 2.11 there first, then quantkit with: pip install --no-build-isolation . "
       "(python said: ${_torch_error})")
 endif()
-list(GET _torch 0 QUANTKIT_TORCH_ROOT)
+list(GET _torch 0 _torch_file)
 list(GET _torch 1 QUANTKIT_TORCH_VERSION)
-list(GET _torch 2 QUANTKIT_TORCH_CUDA)
+cmake_path(GET _torch_file PARENT_PATH QUANTKIT_TORCH_ROOT)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" _torch_minor "${QUANTKIT_TORCH_VERSION}")
 if(_torch_minor VERSION_LESS 2.11)
   message(FATAL_ERROR "quantkit needs torch >= 2.11, and ${Python_EXECUTABLE} has ${QUANTKIT_TORCH_VERSION}")

@@ -1,5 +1,5 @@
-# Flags of all our C++. Results must be the same bit for bit on every instruction set, so a multiplication and an addition are never
-# contracted into one rounding, and nothing that reorders or drops operations is on (-ffast-math).
+# Flags of all our C++. Results must be the same bit for bit on every instruction set, so a multiplication and an
+# addition are never contracted into one rounding, and nothing that reorders or drops operations is on (-ffast-math).
 add_library(quantkit_flags INTERFACE)
 target_include_directories(quantkit_flags INTERFACE "${PROJECT_SOURCE_DIR}/csrc")
 target_compile_options(

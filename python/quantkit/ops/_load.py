@@ -1,7 +1,7 @@
 """Opens the compiled op libraries and remembers why one could not be opened.
 
-Without `_C_cpu` every op is served by its reference in plain torch: same results, far slower. That is said once, with the reason, as
-a RuntimeWarning; `require` makes an error of it for whoever depends on the speed.
+Without `_C_cpu` every op is served by its reference in plain torch: same results, far slower. That is said
+once, with the reason, as a RuntimeWarning; `require` makes an error of it for whoever depends on the speed.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def load_libraries() -> None:
         needed = name == "cpu" or (torch.version.cuda is not None and torch.cuda.is_available())
         if needed and not library.loaded:
             warnings.warn(
-                f"quantkit's {name.upper()} kernels are not loaded: {library.reason}. The slow reference in plain torch "
-                "serves in their place; reinstall quantkit in this environment with a C++20 compiler"
+                f"quantkit's {name.upper()} kernels are not loaded: {library.reason}. The slow reference in plain "
+                "torch serves in their place; reinstall quantkit in this environment with a C++20 compiler"
                 + (" and nvcc." if name == "cuda" else "."),
                 RuntimeWarning,
                 stacklevel=2,
