@@ -28,8 +28,8 @@ COMPUTED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 class WeightSource(Protocol):
     """Where weights come from: a plain checkpoint, or a quantized one that is dequantized on the way.
 
-    A source may also have `release(name)`; it is called for what a layer was filled with when the layer is dropped, so
-    that mapped files leave the resident set.
+    A source may also have `release(name)`; it is called for what a part of the model was filled with once that part is
+    dropped, so that mapped files leave the resident set.
     """
 
     def get(self, name: str) -> Tensor:
@@ -117,12 +117,7 @@ class Skeleton:
     def drop(self, index: int, source: WeightSource) -> None:
         """Return decoder layer `index` to the meta device."""
         _to_meta(self.layers[index])
-        release = getattr(source, "release", None)
-        if release is not None:
-            path = f"{self._layers_path}.{index}"
-            for name, module in self.layers[index].named_modules():
-                for key in _stored(module):
-                    release(self._source_name(".".join(part for part in (path, name, key) if part)))
+        self._release(f"{self._layers_path}.{index}", self.layers[index], source)
 
     @contextmanager
     def outer(self, source: WeightSource, *, head: bool) -> Iterator[None]:
@@ -137,8 +132,9 @@ class Skeleton:
                 self._fill(name, module, source, recurse=False)
             yield
         finally:
-            for _, module in modules:
+            for name, module in modules:
                 _to_meta(module, recurse=False)
+                self._release(name, module, source, recurse=False)
 
     # Forward
 
@@ -308,6 +304,15 @@ class Skeleton:
                     module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
                 else:
                     module._buffers[key] = tensor
+
+    def _release(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
+        """Tell `source` that what `root` was filled with is no longer needed."""
+        release = getattr(source, "release", None)
+        if release is None:
+            return
+        for name, module in root.named_modules() if recurse else [("", root)]:
+            for key in _stored(module):
+                release(self._source_name(".".join(part for part in (path, name, key) if part)))
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:
