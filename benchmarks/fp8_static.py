@@ -55,9 +55,7 @@ def main() -> None:
     whole, parts, peer = [], [], []
     for _ in range(args.repeat):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, str(config)], check=True, stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", RUN, str(config)], check=True, stdout=subprocess.PIPE, text=True)
         whole.append(time.perf_counter() - started)
         parts.append(json.loads(done.stdout.splitlines()[-1]))
         if args.peer_python:
@@ -81,7 +79,8 @@ def main() -> None:
         theirs = statistics.median(peer)
         quantize = statistics.median(p["quantize"] for p in parts)
         print(f"llm-compressor oneshot()  {theirs:6.2f} s  ({', '.join(f'{s:.2f}' for s in peer)})")
-        print(f"ratio {theirs / statistics.median(whole):.2f} (our whole command), {theirs / quantize:.2f} (quantize alone)")
+        ours = statistics.median(whole)
+        print(f"ratio {theirs / ours:.2f} (our whole command), {theirs / quantize:.2f} (quantize alone)")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -15,7 +16,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
 model_path, output, rows_file = sys.argv[1:]
-rows = json.loads(open(rows_file).read())
+rows = json.loads(Path(rows_file).read_text())
 torch.set_num_threads(2)
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
 data = Dataset.from_list([{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows])

@@ -80,7 +80,9 @@ def main() -> None:
     print(f"cp + fsync      {cp:6.2f} s  ({', '.join(f'{s:.2f}' for s in copies)})")
     print(f"quantkit run    {run:6.2f} s  ({', '.join(f'{s:.2f}' for s in runs)})  ratio {run / cp:.2f}")
     limit = 2 * LARGEST + 300e6
-    print(f"peak RSS above import quantkit {max(peaks) / 1e6:.0f} MB (2 x largest tensor + 300 MB = {limit / 1e6:.0f} MB)")
+    print(
+        f"peak RSS above import quantkit {max(peaks) / 1e6:.0f} MB; 2 x largest tensor + 300 MB = {limit / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

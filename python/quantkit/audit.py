@@ -59,8 +59,8 @@ class AuditResult:
         return not self.problems
 
     def to_json(self) -> str:
-        rows = [asdict(w) for w in self.weights]
-        return json.dumps({"ok": self.ok, "problems": self.problems, "carried": self.carried, "weights": rows}, indent=2)
+        """Everything, for programs: the verdict, the problems, and each weight's figures."""
+        return json.dumps({"ok": self.ok} | asdict(self), indent=2)
 
     def render(self) -> str:
         """The table people read: one row per kind of layer, worst first, and the verdict."""
@@ -93,7 +93,7 @@ def audit(output: Path, source: Checkpoint, *, progress: bool = True) -> AuditRe
         return result
     with written:
         if written.config.get("quantization_config") is None:
-            result.problems.append(f"{output}/config.json: has no quantization_config, so no server would dequantize it")
+            result.problems.append(f"{output}/config.json: no quantization_config, so no server would dequantize it")
             return result
         quantized = WeightSource(written)
         _check_structure(quantized, source, result)
@@ -125,10 +125,10 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
     for name in sorted(set(written.tensors) - set(expected)):
         result.problems.append(f"{name}: not in the source and not part of a quantized layer")
     for name, tensor in expected.items():
-        info = written.tensors.get(name)
-        if info is not None and (info.dtype, tuple(info.shape)) != (tensor.dtype, tuple(tensor.shape)):
+        found = written.tensors.get(name)
+        if found is not None and (found.dtype, tuple(found.shape)) != (tensor.dtype, tuple(tensor.shape)):
             result.problems.append(
-                f"{name}: {info.dtype} {list(info.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+                f"{name}: {found.dtype} {list(found.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
             )
     ignored = set(written.config["quantization_config"].get("ignore") or [])
     for module in sorted(ignored & quantized.modules):

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model-path", metavar="PATH", help="replaces model.model_path: a folder or a hub id")
         sub.add_argument("--save-path", metavar="DIR", help="replaces global.save_path")
         sub.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key, e.g. dataset.num_samples=64"
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key: dataset.num_samples=64"
         )
         if name == "run":
             sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")

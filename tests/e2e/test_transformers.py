@@ -16,7 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.formats.source import WeightSource
 
-from tests.e2e.jobs import EXAMPLES, SCHEMES, quantize
+from .jobs import EXAMPLES, SCHEMES, quantize
 
 pytest.importorskip("compressed_tensors")
 transformers = pytest.importorskip("transformers")

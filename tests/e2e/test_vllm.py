@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import EXAMPLES, quantize
+from .jobs import EXAMPLES, quantize
 
 PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON", "")
 pytestmark = [

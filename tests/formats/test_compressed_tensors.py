@@ -36,7 +36,10 @@ def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, 
         words = tensors["m.weight_zero_point"].numpy().view(np.uint32)
         zero = np.array(
             [
-                [(int(words[r * bits // 32, g]) >> (r * bits % 32)) % 2**bits - 2 ** (bits - 1) for g in range(words.shape[1])]
+                [
+                    (int(words[r * bits // 32, g]) >> (r * bits % 32)) % 2**bits - 2 ** (bits - 1)
+                    for g in range(words.shape[1])
+                ]
                 for r in range(rows)
             ]
         )

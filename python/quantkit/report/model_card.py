@@ -18,7 +18,12 @@ def model_card(plan: Plan) -> str:
     path = Path(plan.config.model.model_path)
     base = path.name if path.exists() else str(path)  # a hub id stays whole, a local folder is nobody's business
     kept = f"{len(plan.ignore)} Linears kept in full precision" if plan.ignore else "none kept in full precision"
-    data = f"\n- calibration data: {plan.config.dataset.num_samples} rows" if plan.scheme.needs_calibration else ""
+    dataset, sizes = plan.config.dataset, plan.estimate
+    calibration = ""
+    if dataset is not None and plan.scheme.needs_calibration:
+        count = "all" if dataset.num_samples < 0 else f"up to {dataset.num_samples}"
+        calibration = f"\n- calibration: {count} rows of at most {dataset.max_seq_length} tokens"
+    activations = describe(inputs) if inputs else "not quantized"
     return f"""---
 base_model: {base}
 base_model_relation: quantized
@@ -29,9 +34,10 @@ tags: [{plan.format.NAME}, quantkit, {plan.scheme.name.lower()}]
 
 `{base}` quantized with quantkit.
 
-- scheme: {plan.scheme.name}; weights {describe(plan.scheme.weights)}, activations {describe(inputs) if inputs else "not quantized"}
+- scheme: {plan.scheme.name}; weights {describe(plan.scheme.weights)}, activations {activations}
 - {len(plan.modules)} Linears quantized, {kept}
-- size: {size(plan.estimate.source_bytes)} -> {size(plan.estimate.output_bytes)}, {plan.estimate.bits_per_weight:.2f} bits per quantized weight{data}
+- size: {size(sizes.source_bytes)} -> {size(sizes.output_bytes)}
+- {sizes.bits_per_weight:.2f} bits per quantized weight, scales included{calibration}
 
 ```
 vllm serve <this folder>

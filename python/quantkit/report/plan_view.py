@@ -37,8 +37,8 @@ def render_plan(plan: Plan) -> str:
     e = plan.estimate
     lines += [
         "",
-        f"size     {size(e.source_bytes)} -> {size(e.output_bytes)}, {e.bits_per_weight:.2f} bits per quantized weight, "
-        f"{len(plan.layout.shards)} file(s)",
+        f"size     {size(e.source_bytes)} -> {size(e.output_bytes)}, "
+        f"{e.bits_per_weight:.2f} bits per quantized weight, {len(plan.layout.shards)} file(s)",
         f"memory   about {size(e.memory_bytes)} needed"
         + (f", {size(e.memory_available)} available" if e.memory_available else ""),
         f"disk     {size(e.output_bytes)} needed, {size(e.disk_available)} free",
