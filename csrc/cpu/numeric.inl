@@ -18,6 +18,33 @@ QK_INLINE void prefetch(const T* p, int64_t i) {
   if (p) __builtin_prefetch(p + i, 0, 2);
 }
 
+// Where the ISA's header has nothing better, Two is sixteen elements and the sixteen after them.
+template <class T>
+QK_INLINE Two load_two(const T* p) {
+  return {load(p, Full{}), load(p + kLanes, Full{})};
+}
+template <class T>
+QK_INLINE void store_two_bytes(T, void* p, I32 a, I32 b) {
+  store_bytes(p, a, Full{});
+  store_bytes(static_cast<uint8_t*>(p) + kLanes, b, Full{});
+}
+
+// q[i] = the lowest byte of f(x[i]) for n elements that are all treated alike. `ahead` is what will
+// be read next, element by element as x: it is fetched meanwhile. Null for nothing.
+template <class T, class Body>
+QK_INLINE void map_bytes(const T* x, const T* ahead, int64_t n, void* q, Body f) {
+  uint8_t* out = static_cast<uint8_t*>(q);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (int64_t line = 0; line < 2 * kLanes; line += 64 / sizeof(T)) prefetch(ahead, i + line);
+    const Two two = load_two(x + i);
+    store_two_bytes(T{}, out + i, f(two.a), f(two.b));
+  }
+  for_lanes(n - i, [&](int64_t j, auto lanes) {
+    store_bytes(out + i + j, f(load(x + i + j, lanes)), lanes);
+  });
+}
+
 // f(group index, first column, columns) for every group of a row; the last one may be shorter.
 template <class Body>
 QK_INLINE void for_groups(int64_t cols, int64_t group, Body body) {

@@ -24,8 +24,7 @@ QK_INLINE I32 int_code_each(F32 x, I32 zero_point, int q_min, int q_max) {
   return select(is_nan(x), max(low, min(high, zero_point)), code);
 }
 
-// `ahead` is what will be read next, element by element as x: it is fetched meanwhile. Null for
-// nothing.
+// `ahead` as in map_bytes.
 template <class T>
 void row_quantize_int(const T* x, const T* ahead, int64_t cols, int64_t group, const float* scale,
                       const int8_t* zero_point, int q_min, int q_max, int8_t* q) {
@@ -37,24 +36,26 @@ void row_quantize_int(const T* x, const T* ahead, int64_t cols, int64_t group, c
     });
     return;
   }
-  for_groups(cols, group, [&](int64_t g, int64_t first, int64_t n) {
+  const auto span = [=](int64_t g, int64_t first, int64_t n, F32 least, F32 most, I32 zero) {
     const F32 inverse = broadcast(1.0f / scale[g]);
-    const int shift = zero_point ? zero_point[g] : 0;
-    const I32 zero = broadcast(shift);
-    if (shift < q_min || shift > q_max) {
-      for_lanes(n, [&](int64_t i, auto lanes) {
-        const F32 scaled = load(x + first + i, lanes) * inverse;
-        store_bytes(q + first + i, int_code_each(scaled, zero, q_min, q_max), lanes);
-      });
-      return;
-    }
-    const F32 least = broadcast(static_cast<float>(q_min - shift));
-    const F32 most = broadcast(static_cast<float>(q_max - shift));
-    for_lanes(n, [&](int64_t i, auto lanes) {
-      prefetch(ahead, first + i);
-      const F32 scaled = load(x + first + i, lanes) * inverse;
-      store_bytes(q + first + i, int_code(scaled, least, most, zero), lanes);
+    map_bytes(x + first, ahead ? ahead + first : nullptr, n, q + first,
+              [=](F32 v) { return int_code(v * inverse, least, most, zero); });
+  };
+  const F32 low = broadcast(static_cast<float>(q_min)), high = broadcast(static_cast<float>(q_max));
+  if (!zero_point) {
+    return for_groups(cols, group, [=](int64_t g, int64_t first, int64_t n) {
+      span(g, first, n, low, high, broadcast(0));
     });
+  }
+  for_groups(cols, group, [=](int64_t g, int64_t first, int64_t n) {
+    const I32 zero = broadcast(static_cast<int>(zero_point[g]));
+    if (zero_point[g] >= q_min && zero_point[g] <= q_max) {
+      span(g, first, n, low - to_float(zero), high - to_float(zero), zero);
+    } else {
+      const F32 inverse = broadcast(1.0f / scale[g]);
+      map_bytes<T>(x + first, nullptr, n, q + first,
+                   [=](F32 v) { return int_code_each(v * inverse, zero, q_min, q_max); });
+    }
   });
 }
 
@@ -72,17 +73,13 @@ void row_quantize_fp8(const T* x, const T* ahead, int64_t cols, int64_t group, c
   }
   for_groups(cols, group, [&](int64_t g, int64_t first, int64_t n) {
     const F32 inverse = broadcast(1.0f / scale[g]);
+    const T* soon = ahead ? ahead + first : nullptr;
     if (kFitted && scale[g] - scale[g] == 0.0f) {
-      for_lanes(n, [&](int64_t i, auto lanes) {
-        prefetch(ahead, first + i);
-        store_bytes(q + first + i,
-                    encode<Format, true>(load(x + first + i, lanes) * inverse, format), lanes);
-      });
+      map_bytes(x + first, soon, n, q + first,
+                [=](F32 v) { return encode<Format, true>(v * inverse, format); });
     } else {
-      for_lanes(n, [&](int64_t i, auto lanes) {
-        store_bytes(q + first + i,
-                    encode<Format, false>(load(x + first + i, lanes) * inverse, format), lanes);
-      });
+      map_bytes(x + first, soon, n, q + first,
+                [=](F32 v) { return encode<Format, false>(v * inverse, format); });
     }
   });
 }

@@ -23,6 +23,9 @@ struct I32 {
   __m256i a, b;
 };
 using Mask = I32;
+struct Two {
+  F32 a, b;
+};
 
 struct Full {};
 struct Part {

@@ -3,6 +3,7 @@
 // each in its namespace.
 //
 //   F32, I32, Mask  16 lanes
+//   Two             32 elements, in an order that load_two chooses and store_two_bytes takes back
 //   Full, Part      how many lanes a load or store touches
 //   Keys<T>         the bits of T as signed integers in the order of |x| (`abs`) or of x (`order`).
 //                   NaN lies beyond infinity, so that an integer min or max propagates it at no
@@ -35,6 +36,9 @@ struct I32 {
   __m512i v;
 };
 using Mask = __mmask16;
+struct Two {
+  F32 a, b;
+};
 
 struct Full {};
 struct Part {
@@ -127,6 +131,18 @@ QK_INLINE void store_bytes(void* p, I32 x, Full) {
 }
 QK_INLINE void store_bytes(void* p, I32 x, Part n) {
   _mm512_mask_cvtepi32_storeu_epi8(p, n.mask, x.v);
+}
+
+// 32 bf16 numbers as the even and the odd ones, which takes three instructions instead of six.
+QK_INLINE Two load_two(const BFloat16* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)))}};
+}
+QK_INLINE void store_two_bytes(BFloat16, void* p, I32 even, I32 odd) {
+  const __m512i low = _mm512_set1_epi32(0xff), high = _mm512_slli_epi32(odd.v, 8);
+  const __m512i words = _mm512_ternarylogic_epi32(low, even.v, high, 0xca);  // low ? even : high
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
 
 QK_INLINE float to_float(float x) { return x; }

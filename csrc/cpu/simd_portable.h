@@ -32,6 +32,9 @@ struct I32 {
   IntVec v;
 };
 using Mask = I32;
+struct Two {
+  F32 a, b;
+};
 
 struct Full {};
 struct Part {
