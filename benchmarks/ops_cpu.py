@@ -1,6 +1,7 @@
 """Every CPU op on a bf16 matrix: GB/s of what it reads and writes, and the share of what a copy reaches.
 
-usage: python benchmarks/ops_cpu.py [--rows 4096] [--cols 14336] [--threads 2] [--rounds 15] [--fresh] [--json FILE]
+usage: python benchmarks/ops_cpu.py [--rows 4096] [--cols 14336] [--threads 2] [--rounds 15] [--fresh] [--cpu-time]
+       [--json FILE]
 
 Results go to memory that is there already, unless --fresh; the copy, which moves as many bytes in all, always
 writes to memory that is there. Matrices alternate over more than 128 MB, so none is in a cache.
@@ -9,6 +10,7 @@ writes to memory that is there. Matrices alternate over more than 128 MB, so non
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fresh", action="store_true", help="results in fresh memory, as users call the ops")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: leave out waiting for a core")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time counts one thread alone: add --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     ops._load.require("cpu")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
@@ -77,7 +83,7 @@ def main() -> None:
     print(f"bf16 {args.rows} x {args.cols}, {len(matrices)} matrices in turn, {args.rounds} rounds, {memory} memory")
     cases = workloads(matrices)
     peers = {name: case for name, case in copies({n: b for n, (b, _) in cases.items()}).items() if "fresh" not in name}
-    found = measure({**cases, **peers}, memory, args.rounds)
+    found = measure({**cases, **peers}, memory, args.rounds, clock=clock)
     print(f"{'':22}{'min ms':>9}{'median':>9}{'GB/s':>8}{'of a copy':>12}")
     for name in cases:
         t, copy = found[name], found[f"copy:{name}"]

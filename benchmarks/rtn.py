@@ -1,17 +1,21 @@
 """rtn_int and rtn_fp8 of a bf16 weight against copying as many bytes, and against compressed-tensors' compressors.
 
-usage: python benchmarks/rtn.py [--rows 4096] [--cols 14336] [--threads 2] [--rounds 20] [--peer] [--json FILE]
+usage: python benchmarks/rtn.py [--rows 4096] [--cols 14336] [--threads 2] [--rounds 20] [--peer] [--cpu-time]
+       [--json FILE]
 
 The ratio is the time of a copy that reads and writes as many bytes in all as the op does, over the op's. Both are
 the best of their rounds, measured in turn. The weights alternate over more than 128 MB, so none is in a cache. With
 `fresh` memory the op makes its result as users call it, and is set against a copy into fresh memory and one into
 memory that is there already; with `kept` memory the op's result, too, lands in memory that is there.
-The peer (`--peer`) is compressed-tensors' own compressor given ready scales; ours computes the scales as well.
+`--cpu-time` leaves out the time that the calling thread waits for a core: it goes with --threads 1, for machines that
+others use as well. The peer (`--peer`) is compressed-tensors' own compressor, given ready scales; ours computes the
+scales as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,8 +85,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--peer", action="store_true", help="measure compressed-tensors as well")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: leave out waiting for a core")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time counts one thread alone: add --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     ops._load.require("cpu")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
@@ -98,7 +106,7 @@ def main() -> None:
 
     def run(memory: str) -> None:
         cases = {name: (moved[name], lambda i, op=op: op(weights[i % len(weights)])) for name, op in OPS.items()}
-        found = measure({**cases, **copies(moved)}, memory, args.rounds)
+        found = measure({**cases, **copies(moved)}, memory, args.rounds, clock=clock)
         timings.extend(found.values())
         print(f"\n{memory} memory for results")
         show(found, names)
@@ -111,7 +119,7 @@ def main() -> None:
                 f"peer {name}": (moved[name], lambda i, f=compress: f(weights[i % len(weights)])),
                 name: (moved[name], lambda i, f=OPS[name]: f(weights[i % len(weights)])),
             }
-            found = measure(cases, "fresh", max(3, args.rounds // 5), warmup=1)
+            found = measure(cases, "fresh", max(3, args.rounds // 5), warmup=1, clock=clock)
             timings.append(found[f"peer {name}"])
             theirs, ours = found[f"peer {name}"].minimum, found[name].minimum
             print(f"{name:18}{theirs * 1e3:9.1f} ms, quantkit {ours * 1e3:.2f} ms: {theirs / ours:.0f} x")
