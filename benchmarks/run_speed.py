@@ -23,14 +23,24 @@ from synthetic import make_llama
 LARGEST = 14336 * 4096 * 2  # bytes of an MLP weight; the embedding is kept smaller
 
 
-def child(*command: str) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a command."""
+# VmHWM is of this program alone; a child's ru_maxrss would remember the parent it was forked from.
+CHILD = """
+import sys
+import quantkit
+status = 0
+if sys.argv[1:]:
+    from quantkit.cli import main
+    status = main(sys.argv[1:])
+print("VmHWM", next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def child(*arguments: str) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of `quantkit ARGUMENTS`; without arguments of `import quantkit` alone."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - started, int(done.stdout.split()[-1]) * 1024
 
 
 def copy(source: Path, target: Path) -> float:
@@ -64,14 +74,14 @@ def main() -> None:
         f"compression: {{name: PTQ, quantization: {{name: {args.algorithm}, ignore_layers: [lm_head]}}}}\n"
     )
     copied, output = args.folder / "quantkit-bench-cp", args.folder / config.stem
-    _, base = child(sys.executable, "-c", "import quantkit")
+    _, base = child()
     copies, runs, peaks = [], [], []
     for _ in range(args.repeat):
         shutil.rmtree(copied, ignore_errors=True)
         shutil.rmtree(output, ignore_errors=True)
         copies.append(copy(source, copied))
         shutil.rmtree(copied)
-        seconds, peak = child(sys.executable, "-m", "quantkit", "run", "-c", str(config))
+        seconds, peak = child("run", "-c", str(config))
         runs.append(seconds)
         peaks.append(peak - base)
     shutil.rmtree(output, ignore_errors=True)
@@ -79,10 +89,8 @@ def main() -> None:
     print(f"{args.algorithm}, {nbytes / 1e9:.2f} GB in {layers} layers, median of {args.repeat}")
     print(f"cp + fsync      {cp:6.2f} s  ({', '.join(f'{s:.2f}' for s in copies)})")
     print(f"quantkit run    {run:6.2f} s  ({', '.join(f'{s:.2f}' for s in runs)})  ratio {run / cp:.2f}")
-    limit = 2 * LARGEST + 300e6
-    print(
-        f"peak RSS above import quantkit {max(peaks) / 1e6:.0f} MB; 2 x largest tensor + 300 MB = {limit / 1e6:.0f} MB"
-    )
+    peak, limit = max(peaks) / 1e6, 2 * LARGEST / 1e6 + 300
+    print(f"peak RSS above import quantkit {peak:.0f} MB; 2 x largest tensor + 300 MB = {limit:.0f} MB")
 
 
 if __name__ == "__main__":

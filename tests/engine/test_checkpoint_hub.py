@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from huggingface_hub import constants, errors
+
 from quantkit.checkpoint.hub import resolve_model
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
@@ -92,8 +93,12 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model(folder, revision="v2")
 
 
-def response(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+# The HTTP library of huggingface_hub, whichever its release uses.
+http = sys.modules[errors.HTTPError.__module__.partition(".")[0]]
+
+
+def response(status: int) -> Any:
+    return http.Response(status, request=http.Request("GET", "https://hub"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def response(status: int) -> httpx.Response:
         (errors.RevisionNotFoundError("x", response=response(404)), "not this revision"),
         (errors.LocalEntryNotFoundError("x"), "the hub cannot be reached"),
         (errors.HfHubHTTPError("status 500", response=response(500)), "the download failed: status 500"),
-        (httpx.ProxyError("bad proxy"), "the download failed: bad proxy"),
+        (http.ProxyError("bad proxy"), "the download failed: bad proxy"),
         (OSError(28, "No space left on device"), "the download failed: .*No space"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -70,11 +70,12 @@ def _similar(path: Path) -> str:
 
 
 def _snapshot(repo: str, path: Path, cache_dir: str | Path | None, revision: str | None) -> Path:
-    import httpx
+
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -113,5 +114,5 @@ def _snapshot(repo: str, path: Path, cache_dir: str | Path | None, revision: str
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{named}: {local}, and not a valid hub id either: {error}") from error
-    except (httpx.HTTPError, OSError) as error:  # the hub's own errors are both
+    except (HTTPError, OSError) as error:  # the hub's own errors are both
         raise CheckpointError(f"{named}: {local}; the download failed: {error}") from error

@@ -58,7 +58,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, layout: Layout, output: Path | str, overwrite: bool = False, max_pending_bytes: int = 128 << 20
+        self, layout: Layout, output: Path | str, overwrite: bool = False, max_pending_bytes: int = 64 << 20
     ) -> None:
         self.layout = layout
         self.output = Path(os.path.abspath(output))

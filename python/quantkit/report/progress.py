@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from tqdm import tqdm
@@ -17,7 +18,8 @@ class Progress:
             unit=unit,
             unit_scale=True,
             delay=2.0,
-            mininterval=0.5,
+            # A log gets a line now and then, a terminal a bar that moves.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
             disable=not enabled,
             dynamic_ncols=True,
         )
