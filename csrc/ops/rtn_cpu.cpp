@@ -8,8 +8,9 @@
 namespace qk::cpu {
 namespace {
 
-// A row of blocks is worked on in tiles that stay in the L2 cache between reading the extremes and
-// writing the codes.
+// A row of blocks is worked on in tiles that stay in a cache between reading the extremes and
+// writing the codes: L1 for rows, L2 for blocks of many rows.
+constexpr int64_t kRowElements = 4096;
 constexpr int64_t kTileElements = 128 * 1024;
 
 // Blocks of so many rows no longer fit it: those go through the separate ops, which read x twice.
@@ -26,10 +27,8 @@ void for_tiles(const Tensor& x, const Grid& grid, void* q, int64_t q_bits, int64
   const int64_t rows = x.size(0), cols = x.size(1);
   // A multiple of eight blocks, so that no two tiles share a word of packed codes.
   const int64_t step = 8 * grid.block_cols;
-  const int64_t tile =
-      grid.block_rows == 1
-          ? cols
-          : std::min(cols, std::max<int64_t>(1, kTileElements / grid.block_rows / step) * step);
+  const int64_t wanted = grid.block_rows == 1 ? kRowElements : kTileElements / grid.block_rows;
+  const int64_t tile = std::min(cols, std::max<int64_t>(1, wanted / step) * step);
   const int64_t tiles = (cols + tile - 1) / tile;
   parallel_rows(grid.rows * tiles, grid.block_rows * tile, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(rtn_scratch_bytes(tile));
