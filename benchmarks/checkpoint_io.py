@@ -25,6 +25,7 @@ SHARD_BYTES = 500_000_000
 def make_checkpoint(folder: Path, nbytes: int) -> None:
     """bf16 matrices of 58.7 MB (4096 x 7168), a norm vector beside each, and an embedding of four times the size."""
     import torch
+
     from quantkit.checkpoint.layout import OutputTensor, plan_layout
     from quantkit.checkpoint.writer import CheckpointWriter
 
@@ -67,6 +68,7 @@ def peak_rss() -> int:
 def measure(source: Path, output: Path, kind: str) -> None:
     """In a process of its own: print seconds and peak RSS above the imports."""
     import torch  # noqa: F401 - its memory is not ours
+
     from quantkit import _host  # noqa: F401
 
     before = peak_rss()

@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import quantkit.ops as ops
 import torch
 from torch import Tensor
+
+import quantkit.ops as ops
 
 
 def seconds(call: Callable[[], Any], flush: Tensor, runs: int = 30) -> float:

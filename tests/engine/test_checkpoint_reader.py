@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from quantkit.checkpoint.dtypes import BITS
 from quantkit.checkpoint.header import read_header
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import CheckpointError
-from safetensors.torch import save_file
 
 from .checkpoint_files import INDEX, entry, header_of, raw, sharded, single
 

@@ -18,6 +18,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from quantkit import _host
 from quantkit.checkpoint.dtypes import alignment, name_of
 from quantkit.checkpoint.layout import Layout, OutputTensor, plan_layout
@@ -25,8 +28,6 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.staging import MARKER
 from quantkit.checkpoint.writer import CheckpointWriter, check_free_space, free_bytes
 from quantkit.errors import CheckpointError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from .checkpoint_files import single
 

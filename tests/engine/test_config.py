@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+
 from quantkit.config.algorithms import ALGORITHMS, STRATEGY_OF, QuantMethod
 from quantkit.config.dialect import NOT_SUPPORTED, WITHOUT_EFFECT
 from quantkit.config.fields import type_name

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import quantkit.ops as ops
 import torch
 from torch import Tensor
+
+import quantkit.ops as ops
 
 from .cuda_cases import (
     BLOCKS,

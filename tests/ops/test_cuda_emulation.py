@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import quantkit.ops as ops
 import torch
 from torch import Tensor
+
+import quantkit.ops as ops
 
 from . import emulated_cuda
 from .cuda_cases import (
