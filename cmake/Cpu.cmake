@@ -16,6 +16,9 @@ foreach(_file IN LISTS _kernels)
     set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "${_avx512}")
   elseif(_file MATCHES "_avx2\\.cpp$")
     set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  elseif(_file MATCHES "_portable\\.cpp$")
+    # Wide vector types never cross a file's border, so how they are passed does not matter.
+    set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "-Wno-psabi")
   endif()
 endforeach()
 

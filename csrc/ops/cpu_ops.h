@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/pages.h"
 #include "ops/check.h"
 
@@ -32,6 +33,8 @@ inline void check_code_range(const char* op, int64_t q_min, int64_t q_max) {
 template <typename Body>
 void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
   constexpr int64_t kElements = 32768;
+  current_isa();  // a wrong QUANTKIT_ISA is said here; thrown in the loop, torch would lose the
+                  // words
   torch::stable::parallel_for(0, rows, cols >= kElements ? 1 : kElements / (cols + 1) + 1, body);
 }
 
