@@ -1,7 +1,7 @@
 """Causal attention for calibration on the CPU in 16 bit: matrix products over blocks of queries.
 
 PyTorch's fused CPU attention reaches 80 GFLOP/s on rows of a few hundred tokens, its bf16 matrix product 900. So
-the scores of 64 queries at a time are made against the keys up to the last of them, which skips most of what
+the scores of 128 queries at a time are made against the keys up to the last of them, which skips most of what
 causality masks out, with grouped heads folded into the rows. Scores and probabilities are rounded to the model's
 dtype, as Transformers' own `eager` attention does. Whatever is not plain causal attention goes to `sdpa`.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "quantkit_causal"
-BLOCK = 64
+BLOCK = 128
 
 
 def register() -> str:
