@@ -71,16 +71,16 @@ def _similar(path: Path) -> str:
 
 def _snapshot(repo: str, path: Path, cache_dir: str | Path | None, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
+
+    # That of the HTTP library in use: releases of huggingface_hub have different ones, and re-export this.
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        HTTPError,  # type: ignore[attr-defined,unused-ignore]
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-
-    # That of the HTTP library in use: releases of huggingface_hub have different ones, and re-export this.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined,unused-ignore]
 
     named = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
     local = f"no folder {path}{_similar(path)}"
