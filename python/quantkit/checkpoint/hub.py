@@ -70,17 +70,7 @@ def _similar(path: Path) -> str:
 
 
 def _snapshot(repo: str, path: Path, cache_dir: str | Path | None, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    # That of the HTTP library in use: releases of huggingface_hub have different ones, and re-export this.
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # type: ignore[attr-defined,unused-ignore]
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, errors, snapshot_download
 
     named = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
     local = f"no folder {path}{_similar(path)}"
@@ -95,25 +85,26 @@ def _snapshot(repo: str, path: Path, cache_dir: str | Path | None, revision: str
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
         )
-    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError, hence first
+    except errors.GatedRepoError as error:  # a subclass of RepositoryNotFoundError, hence first
         raise CheckpointError(
             f"{named}: the hub gives access only to who accepted its terms; accept them on the model's page, then "
             "`hf auth login` or set HF_TOKEN"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{named}: the hub has the model but not this revision; check model.revision") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{named}: {local}, and the hub has no such model, or it is private; check the name, or `hf auth login`"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         cache = cache_dir or constants.HF_HUB_CACHE
         raise CheckpointError(
             f"{named}: {local}; {offline}, and {cache} does not hold the complete model; connect, download it once, or "
             "give a folder"
         ) from error
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise CheckpointError(f"{named}: {local}, and not a valid hub id either: {error}") from error
-    except (HTTPError, OSError) as error:  # the hub's own errors are both
+    # HTTPError is that of the HTTP library in use, which differs between releases of huggingface_hub.
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined,unused-ignore]
         raise CheckpointError(f"{named}: {local}; the download failed: {error}") from error
