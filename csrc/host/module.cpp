@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl/filesystem.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <cstddef>
 #include <filesystem>
 
@@ -17,6 +21,13 @@ using quantkit::host::OsError;
 using quantkit::host::OutputFile;
 
 namespace {
+
+// glibc keeps freed blocks of up to 32 MB for later, which a run of bounded memory cannot afford.
+void release_free_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -99,4 +110,6 @@ PYBIND11_MODULE(_host, m) {
 
   m.def("fsync_directory", &fsync_directory, py::arg("path"), Unlocked(),
         "Make the folder's entries durable.");
+  m.def("release_free_memory", &release_free_memory, Unlocked(),
+        "Give memory that malloc holds but nobody uses back to the system.");
 }

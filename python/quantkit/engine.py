@@ -16,6 +16,7 @@ from . import __version__
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
+from .checkpoint.native import host
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
@@ -125,6 +126,7 @@ def _data_free(plan: Plan, writer: CheckpointWriter) -> None:
             if module != name and module in plan.modules:
                 modifier.weight(module, checkpoint.tensor(name))
                 checkpoint.release(name)
+                host().release_free_memory()
             else:
                 writer.copy(name, info, checkpoint)
             progress.advance(info.nbytes)
