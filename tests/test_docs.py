@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/ do what they say: every `sh` line that starts with quantkit, every `python` block."""
+"""The examples of README.md and docs/ do what they say: `sh` lines that start with quantkit, and `python` blocks."""
 
 from __future__ import annotations
 
