@@ -145,10 +145,10 @@ def _calibrated(plan: Plan, writer: CheckpointWriter) -> None:
     config, checkpoint = plan.config, plan.checkpoint
     assert config.dataset is not None
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
-    rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed)
     dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
     remote = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=dtype, trust_remote_code=remote)
+    rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
     for name in plan.carried:
         writer.copy(name, checkpoint.tensors[name], checkpoint)
     sweep(skeleton, WeightSource(checkpoint), batches(rows), _modifier(plan, writer), plan.modules)
@@ -156,7 +156,8 @@ def _calibrated(plan: Plan, writer: CheckpointWriter) -> None:
 
 def _side_files(plan: Plan, writer: CheckpointWriter) -> None:
     for path in plan.checkpoint.side_files:
-        writer.copy_side_file(path)
+        if path.name != RECORD:  # of an earlier job on this model; this one writes its own
+            writer.copy_side_file(path)
     writer.side_file("README.md", model_card(plan).encode())
     writer.side_file(RECORD, (json.dumps(_record(plan), indent=2) + "\n").encode())
     writer.side_file("config.json", config_bytes(plan))
