@@ -74,7 +74,7 @@ def run(command: list[str]) -> None:
 def load(folder: Path) -> torch.library.Library:
     """Declares the emulated ops with the schemas of the real ones; they live as long as the library given back."""
     library = torch.library.Library("quantkit_emulated", "FRAGMENT")
-    for name in quantkit.ops._library.REFERENCES:
+    for name in quantkit.ops._library.compiled_ops("CUDA"):
         schema = str(getattr(torch.ops.quantkit, name).default._schema)
         library.define(schema.removeprefix("quantkit::"))
     for schema in OWN_SCHEMAS:

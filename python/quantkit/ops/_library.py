@@ -3,6 +3,9 @@
 An op is a schema, a fake (shapes and dtypes only, for torch.compile) and a reference in plain torch. The
 reference is registered as the default kernel, so an op exists on every device; the compiled libraries add
 faster kernels for CPU and CUDA, which take precedence when they are loaded (`quantkit.ops._load`).
+
+An op says which devices the compiled libraries have a kernel for. Without any, its reference is the kernel: it is made
+of torch's own fast ops. With "CPU" alone it refuses CUDA tensors instead of serving them by the slow reference.
 """
 
 from __future__ import annotations
@@ -15,16 +18,43 @@ import torch
 NAMESPACE = "quantkit"
 _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 REFERENCES: dict[str, Callable[..., Any]] = {}
+_KERNELS: dict[str, tuple[str, ...]] = {}
 
 
-def declare(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Define `quantkit::<schema>` with its fake and its reference kernel; gives back the callable overload."""
+def compiled_ops(device: str) -> list[str]:
+    """The ops that the compiled library for "CPU" or "CUDA" has a kernel for."""
+    return [name for name, devices in _KERNELS.items() if device in devices]
+
+
+def declare(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    kernels: tuple[str, ...] = ("CPU", "CUDA"),
+) -> torch._ops.OpOverload:
+    """Define `quantkit::<schema>` with its fake and its reference kernel; gives back the callable overload.
+
+    `kernels` are the devices that the compiled libraries have one for: both, ("CPU",), or () where torch's ops do it.
+    """
     name = schema[: schema.index("(")]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
     _LIB.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
+    _KERNELS[name] = kernels
+    if kernels == ("CPU",):
+        _LIB.impl(name, _refuse_cuda(name), "CUDA")
     return getattr(torch.ops.quantkit, name).default
+
+
+def _refuse_cuda(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"quantkit::{name} has no CUDA kernel in this version: call it with CPU tensors and move the results"
+        )
+
+    return refuse
 
 
 def grid(rows: int, cols: int, block: Sequence[int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._library import NAMESPACE, REFERENCES
+from ._library import NAMESPACE, compiled_ops
 
 MINIMUM_TORCH = (2, 11)  # what the stable ABI that the libraries are compiled for asks of torch
 
@@ -49,7 +49,9 @@ def _open(name: str) -> Library:
     except OSError as error:
         return Library(spec.origin, f"it cannot be opened: {error}")
     key = name.upper()
-    missing = [op for op in REFERENCES if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)]
+    missing = [
+        op for op in compiled_ops(key) if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+    ]
     if missing:
         return Library(spec.origin, f"{spec.origin} is older than these sources: it has no {', '.join(missing)}")
     return Library(spec.origin, None)
