@@ -18,7 +18,9 @@ def perplexity_and_line(folder: Path) -> tuple[float, str]:
     """Perplexity on the evaluation text (windows of 256 tokens) and a greedy continuation, both by Transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokenizer(TEXT.read_text(), return_tensors="pt", add_special_tokens=False).input_ids[0]
@@ -27,7 +29,7 @@ def perplexity_and_line(folder: Path) -> tuple[float, str]:
         losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
         prompt = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
         mask = torch.ones_like(prompt)
-        line = model.generate(prompt, attention_mask=mask, max_new_tokens=24, do_sample=False)
+        line = model.generate(prompt, attention_mask=mask, max_new_tokens=32, do_sample=False, repetition_penalty=1.3)
     return math.exp(sum(losses) / len(losses)), tokenizer.decode(line[0]).replace("\n", " ")
 
 
