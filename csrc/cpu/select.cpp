@@ -1,6 +1,7 @@
 // Every family's table for the instruction set that dispatch.h chose.
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
+#include "cpu/gptq.h"
 #include "cpu/pack.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
@@ -48,5 +49,6 @@ QK_FAMILY(QuantizeKernels, quantize)
 QK_FAMILY(PackKernels, pack)
 QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
+QK_FAMILY(GptqKernels, gptq)
 
 }  // namespace qk

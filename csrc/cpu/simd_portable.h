@@ -49,6 +49,7 @@ QK_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
 QK_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 QK_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
 QK_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+QK_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
 // Loops, which become vector code: GCC 12 takes a comparison of vectors wider than a register
 // apart.
 QK_INLINE F32 min(F32 a, F32 b) {

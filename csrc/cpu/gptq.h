@@ -1,0 +1,48 @@
+// The GPTQ sweep: rows are lanes, columns go one after the other, and every block of columns takes
+// the errors of all columns before it in one matrix product (left-looking).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace qk {
+
+// Columns [first, first + width) of the sweep, the same for all rows.
+struct GptqStripe {
+  int64_t first, width;
+  // Rows [0, first + width) of the factor in these columns: [panel of columns][row][panel_cols].
+  const float* u;
+  const float* inverse;  // 1 / the factor's diagonal, for each of these columns
+  const int32_t* group;  // the group of each of these columns
+  // Whether the stripe is a group that gets its scale here, from its weights as updated so far.
+  bool fit, symmetric;
+  float divisor;
+  DType scale_dtype;
+  int q_min, q_max;
+};
+
+// `panel_rows` rows side by side; those beyond `rows` are zero.
+struct GptqPanel {
+  float* values;  // [column][panel_rows]: the weight, then, once it is rounded, minus its error
+  float* scale;   // [group][panel_rows]
+  float* zero;    // the zero points likewise
+  float* loss;    // [panel_rows]
+  int8_t* codes;  // of the first row and column
+  int64_t code_stride;
+  int64_t rows;
+};
+
+struct GptqKernels {
+  int panel_rows, panel_cols;
+  // Columns [first, first + width) of u's rows [begin, end), as GptqStripe::u, which has `depth`.
+  void (*pack)(const float* u, int64_t stride, int64_t first, int64_t width, int64_t begin,
+               int64_t end, int64_t depth, float* packed);
+  // `scratch` has panel_rows * width bytes.
+  void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* scratch);
+};
+
+// Those of the instruction set that dispatch.h chose.
+const GptqKernels& gptq_kernels();
+
+}  // namespace qk

@@ -1,0 +1,9 @@
+// The table of gptq.h for one ISA.
+#include "cpu/gptq_impl.h"
+
+namespace qk::QK_ISA {
+
+extern const GptqKernels gptq;
+const GptqKernels gptq = {kPanel, kColumns, pack_factor, sweep_stripe};
+
+}  // namespace qk::QK_ISA

@@ -1,0 +1,130 @@
+// See gptq.h. An ISA's file says how many vectors of rows and how many columns a tile in registers
+// has: kVectors, kColumns.
+#pragma once
+
+#include "cpu/gptq.h"
+#include "cpu/scale_impl.h"
+
+namespace qk::QK_ISA {
+namespace {
+
+constexpr int kPanel = kVectors * kLanes;
+constexpr int64_t kDepth = 256;  // errors of so many columns of a panel stay in the cache
+
+inline void pack_factor(const float* u, int64_t stride, int64_t first, int64_t width, int64_t begin,
+                        int64_t end, int64_t depth, float* packed) {
+  for (int64_t k = begin; k < end; ++k) {
+    const float* row = u + k * stride + first;
+    for (int64_t c = 0; c < width; c += kColumns) {
+      float* out = packed + c * depth + k * kColumns;
+      for (int j = 0; j < kColumns; ++j) out[j] = c + j < width ? row[c + j] : 0.0f;
+    }
+  }
+}
+
+// values[column + j] += sum of values[k] * u[k][j], k in [begin, end): the values before `column`
+// are minus their errors.
+QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end, const float* u) {
+  F32 sum[kColumns][kVectors];
+  float* const out = values + column * kPanel;
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[j][v] = load(out + j * kPanel + v * kLanes, Full{});
+    }
+  }
+  for (int64_t k = begin; k < end; ++k) {
+    F32 error[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) error[v] = load(values + k * kPanel + v * kLanes, Full{});
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) {
+      const F32 factor = broadcast(u[k * kColumns + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add(error[v], factor, sum[j][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + j * kPanel + v * kLanes, sum[j][v], Full{});
+    }
+  }
+}
+
+inline void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
+  float low[kPanel], high[kPanel];
+  for (int v = 0; v < kPanel; v += kLanes) {
+    F32 least = broadcast(0.0f), most = least;
+    for (int64_t c = stripe.first; c < stripe.first + stripe.width; ++c) {
+      const F32 w = load(panel.values + c * kPanel + v, Full{});
+      least = min(least, w);
+      most = max(most, w);
+    }
+    if (stripe.symmetric) most = max(most, broadcast(0.0f) - least);
+    store(low + v, least, Full{});
+    store(high + v, most, Full{});
+  }
+  float* const scale = panel.scale + stripe.group[0] * kPanel;
+  float* const zero = panel.zero + stripe.group[0] * kPanel;
+  int8_t code[kPanel] = {};
+  if (stripe.symmetric) {
+    symmetric_scales(high, kPanel, stripe.divisor, stripe.scale_dtype, scale);
+  } else {
+    asymmetric_scales(low, high, kPanel, stripe.q_min, stripe.q_max, stripe.scale_dtype, scale,
+                      code);
+  }
+  for (int r = 0; r < kPanel; ++r) zero[r] = static_cast<float>(code[r]);
+}
+
+// Rounds one column and takes its error off the next `rest` ones, whose factors are at u.
+QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, int64_t index,
+                            int rest, const float* u, int8_t* codes) {
+  float* const column = panel.values + (stripe.first + index) * kPanel;
+  const int64_t group = stripe.group[index] * kPanel;
+  const F32 low = broadcast(static_cast<float>(stripe.q_min));
+  const F32 high = broadcast(static_cast<float>(stripe.q_max));
+  for (int v = 0; v < kPanel; v += kLanes) {
+    const F32 w = load(column + v, Full{}), step = load(panel.scale + group + v, Full{});
+    const F32 zero = load(panel.zero + group + v, Full{});
+    const F32 scaled = w * (broadcast(1.0f) / step);
+    const I32 code = round(max(low - zero, min(high - zero, scaled)));
+    store_bytes(codes + v, code + round(zero), Full{});
+    const F32 minus = (to_float(code) * step - w) * broadcast(stripe.inverse[index]);
+    store(column + v, minus, Full{});
+    store(panel.loss + v, load(panel.loss + v, Full{}) + broadcast(0.5f) * minus * minus, Full{});
+    for (int j = 1; j <= rest; ++j) {
+      float* const next = column + j * kPanel + v;
+      store(next, multiply_add(minus, broadcast(u[j]), load(next, Full{})), Full{});
+    }
+  }
+}
+
+void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* scratch) {
+  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
+  for (int64_t begin = 0; begin < first; begin += kDepth) {
+    const int64_t end = begin + kDepth < first ? begin + kDepth : first;
+    for (int64_t c = 0; c < width; c += kColumns) {
+      update(panel.values, first + c, begin, end, stripe.u + c * depth);
+    }
+  }
+  if (stripe.fit) fit_scale(stripe, panel);
+  for (int64_t c = 0; c < width; c += kColumns) {
+    const float* u = stripe.u + c * depth;
+    update(panel.values, first + c, first, first + c, u);
+    const int n = static_cast<int>(width - c < kColumns ? width - c : kColumns);
+    for (int j = 0; j < n; ++j) {
+      round_column(stripe, panel, c + j, n - 1 - j, u + (first + c + j) * kColumns + j,
+                   scratch + (c + j) * kPanel);
+    }
+  }
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    int8_t* const out = panel.codes + r * panel.code_stride + first;
+    for (int64_t c = 0; c < width; ++c) out[c] = scratch[c * kPanel + r];
+  }
+}
+
+}  // namespace
+}  // namespace qk::QK_ISA

@@ -1,0 +1,262 @@
+"""GPTQ: the factor of the inverse Gram matrix, and the sweep that rounds a weight column by column with it.
+
+Each column is rounded to nearest, and its error, weighed by the factor's row, is taken off the columns that are still
+to come. The factor belongs to the input alone: Linears that share an input share it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ._library import check_code_range, declare, grid
+from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
+
+_LEAF = 256  # triangles up to this size are inverted by substitution, larger ones by matrix products
+
+
+def _check_factor(g: Tensor, dampening: float) -> None:
+    op = "gptq_factor"
+    torch._check(
+        g.dim() == 2 and g.shape[0] == g.shape[1] and g.dtype in (torch.float32, torch.float64),
+        lambda: f"quantkit::{op}: g must be float32 or float64 [K, K], got {g.dtype} {list(g.shape)}",
+    )
+    torch._check(dampening >= 0, lambda: f"quantkit::{op}: dampening must be >= 0, got {dampening}")
+
+
+def _factor_fake(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    _check_factor(g, dampening)
+    return g.new_empty(g.shape), g.new_empty((g.shape[0],), dtype=torch.bool)
+
+
+def _invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangle, in place, in halves: a third of the work of solving for the identity."""
+    n = lower.shape[0]
+    if n <= _LEAF:
+        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    half = (n // 2 + 63) // 64 * 64
+    first, second, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    torch.mm(second, corner @ first, out=corner).neg_()
+    return lower
+
+
+def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    _check_factor(g, dampening)
+    diagonal = g.diagonal()
+    unusable = ~(diagonal.isfinite() & (diagonal >= 0))
+    if bool(unusable.any()):
+        raise RuntimeError(
+            f"quantkit::gptq_factor: {int(unusable.sum())} of {g.shape[0]} diagonal elements of g are NaN, infinite or "
+            f"negative, the first at column {int(unusable.nonzero()[0])}: look for NaN in the activations"
+        )
+    dead = diagonal == 0
+    h = g.flip(0, 1)
+    if g.shape[0]:
+        damped = h.diagonal().add_(dampening * diagonal.mean())
+        damped[damped == 0] = 1.0  # a dead column is tied to no other one: any positive number will do
+    lower, info = torch.linalg.cholesky_ex(h)
+    if int(info) != 0:
+        raise LinAlgError(
+            f"quantkit::gptq_factor: g + {dampening:g} * mean(diag(g)) is not positive definite (minor {int(info)} of "
+            f"{g.shape[0]}): raise the dampening, or give more calibration tokens"
+        )
+    # With J the reversal, J chol(J H J)^-1 J is the upper Cholesky factor of H^-1: no inverse, one factorization.
+    return _invert_lower(lower.contiguous()).flip(0, 1), dead
+
+
+def _check_sweep(
+    w: Tensor,
+    u: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    group_size: int,
+    q_min: int,
+    q_max: int,
+    scale_dtype: torch.dtype,
+    g_idx: Tensor | None,
+) -> tuple[int, int]:
+    """Shape of the scales; says what is wrong with the arguments in the words of the compiled kernel."""
+    op = "gptq_sweep"
+    torch._check(
+        w.dim() == 2 and w.dtype == torch.float32,
+        lambda: f"quantkit::{op}: w must be torch.float32 [rows, K], got {w.dtype} {list(w.shape)}",
+    )
+    rows, cols = w.shape
+    torch._check(
+        tuple(u.shape) == (cols, cols) and u.dtype == w.dtype,
+        lambda: f"quantkit::{op}: u must be torch.float32 [{cols}, {cols}], got {u.dtype} {list(u.shape)}",
+    )
+    torch._check(
+        group_size == -1 or group_size > 0,
+        lambda: f"quantkit::{op}: group_size must be positive, or -1 for the whole row, got {group_size}",
+    )
+    check_code_range(op, q_min, q_max)
+    _check_scale_dtype(op, scale_dtype)
+    shape = grid(rows, cols, [1, group_size])
+    if scale is not None:
+        torch._check(
+            tuple(scale.shape) == shape and scale.dtype == torch.float32,
+            lambda: f"quantkit::{op}: scale must be torch.float32 {list(shape)}, got {scale.dtype} {list(scale.shape)}",
+        )
+    else:
+        torch._check(
+            zero_point is None and g_idx is None,
+            lambda: f"quantkit::{op}: zero_point and g_idx go with a given scale; without one they are computed",
+        )
+    if zero_point is not None:
+        torch._check(
+            tuple(zero_point.shape) == shape and zero_point.dtype == torch.int8,
+            lambda: f"quantkit::{op}: zero_point must be torch.int8 {list(shape)}",
+        )
+    if g_idx is not None:
+        torch._check(
+            tuple(g_idx.shape) == (cols,) and g_idx.dtype == torch.int32,
+            lambda: f"quantkit::{op}: g_idx must be torch.int32 [{cols}], got {g_idx.dtype} {list(g_idx.shape)}",
+        )
+    return shape
+
+
+def _sweep_fake(
+    w: Tensor,
+    u: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    group_size: int,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale_dtype: torch.dtype,
+    g_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _check_sweep(w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx)
+    without = symmetric if scale is None else zero_point is None
+    return (
+        w.new_empty(w.shape, dtype=torch.int8),
+        w.new_empty(shape),
+        w.new_empty((0,) if without else shape, dtype=torch.int8),
+        w.new_empty((w.shape[0],)),
+    )
+
+
+def _group_scale(
+    group: Tensor, q_min: int, q_max: int, symmetric: bool, divisor: float, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    group = group.float()
+    if symmetric:
+        scale = _symmetric_reference(group.abs().amax(1), divisor, scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    return _asymmetric_reference(group.amin(1), group.amax(1), q_min, q_max, scale_dtype)
+
+
+def _sweep_reference(
+    w: Tensor,
+    u: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    group_size: int,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale_dtype: torch.dtype,
+    g_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _check_sweep(w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx)
+    _check_values(w, g_idx, shape[1])
+    cols = w.shape[1]
+    without = symmetric if scale is None else zero_point is None
+    size = max(cols, 1) if group_size == -1 else group_size
+    scales = w.new_empty(shape) if scale is None else scale.clone()
+    zeros = torch.zeros(shape, dtype=torch.int8, device=w.device) if zero_point is None else zero_point.clone()
+    w = w.clone()
+    codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
+    loss = w.new_zeros(w.shape[0])
+    for c in range(cols):
+        g = c // size if g_idx is None else int(g_idx[c])
+        if scale is None and c % size == 0:
+            found = _group_scale(w[:, c : c + size], q_min, q_max, symmetric, divisor, scale_dtype)
+            scales[:, g], zeros[:, g] = found
+        step, zero = scales[:, g], zeros[:, g].float()
+        # As quantize_int: the inverse of the scale, clamped before it is rounded.
+        code = torch.round((w[:, c] * (1.0 / step)).clamp(q_min - zero, q_max - zero))
+        codes[:, c] = (code + zero).to(torch.int8)
+        error = (w[:, c] - code * step) * (1.0 / u[c, c])
+        loss += 0.5 * error * error
+        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+    if not bool(loss.isfinite().all()):
+        raise RuntimeError("quantkit::gptq_sweep: the loss is not finite: u holds NaN or infinities, or a scale does")
+    return codes, scales, w.new_empty((0,), dtype=torch.int8) if without else zeros, loss
+
+
+def _check_values(w: Tensor, g_idx: Tensor | None, groups: int) -> None:
+    if not bool(w.isfinite().all()):
+        raise RuntimeError("quantkit::gptq_sweep: w holds NaN or infinities: is the checkpoint damaged?")
+    if g_idx is not None and g_idx.numel() and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+        raise RuntimeError(f"quantkit::gptq_sweep: g_idx must lie in [0, {groups})")
+
+
+_factor = declare(
+    "gptq_factor(Tensor g, float dampening) -> (Tensor, Tensor)",
+    fake=_factor_fake,
+    reference=_factor_reference,
+    kernels=(),
+)
+_sweep = declare(
+    "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
+    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_sweep_fake,
+    reference=_sweep_reference,
+    kernels=("CPU",),
+)
+
+
+def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
+    """u and the dead columns of a Gram matrix g [K, K], fp32 or fp64.
+
+    u is the upper Cholesky factor of (g + dampening * mean(diag(g)) * I)^-1. Dead columns, bool [K], are those whose
+    input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError if g's
+    diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not
+    positive definite.
+    """
+    return _factor(g, dampening)
+
+
+def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) -> tuple[Tensor, Tensor, float]:
+    """`gptq_factor` with ten times the dampening after each failure, up to `limit`: u, dead, the dampening used."""
+    while True:
+        try:
+            return *gptq_factor(g, dampening), dampening
+        except LinAlgError:
+            if dampening >= limit:
+                raise
+            dampening = min(max(10.0 * dampening, 1e-4), limit)
+
+
+def gptq_sweep(
+    w: Tensor,
+    u: Tensor,
+    *,
+    q_min: int,
+    q_max: int,
+    group_size: int = -1,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    symmetric: bool = True,
+    divisor: float = 0.0,
+    scale_dtype: torch.dtype = torch.float32,
+    g_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
+
+    w is fp32 and stays as it is; u is `gptq_factor`'s. Without `scale`, each group of `group_size` columns (-1: the
+    row) gets its scale when the sweep reaches it, from the weights as updated by then, like `symmetric_scale` with
+    `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used, and
+    `g_idx` int32 [K] names each column's group: for columns in another order, permute w and u's g and pass it. `loss`
+    is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
+    """
+    return _sweep(w, u, scale, zero_point, group_size, q_min, q_max, symmetric, divisor, scale_dtype, g_idx)

@@ -1,0 +1,247 @@
+"""gptq_factor, factor_with_retry and gptq_sweep against the textbook in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantkit.ops as ops
+
+# Not 7.5 and 127.5, which would put the largest weight of every group on a tie.
+RANGES = {4: (-8, 7, 7.3), 8: (-128, 127, 127.3)}
+
+
+def problem(rows: int, cols: int, dead: bool = False) -> tuple[Tensor, Tensor]:
+    """A weight and the Gram matrix of correlated inputs."""
+    generator = torch.Generator().manual_seed(rows * 1000 + cols)
+    mix = torch.randn(cols, cols, generator=generator) / cols**0.5 + torch.eye(cols)
+    x = torch.randn(3 * cols + 8, cols, generator=generator) @ mix
+    if dead:
+        x[:, :: max(cols // 3, 1)] = 0.0
+    g = x.T @ x
+    return torch.randn(rows, cols, generator=generator), (g + g.T) / 2
+
+
+def textbook_factor(g: Tensor, dampening: float) -> Tensor:
+    h = g.double()
+    h = h + dampening * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    return torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+
+
+def textbook(
+    w: Tensor,
+    u: Tensor,
+    group_size: int,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    g_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, zero points, loss, and how far each weight was from a tie, all in fp64."""
+    w, u = w.double().clone(), u.double()
+    rows, cols = w.shape
+    size = cols if group_size == -1 else group_size
+    groups = -(-cols // size)
+    scales = torch.zeros(rows, groups, dtype=torch.float64) if scale is None else scale.double().clone()
+    zeros = torch.zeros_like(scales) if zero_point is None else zero_point.double()
+    codes, ties, loss = torch.zeros_like(w), torch.zeros_like(w), torch.zeros(rows, dtype=torch.float64)
+    for c in range(cols):
+        g = c // size if g_idx is None else int(g_idx[c])
+        if scale is None and c % size == 0:
+            group = w[:, c : c + size]
+            if symmetric:
+                scales[:, g] = group.abs().amax(1) / divisor
+            else:
+                low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+                scales[:, g] = (high - low) / (q_max - q_min)
+                zeros[:, g] = (q_min - torch.round(low / scales[:, g])).clamp(q_min, q_max)
+        exact = w[:, c] / scales[:, g] + zeros[:, g]
+        codes[:, c] = torch.round(exact.clamp(q_min, q_max))
+        ties[:, c] = (exact - exact.floor() - 0.5).abs()
+        error = (w[:, c] - (codes[:, c] - zeros[:, g]) * scales[:, g]) / u[c, c]
+        loss += error.square() / 2
+        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+    return codes, scales, zeros, loss, ties
+
+
+def compare(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], symmetric: bool) -> None:
+    """Equal row by row up to a tie, which fp32 may break the other way; most rows have none."""
+    codes, scale, zero_point, loss = got
+    exact_codes, exact_scale, exact_zero, exact_loss, ties = wanted
+    clear = (ties > 1e-3).cummin(1).values  # from a tie on, a row may take another course
+    assert torch.equal(codes.double()[clear], exact_codes[clear])
+    same = (codes == exact_codes).all(1)
+    assert same.double().mean() >= 0.9
+    torch.testing.assert_close(scale.double()[same], exact_scale[same], rtol=2e-4, atol=0)
+    torch.testing.assert_close(loss.double()[same], exact_loss[same], rtol=5e-3, atol=1e-9)
+    if symmetric:
+        assert zero_point.shape == (0,)
+    else:
+        assert torch.equal(zero_point.double()[same], exact_zero[same])
+
+
+def implementations() -> list[Any]:
+    return [torch.ops.quantkit.gptq_sweep.default, ops._library.REFERENCES["gptq_sweep"]]
+
+
+@pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group"), [(1, 1, -1), (5, 7, -1), (50, 70, 24), (49, 131, 32), (20, 300, 128), (17, 64, 5)]
+)
+def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, symmetric: bool) -> None:
+    w, g = problem(rows, cols)
+    before = w.clone()
+    q_min, q_max, divisor = RANGES[bits]
+    u, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None)
+    assert torch.equal(w, before)
+    wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor)
+    if rows * bits > 8:  # of a single row, a tie may be all there is
+        compare(got, wanted, symmetric)
+    else:
+        assert (got[0].double() - wanted[0]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
+    w, g = problem(40, 150)
+    order = g.diagonal().argsort(descending=True)
+    g_idx = (torch.arange(150) // 32)[order].to(torch.int32)
+    zero_point = None
+    if symmetric:
+        scale = ops.symmetric_scale(ops.absmax(w, [1, 32]), 7.5)
+    else:
+        scale, zero_point = ops.asymmetric_scale(*ops.minmax(w, [1, 32]), -8, 7)
+    w, g = w[:, order].contiguous(), g[order][:, order].contiguous()
+    u, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, u, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx)
+    u64 = textbook_factor(g, 0.01)
+    compare(got, textbook(w, u64, 32, -8, 7, symmetric, 7.5, scale, zero_point, g_idx), symmetric)
+    assert torch.equal(got[1], scale)
+    assert got[1].data_ptr() != scale.data_ptr()
+
+
+def test_less_error_than_rounding_to_nearest() -> None:
+    w, g = problem(64, 256)
+    u, _ = ops.gptq_factor(g, 0.01)
+    codes, scale, _, loss = ops.gptq_sweep(w, u, q_min=-8, q_max=7, divisor=7.5, group_size=64)
+    plain, plain_scale, _ = ops.rtn_int(w, [1, 64], q_min=-8, q_max=7, divisor=7.5)
+
+    def error(q: Tensor, s: Tensor) -> Tensor:
+        difference = (q.float() * s.repeat_interleave(64, 1) - w).double()
+        damped = g.double() + 0.01 * g.double().diagonal().mean() * torch.eye(256)
+        return (difference @ damped * difference).sum(1)
+
+    assert error(codes, scale).sum() < 0.8 * error(plain, plain_scale).sum()
+    torch.testing.assert_close(2 * loss.double(), error(codes, scale), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_fit_the_dtype_that_will_hold_them(dtype: torch.dtype) -> None:
+    w, g = problem(20, 96)
+    u, _ = ops.gptq_factor(g)
+    for group in (32, -1):
+        scale = ops.gptq_sweep(w, u, q_min=-8, q_max=7, divisor=7.5, group_size=group, scale_dtype=dtype)[1]
+        assert torch.equal(scale, scale.to(dtype).float())
+
+
+def test_threads_leave_no_trace() -> None:
+    w, g = problem(200, 260)
+    u, _ = ops.gptq_factor(g)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(ops.gptq_sweep(w, u, q_min=-8, q_max=7, symmetric=False, group_size=32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("cols", [1, 5, 300, 700])
+def test_factor(cols: int) -> None:
+    _, g = problem(1, cols)
+    u, dead = ops.gptq_factor(g.double(), 0.01)
+    assert not dead.any()
+    torch.testing.assert_close(u, textbook_factor(g, 0.01), rtol=1e-8, atol=1e-12)
+    assert torch.equal(u, u.triu())
+
+
+def test_dead_columns_are_rounded_alone() -> None:
+    w, g = problem(30, 90, dead=True)
+    before = g.clone()
+    u, dead = ops.gptq_factor(g, 0.01)
+    assert torch.equal(g, before)
+    assert dead.tolist() == [c % 30 == 0 for c in range(90)]
+    assert u[dead].count_nonzero() == dead.sum()
+    codes, scale, _, loss = ops.gptq_sweep(w, u, q_min=-128, q_max=127, divisor=127.5)
+    assert torch.equal(codes[:, dead], ops.quantize_int(w, scale, None, [1, -1], q_min=-128, q_max=127)[:, dead])
+    assert loss.isfinite().all()
+    u, dead = ops.gptq_factor(torch.zeros(4, 4), 0.0)
+    assert dead.all()
+    assert torch.equal(u, torch.eye(4))
+
+
+def test_dampening_is_raised_until_it_works() -> None:
+    g = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # the least eigenvalue is -0.5
+    with pytest.raises(torch.linalg.LinAlgError, match=r"is not positive definite .* raise the dampening"):
+        ops.gptq_factor(g, 0.01)
+    u, _, used = ops.factor_with_retry(g, 0.01)
+    assert used == 1.0
+    assert torch.equal(u, ops.gptq_factor(g, used)[0])
+    with pytest.raises(torch.linalg.LinAlgError):
+        ops.factor_with_retry(g, 0.001, limit=0.01)
+
+
+def test_refuses() -> None:
+    w, g = problem(4, 8)
+    u, _ = ops.gptq_factor(g)
+    common: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5}
+    for value in (float("nan"), float("inf")):
+        bad = w.clone()
+        bad[2, 3] = value
+        with pytest.raises(RuntimeError, match="w holds NaN or infinities"):
+            ops.gptq_sweep(bad, u, **common)
+        bad = g.clone()
+        bad[3, 3] = value
+        with pytest.raises(RuntimeError, match="the first at column 3: look for NaN in the activations"):
+            ops.gptq_factor(bad)
+    with pytest.raises(RuntimeError, match="u's diagonal must be positive and finite"):
+        ops.gptq_sweep(w, torch.zeros(8, 8), **common)
+    bad = u.clone()
+    bad[0, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="the loss is not finite"):
+        ops.gptq_sweep(w, bad, **common)
+    with pytest.raises(RuntimeError, match=r"u must be torch.float32 \[8, 8\]"):
+        ops.gptq_sweep(w, u[:4], **common)
+    with pytest.raises(RuntimeError, match="zero_point and g_idx go with a given scale"):
+        ops.gptq_sweep(w, u, g_idx=torch.zeros(8, dtype=torch.int32), **common)
+    with pytest.raises(RuntimeError, match=r"g_idx must lie in \[0, 1\)"):
+        ops.gptq_sweep(w, u, scale=torch.ones(4, 1), g_idx=torch.ones(8, dtype=torch.int32), **common)
+    with pytest.raises(RuntimeError, match="scale must be"):
+        ops.gptq_sweep(w, u, scale=torch.ones(4, 2), **common)
+
+
+def test_empty() -> None:
+    codes, scale, _, loss = ops.gptq_sweep(torch.zeros(0, 8), torch.eye(8), q_min=-8, q_max=7, divisor=7.5)
+    assert (codes.shape, scale.shape, loss.shape) == ((0, 8), (0, 1), (0,))
+
+
+def test_compiles() -> None:
+    w, g = problem(6, 20)
+    u, _ = ops.gptq_factor(g)
+    scale = ops.symmetric_scale(ops.absmax(w, [1, 8]), 7.5)
+    sweep = torch.ops.quantkit.gptq_sweep.default
+    torch.library.opcheck(sweep, (w, u, None, None, 8, -8, 7, False, 7.5, torch.float32, None))
+    torch.library.opcheck(sweep, (w, u, scale, None, 8, -8, 7, True, 7.5, torch.float32, None))
+    torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g, 0.01))
