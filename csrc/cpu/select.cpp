@@ -2,6 +2,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
 #include "cpu/gptq.h"
+#include "cpu/gram.h"
 #include "cpu/pack.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
@@ -50,5 +51,6 @@ QK_FAMILY(PackKernels, pack)
 QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
 QK_FAMILY(GptqKernels, gptq)
+QK_FAMILY(GramKernels, gram)
 
 }  // namespace qk

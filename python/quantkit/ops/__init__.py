@@ -3,6 +3,7 @@
 from . import _load
 from .error import quantization_error
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
+from .gram import gram_accumulate
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
@@ -21,6 +22,7 @@ __all__ = [
     "fp8_quant_per_token",
     "gptq_factor",
     "gptq_sweep",
+    "gram_accumulate",
     "int8_quant_per_token",
     "minmax",
     "pack_int32",
