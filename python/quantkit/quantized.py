@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .config.schemes import QuantizationArgs
@@ -31,11 +32,10 @@ class QuantizedTensor:
 
         return ops.unpack_int32(self.codes, self.args.num_bits, self.cols) if self.packed else self.codes
 
-    def dequantize(self, dtype: object = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """(codes - zero_point) * scale: [rows, cols] in `dtype` (fp32 unless given)."""
         import torch
 
         from . import ops
 
-        assert dtype is None or isinstance(dtype, torch.dtype)
         return ops.dequantize(self.unpacked(), self.scale, self.zero_point, self.args.block, dtype or torch.float32)

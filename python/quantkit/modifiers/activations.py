@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..calibration.statistics import Statistics
 from ..config.schemes import QuantizationArgs
-
-FP8_MAX = 448.0
 
 
 def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
@@ -18,7 +17,7 @@ def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor
     the same scale, which servers rely on where they fuse them.
     """
     if args.symmetric:
-        divisor = FP8_MAX if args.type == "float" else args.divisor
+        divisor = ops.FP8_MAX[torch.float8_e4m3fn] if args.type == "float" else args.divisor
         return ops.symmetric_scale(statistics.tensor_absmax, divisor), None
     q_min, q_max = args.q_range
     return ops.asymmetric_scale(statistics.tensor_min, statistics.tensor_max, q_min, q_max)

@@ -16,7 +16,7 @@ from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
 from ..quantized import QuantizedTensor
 from .activations import static_scale
-from .base import Sink
+from .sink import Sink
 
 FP8 = torch.float8_e4m3fn
 
