@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import CheckpointError
-from quantkit.models.families import FAMILIES, Family, family_of, is_known
+from quantkit.models.families import FAMILIES, Family, family_of
 
 from .tiny import CONFIGS, FileSource, make
 
@@ -114,7 +114,7 @@ def test_every_family_agrees_with_the_modules_of_transformers(model_type: str, t
 
     model = make(tmp_path, model_type)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert is_known(config)
+    assert family_of(config).known
     family = family_of(config)
     shapes = {name: tuple(t.shape) for name, t in FileSource(tmp_path).tensors.items()}
     found = {linear.module for linear in family.linear_weights(shapes) if not linear.expert}
@@ -132,7 +132,7 @@ def test_every_family_agrees_with_the_modules_of_transformers(model_type: str, t
 
 def test_unknown_architectures_are_taken_for_llama_shaped() -> None:
     config = {"model_type": "something_new", "num_hidden_layers": 1}
-    assert not is_known(config)
+    assert not family_of(config).known
     assert not family_of(config).known
     assert linears(family_of(config), dict(LLAMA)) == linears(
         family_of({"model_type": "llama", "num_hidden_layers": 1}), dict(LLAMA)

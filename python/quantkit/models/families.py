@@ -197,11 +197,6 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the architecture has a row of its own; others are taken for Llama-shaped."""
-    return text_config(config).get("model_type") in FAMILIES
-
-
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json (as a dict), with its number of layers and whether the head is tied."""
     text = text_config(config)
