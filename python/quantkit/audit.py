@@ -111,8 +111,8 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
     assert fmt is not None
     expected: dict[str, OutputTensor] = {}
     for name, info in source.tensors.items():
-        module = name.removesuffix(".weight")
-        if module != name and module in quantized.modules:
+        module = quantized.module_of(name)
+        if module is not None:
             if len(info.shape) != 2:
                 result.problems.append(f"{name}: quantized, but {len(info.shape)}-D in the source")
                 continue
@@ -138,8 +138,8 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
 def _check_values(quantized: WeightSource, source: Checkpoint, result: AuditResult, show: bool) -> None:
     with Progress("audit", total=source.total_bytes, unit="B", enabled=show) as progress:
         for name, info in source.tensors.items():
-            module = name.removesuffix(".weight")
-            if module != name and module in quantized.modules:
+            module = quantized.module_of(name)
+            if module is not None:
                 _check_weight(module, quantized, source, result)
             else:
                 _check_carried(name, quantized.checkpoint, source, result)
@@ -147,14 +147,12 @@ def _check_values(quantized: WeightSource, source: Checkpoint, result: AuditResu
 
 
 def _check_weight(module: str, quantized: WeightSource, source: Checkpoint, result: AuditResult) -> None:
-    import torch
-
     from . import ops
 
     weight = quantized.quantized(module)
     original = source.tensor(f"{module}.weight")
     scale = weight.scale
-    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+    if not _usable(scale):
         result.problems.append(f"{module}.weight_scale: has values that are not finite and positive")
         return
     figures = ops.quantization_error(original, weight.unpacked(), scale, weight.zero_point, weight.args.block)
@@ -169,10 +167,17 @@ def _check_weight(module: str, quantized: WeightSource, source: Checkpoint, resu
     stored = f"{module}.input_scale"
     if stored in quantized.checkpoint.tensors:
         value = quantized.checkpoint.tensor(stored).float()
-        if not bool(torch.isfinite(value).all()) or bool((value <= 0).any()):
+        if not _usable(value):
             result.problems.append(f"{stored}: {value.flatten().tolist()} is not finite and positive")
     source.release(f"{module}.weight")
     quantized.release(f"{module}.weight")
+
+
+def _usable(scale: Tensor) -> bool:
+    """Whether every scale is finite and positive."""
+    import torch
+
+    return bool((torch.isfinite(scale) & (scale > 0)).all())
 
 
 def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str) -> float:

@@ -49,6 +49,11 @@ class WeightSource:
             for module in self.modules:
                 self.input_quantizers[module] = self._input_quantizer(module, activations)
 
+    def module_of(self, name: str) -> str | None:
+        """The quantized module whose weight `name` is in a plain checkpoint; None for whatever is not quantized."""
+        module = name.removesuffix(".weight")
+        return module if module != name and module in self.modules else None
+
     def names(self) -> set[str]:
         """The names that `get` knows: those of the plain checkpoint."""
         stored = {name for module in self.modules for name in self._stored(module)}
@@ -60,15 +65,13 @@ class WeightSource:
 
     def release(self, name: str) -> None:
         """Let go of the pages behind `get(name)`."""
-        module = name.removesuffix(".weight")
-        for stored in self._stored(module) if module in self.modules else [name]:
+        module = self.module_of(name)
+        for stored in [name] if module is None else self._stored(module):
             self.checkpoint.release(stored)
 
     def get(self, name: str) -> Tensor:
-        module = name.removesuffix(".weight")
-        if module != name and module in self.modules:
-            return self.quantized(module).dequantize()
-        return self.checkpoint.tensor(name)
+        module = self.module_of(name)
+        return self.checkpoint.tensor(name) if module is None else self.quantized(module).dequantize()
 
     def quantized(self, module: str) -> QuantizedTensor:
         """The codes and scales of `module`'s weight."""
