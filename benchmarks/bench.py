@@ -7,6 +7,7 @@ only the work itself is left (`keep_freed_memory`, which cannot be undone in a p
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import platform
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from quantkit import ops
 from quantkit.ops.isa import current_isa
 
 
@@ -53,6 +55,25 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def start(parser: argparse.ArgumentParser, rounds: int) -> tuple[argparse.Namespace, Callable[[], float]]:
+    """Add and parse the options that the benchmarks of CPU ops share, set the threads, and print what machine this is.
+    Gives the options and the clock that they ask for.
+    """
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--cols", type=int, default=14336)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: leave out waiting for a core")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time counts one thread alone: add --threads 1")
+    torch.set_num_threads(args.threads)
+    ops._load.require("cpu")
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    return args, time.thread_time if args.cpu_time else time.perf_counter
 
 
 def keep_freed_memory() -> bool:

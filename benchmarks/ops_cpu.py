@@ -10,13 +10,11 @@ writes to memory that is there. Matrices alternate over more than 128 MB, so non
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench import copies, keep_freed_memory, machine, measure, report
+from bench import copies, keep_freed_memory, measure, report, start
 
 import quantkit.ops as ops
 
@@ -63,20 +61,8 @@ def workloads(matrices: list[torch.Tensor]) -> dict[str, tuple[int, Callable[[in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--cols", type=int, default=14336)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fresh", action="store_true", help="results in fresh memory, as users call the ops")
-    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: leave out waiting for a core")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
-    if args.cpu_time and args.threads != 1:
-        parser.error("--cpu-time counts one thread alone: add --threads 1")
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    torch.set_num_threads(args.threads)
-    ops._load.require("cpu")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    args, clock = start(parser, rounds=15)
     memory = "fresh" if args.fresh or not keep_freed_memory() else "kept"
     x = torch.randn(args.rows, args.cols, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     matrices = [x] + [x.clone() for _ in range(max(1, -(-(128 << 20) // x.nbytes)))]

@@ -15,13 +15,11 @@ scales as well.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Timing, copies, keep_freed_memory, machine, measure, report
+from bench import Timing, copies, keep_freed_memory, measure, report, start
 
 import quantkit.ops as ops
 
@@ -80,20 +78,8 @@ def show(found: dict[str, Timing], names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--cols", type=int, default=14336)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--peer", action="store_true", help="measure compressed-tensors as well")
-    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1: leave out waiting for a core")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
-    if args.cpu_time and args.threads != 1:
-        parser.error("--cpu-time counts one thread alone: add --threads 1")
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    torch.set_num_threads(args.threads)
-    ops._load.require("cpu")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    args, clock = start(parser, rounds=20)
     generator = torch.Generator().manual_seed(0)
     size = (args.rows, args.cols)
     one = torch.randn(size, generator=generator, dtype=torch.float32).to(torch.bfloat16)
