@@ -46,7 +46,6 @@ class RunResult:
 @contextmanager
 def open_plan(config: RunConfig) -> Iterator[Plan]:
     """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end."""
-    config.require_available()
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     with Checkpoint(folder) as checkpoint:
         yield build_plan(config, checkpoint)

@@ -83,8 +83,7 @@ class Plan:
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     """Make the plan, or raise PlanError / ConfigError with what does not fit and what to do."""
-    config.require_available()
-    scheme, fmt = config.scheme, format_by_name(config.compression.quantization.save_name)
+    scheme, fmt = config.recipe.groups[0].scheme, format_by_name(config.save_name)
     fmt.check(scheme)
     if checkpoint.config.get("quantization_config") is not None:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
@@ -280,7 +279,7 @@ def _estimate(
     stored = sum(t.nbytes for t in outputs if t.name not in carried)
     largest = max(checkpoint.tensors[f"{name}.weight"].nbytes for name in modules)
     memory = PROCESS + 2 * largest
-    if config.scheme.needs_calibration and config.dataset is not None:
+    if config.recipe.needs_data and config.dataset is not None:
         layers: Counter[str] = Counter()
         for name, info in checkpoint.tensors.items():
             layers[str(family.layer_of(name))] += info.nbytes

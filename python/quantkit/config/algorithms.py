@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import ConfigError, nearest
 from . import presets
 from .fields import FieldError, require
+from .recipe import AWQModifier, GPTQModifier, QuantizationModifier
 from .schemes import QuantizationArgs, QuantizationScheme
 
 # quant_method's words for compressed-tensors' strategies.
@@ -21,7 +22,6 @@ STRATEGY_OF = {
 }
 GRANULARITY_OF = {strategy: granularity for granularity, strategy in STRATEGY_OF.items()}
 GROUP_SIZE = 128
-CALIBRATED = "{} comes with the calibrated algorithms, which this version does not have; {}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class QuantMethod:
     block_size: tuple[int, int] | None = None
     actorder: bool | None = None
     mse_range: bool | None = None
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("weight", "activation"):
@@ -60,8 +61,8 @@ class Algorithm:
     """An entry of `quantization.name` or `quantization.scheme`.
 
     `weights`, `activations`: granularities that it takes, the default first; no activations: they stay in 16 bit.
-    `zero_point`: the values it takes, the default first. `options`: further keys of quant_method. `unavailable`: why
-    it cannot run, if so.
+    `zero_point`: the values it takes, the default first. `options`: further keys of quant_method. `modifier`: the class
+    in recipe.py that does it.
     """
 
     scheme: QuantizationScheme
@@ -69,7 +70,7 @@ class Algorithm:
     activations: tuple[str, ...] = ()
     zero_point: tuple[bool, ...] = (False,)
     options: tuple[str, ...] = ()
-    unavailable: str | None = None
+    modifier: type[QuantizationModifier] = QuantizationModifier
 
     @property
     def name(self) -> str:
@@ -102,8 +103,8 @@ class Algorithm:
         return resolved, QuantizationScheme(self.name, weights, inputs)
 
     def is_weight_only(self, zero_point: bool) -> bool:
-        """Whether it can be used, keeps activations in 16 bit, and can have such weights."""
-        return not self.activations and not self.unavailable and zero_point in self.zero_point
+        """Whether it keeps activations in 16 bit, and can have such weights."""
+        return not self.activations and zero_point in self.zero_point
 
     def _pick(self, key: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
         if not allowed:
@@ -166,7 +167,7 @@ def _algorithm(
     more_activations: tuple[str, ...] = (),
     zero_point: tuple[bool, ...] | None = None,
     options: tuple[str, ...] = (),
-    unavailable: str | None = None,
+    modifier: type[QuantizationModifier] = QuantizationModifier,
 ) -> Algorithm:
     activations = (GRANULARITY_OF[inputs.strategy], *more_activations) if inputs else ()
     return Algorithm(
@@ -175,13 +176,9 @@ def _algorithm(
         activations,
         (not weights.symmetric,) if zero_point is None else zero_point,
         options,
-        unavailable,
+        modifier,
     )
 
-
-_GPTQ = CALIBRATED.format("int4_gptq", "int4 rounds to nearest, needs no data, and writes the same kind of checkpoint")
-_AWQ = CALIBRATED.format("int4_awq", "int4 with zero_point: true rounds to nearest on the same grid, without data")
-SMOOTH = CALIBRATED.format("quant_helpers: [smooth] (SmoothQuant)", "leave it out")
 
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
@@ -201,7 +198,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             ("per-channel",),
             zero_point=(False, True),
             options=("actorder",),
-            unavailable=_GPTQ,
+            modifier=GPTQModifier,
         ),
         _algorithm(
             "int4_awq",
@@ -209,7 +206,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             None,
             zero_point=(True, False),
             options=("mse_range",),
-            unavailable=_AWQ,
+            modifier=AWQModifier,
         ),
     )
 }

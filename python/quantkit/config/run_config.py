@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, nearest
-from .algorithms import PRESETS, SMOOTH, Algorithm, QuantMethod, algorithm_of
+from ..errors import nearest
+from .algorithms import PRESETS, Algorithm, QuantMethod, algorithm_of
 from .fields import FieldError, require
-from .schemes import QuantizationScheme
+from .recipe import AWQModifier, GPTQModifier, Modifier, Recipe, SmoothQuantModifier
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base ** (i + 1) for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")
@@ -120,12 +120,30 @@ class QuantizationConfig:
         """The entry that `name` or `scheme` stands for."""
         return algorithm_of(self.name, self.scheme)
 
+    @property
+    def recipe(self) -> Recipe:
+        """What AngelSlim's words mean as modifiers: smoothing first if asked for, then the algorithm."""
+        method, scheme = self.algorithm.resolve(self.quant_method)
+        common: dict[str, Any] = {"scheme": scheme, "ignore": self.ignore_layers, "kv_cache_scheme": method.kv_cache}
+        quantizer: Modifier
+        if self.algorithm.modifier is GPTQModifier:
+            quantizer = GPTQModifier(**common, actorder="group" if method.actorder else "weight")
+        elif self.algorithm.modifier is AWQModifier:
+            quantizer = AWQModifier(**common, clip=bool(method.mse_range))
+        else:
+            quantizer = self.algorithm.modifier(**common)
+        smooth = (SmoothQuantModifier(smoothing_strength=self.smooth_alpha),) if self.quant_helpers else ()
+        return Recipe((*smooth, quantizer))
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does."""
+    """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does. What to do stands
+    in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's.
+    """
 
-    quantization: QuantizationConfig
+    quantization: QuantizationConfig | None = None
+    recipe: Recipe | None = None
     name: str | tuple[str, ...] = "PTQ"
 
     def __post_init__(self) -> None:
@@ -137,6 +155,9 @@ class CompressionConfig:
                 f"no such compression: '{name}'; quantkit does 'quantization', also spelled 'PTQ'",
             )
         object.__setattr__(self, "name", "PTQ")
+        both = self.quantization is not None and self.recipe is not None
+        require(not both, "recipe", "and quantization both given; use one of them")
+        require(self.quantization is not None or self.recipe is not None, "quantization", "is missing, or recipe")
 
 
 @dataclass(frozen=True)
@@ -182,10 +203,9 @@ class RunConfig:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheme.needs_calibration and self.dataset is None and self.unavailable is None:
+        if self.recipe.needs_data and self.dataset is None:
             raise FieldError(
-                "dataset",
-                f"{self.algorithm} takes activation scales from data, and there is no such section; add:\n{_EXAMPLE}",
+                "dataset", f"{self.algorithm} looks at activations, and there is no such section; add:\n{_EXAMPLE}"
             )
 
     @property
@@ -194,36 +214,39 @@ class RunConfig:
         return Path(self.global_.save_path).expanduser() / self.stem
 
     @cached_property
-    def scheme(self) -> QuantizationScheme:
-        """What happens to each Linear that is quantized."""
-        quantization = self.compression.quantization
-        return quantization.algorithm.resolve(quantization.quant_method)[1]
+    def recipe(self) -> Recipe:
+        """What is done to the model, modifier by modifier."""
+        compression = self.compression
+        if compression.recipe is not None:
+            return compression.recipe
+        assert compression.quantization is not None
+        return compression.quantization.recipe
 
     @property
     def algorithm(self) -> str:
-        """The algorithm's name, or that of the preset."""
-        return self.compression.quantization.algorithm.name
+        """The algorithm's name, that of the preset, or the recipe's."""
+        quantization = self.compression.quantization
+        return self.recipe.name if quantization is None else quantization.algorithm.name
+
+    @property
+    def save_name(self) -> str:
+        """The format's name."""
+        quantization = self.compression.quantization
+        return "compressed-tensors" if quantization is None else quantization.save_name
 
     @property
     def ignore(self) -> tuple[str, ...]:
-        """`ignore_layers`."""
-        return self.compression.quantization.ignore_layers
-
-    @property
-    def unavailable(self) -> str | None:
-        """Why this cannot run although it is well-formed; None if it can."""
-        quantization = self.compression.quantization
-        return quantization.algorithm.unavailable or (SMOOTH if quantization.quant_helpers else None)
-
-    def require_available(self) -> None:
-        """ConfigError with `unavailable`, if there is a reason."""
-        if self.unavailable is not None:
-            raise ConfigError(f"{self.source}: {self.unavailable}")
+        """What stays in full precision, as the user wrote it."""
+        return self.recipe.ignore
 
     def to_dict(self) -> dict[str, Any]:
         """Every option that is in force, in plain types; written as YAML, it reads as the same configuration."""
         sections = zip(SECTIONS, (self.global_, self.model, self.compression, self.dataset), strict=True)
-        return {key: _plain(asdict(section)) for key, section in sections if section is not None}
+        found = {key: _plain(asdict(section)) for key, section in sections if section is not None}
+        recipe = self.compression.recipe
+        found["compression"]["recipe"] = None if recipe is None else recipe.to_dict()
+        found["compression"] = {key: value for key, value in found["compression"].items() if value is not None}
+        return found
 
 
 def _plain(value: Any) -> Any:

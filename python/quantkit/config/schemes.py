@@ -5,13 +5,14 @@ Names and validity rules are those of compressed-tensors, so that a scheme can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ..errors import ConfigError
 
-Strategy = Literal["tensor", "channel", "group", "block", "token"]
-STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "group", "block", "token")
+Strategy = Literal["tensor", "channel", "group", "block", "token", "attn_head"]
+STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "group", "block", "token", "attn_head")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class QuantizationArgs:
     dynamic: bool = False
     actorder: Literal["group", "weight"] | None = None
     observer: str | None = None
+    observer_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..errors import ConfigError, nearest
 from .dialect import NOT_SUPPORTED, WITHOUT_EFFECT
 from .document import Document, parse
 from .fields import FieldError, check, describe
+from .recipe import Recipe
+from .recipe_file import recipe_of
 from .run_config import SECTIONS, DatasetConfig, ModelConfig, RunConfig
 
 _SERVED_GROUP_SIZES = (32, 64, 128)
@@ -142,7 +144,7 @@ class _Reader:
             )
         except FieldError as error:
             raise ConfigError(f"{self.document.label}: {error}") from None
-        if config.dataset is not None and config.scheme.needs_calibration and config.unavailable is None:
+        if config.dataset is not None and config.recipe.needs_data:
             config = replace(config, dataset=self._found(config.dataset, file))
         return replace(config, notes=tuple(self._notes(config)))
 
@@ -159,8 +161,13 @@ class _Reader:
                 self._other_key(at, entry, known)
                 continue
             self.given.add(at)
-            nested = is_dataclass(hints[key])
-            arguments[key] = self.section(hints[key], entry, at) if nested else self._checked(entry, hints[key], at)
+            nested = _section_class(hints[key])
+            if nested is Recipe:
+                arguments[key] = self._recipe(entry, at)
+            elif nested is not None and entry is not None:
+                arguments[key] = self.section(nested, entry, at)
+            else:
+                arguments[key] = self._checked(entry, hints[key], at)
         for name, f in known.items():
             if name not in arguments and f.default is MISSING and f.default_factory is MISSING:
                 raise self.error(f"{path}.{name}", "is missing")
@@ -168,6 +175,12 @@ class _Reader:
             return cls(**arguments)
         except FieldError as error:
             raise self.error(f"{path}.{error.key}", error.problem) from None
+
+    def _recipe(self, value: object, path: str) -> Recipe:
+        try:
+            return recipe_of(value)
+        except FieldError as error:
+            raise self.error(f"{path}{error.key.removeprefix('recipe')}", error.problem) from None
 
     def _checked(self, value: object, hint: Any, path: str) -> Any:
         parent, _, key = path.rpartition(".")
@@ -210,17 +223,23 @@ class _Reader:
 
     def _notes(self, config: RunConfig) -> Iterator[str]:
         idle = list(self.idle)
-        if not config.scheme.needs_calibration:
+        if not config.recipe.needs_data:
             idle += [key for key in ("model.torch_dtype", "model.trust_remote_code") if key in self.given]
-        if "compression.quantization.smooth_alpha" in self.given and config.unavailable is None:
+        if "compression.quantization.smooth_alpha" in self.given and not any(
+            m.kind == "smoothquant" for m in config.recipe.modifiers
+        ):
             idle.append("compression.quantization.smooth_alpha")
         if idle:
             yield f"accepted, without effect: {', '.join(idle)}"
-        if config.dataset is not None and not config.scheme.needs_calibration and config.unavailable is None:
+        if config.dataset is not None and not config.recipe.needs_data:
             yield f"{config.algorithm} needs no data: the section dataset is ignored"
-        size = config.scheme.weights.group_size
-        if size is not None and size not in _SERVED_GROUP_SIZES:
+        for size in {group.scheme.weights.group_size for group in config.recipe.groups} - {None, *_SERVED_GROUP_SIZES}:
             yield f"group_size {size}: vLLM's kernels read {', '.join(map(str, _SERVED_GROUP_SIZES))} only"
+
+
+def _section_class(hint: Any) -> type[Any] | None:
+    """The dataclass that `hint` is, or is an option of; None for plain values."""
+    return next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)  # type: ignore[return-value]
 
 
 def _beside(model: ModelConfig, file: Path) -> ModelConfig:
@@ -238,8 +257,9 @@ def _every_key() -> Iterator[str]:
         hints = get_type_hints(cls)
         for f in fields(cls):
             yield f"{path}.{f.name}"
-            if is_dataclass(hints[f.name]):
-                yield from below(hints[f.name], f"{path}.{f.name}")
+            nested = _section_class(hints[f.name])
+            if nested is not None and nested is not Recipe:
+                yield from below(nested, f"{path}.{f.name}")
 
     for key, cls in SECTIONS.items():
         yield key

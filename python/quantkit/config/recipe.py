@@ -1,0 +1,447 @@
+"""Recipes: what is done to a model, as a list of modifiers in llm-compressor's names and arguments.
+
+A modifier here only says what it wants; `quantkit.modifiers` does it. Transforms (SmoothQuant, AWQ) change weights so
+that the model computes the same and quantizes better; quantizers (RTN, GPTQ) turn weights into codes, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+from ..errors import ConfigError, nearest
+from .fields import FieldError, require
+from .observers import INPUT_OBSERVERS, WEIGHT_OBSERVERS, observer
+from .presets import preset
+from .schemes import QuantizationArgs, QuantizationScheme
+
+LOW_DATA = ("rtn", "all_tokens", "error")
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One place for smoothing: the output of `smooth_layer` is divided by s per channel, the inputs of
+    `balance_layers` are multiplied by it. Each is a full name, its last dotted parts, or `re:` and a pattern.
+    """
+
+    smooth_layer: str
+    balance_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SchemeGroup:
+    """A scheme and the Linears it is for: `Linear` (all), full names, or `re:` patterns."""
+
+    targets: tuple[str, ...]
+    scheme: QuantizationScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modifier:
+    """Base of all modifiers."""
+
+    kind: ClassVar[str]
+    transforms: ClassVar[bool] = False
+
+    @property
+    def groups(self) -> tuple[SchemeGroup, ...]:
+        """The schemes that this modifier gives to Linears; empty for a pure transform."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationModifier(Modifier):
+    """Round to nearest, with static activation and KV-cache scales from calibration data where the scheme has them.
+
+    `scheme`: a preset's name, a QuantizationScheme, or {preset: [targets]}; `config_groups` spells groups out as
+    compressed-tensors does, instead of it. `kv_cache_scheme`: QuantizationArgs or a mapping of its fields, or "fp8" /
+    "int8". Observers say how scales are found: weights minmax, mse or percentile; inputs minmax, moving_average,
+    percentile, mse, kl, eq or admm.
+    """
+
+    kind: ClassVar[str] = "rtn"
+
+    targets: str | Sequence[str] = ("Linear",)
+    ignore: str | Sequence[str] = ()
+    scheme: str | QuantizationScheme | MappingType[str, Any] | None = None
+    config_groups: MappingType[str, Any] | None = None
+    kv_cache_scheme: str | QuantizationArgs | MappingType[str, Any] | None = None
+    weight_observer: str | None = None
+    input_observer: str | None = None
+    observer: str | MappingType[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("targets", "ignore"):
+            object.__setattr__(self, key, names(key, getattr(self, key)))
+        require(bool(self.targets), "targets", "is empty; use Linear, names, or re: and a pattern")
+        require(self.scheme is None or self.config_groups is None, "scheme", "and config_groups both given; use one")
+        object.__setattr__(self, "_groups", self._with_observers(self._resolve()))
+        object.__setattr__(self, "_kv_cache", kv_cache_args(self.kv_cache_scheme))
+        self._require_something()
+
+    def _require_something(self) -> None:
+        require(
+            bool(self.groups) or self.kv_cache is not None,
+            "scheme",
+            f"is missing, and there are no config_groups: {type(self).__name__} would do nothing; "
+            'give scheme="W8A8" or another preset',
+        )
+
+    @property
+    def groups(self) -> tuple[SchemeGroup, ...]:
+        found: tuple[SchemeGroup, ...] = self._groups  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def kv_cache(self) -> QuantizationArgs | None:
+        """How keys and values are held in the cache; None: in 16 bit."""
+        args: QuantizationArgs | None = self._kv_cache  # type: ignore[attr-defined]
+        return args
+
+    def _resolve(self) -> tuple[SchemeGroup, ...]:
+        targets = tuple(self.targets)
+        if self.config_groups is not None:
+            return tuple(_config_group(key, group) for key, group in self.config_groups.items())
+        if self.scheme is None:
+            return ()
+        if isinstance(self.scheme, QuantizationScheme):
+            return (SchemeGroup(targets, self.scheme),)
+        if isinstance(self.scheme, str):
+            return (SchemeGroup(targets, preset(self.scheme)),)
+        require(bool(self.scheme), "scheme", "is an empty mapping; write {preset: [targets]}")
+        return tuple(SchemeGroup(names(f"scheme.{k}", v), preset(k)) for k, v in self.scheme.items())
+
+    def _with_observers(self, groups: tuple[SchemeGroup, ...]) -> tuple[SchemeGroup, ...]:
+        chosen = {"weights": self.weight_observer, "input": self.input_observer}
+        if isinstance(self.observer, str):
+            chosen = {k: v or self.observer for k, v in chosen.items()}
+        elif self.observer is not None:
+            for key, name in self.observer.items():
+                require(key in chosen, f"observer.{key}", f"unknown{nearest(key, chosen)}; use weights and input")
+                chosen[key] = chosen[key] or name
+        weights = observer("weight_observer", chosen["weights"], WEIGHT_OBSERVERS)
+        inputs = observer("input_observer", chosen["input"], INPUT_OBSERVERS)
+        result = []
+        for group in groups:
+            scheme = group.scheme
+            if weights is not None:
+                scheme = replace(scheme, weights=replace(scheme.weights, observer=weights))
+            activations = scheme.input_activations
+            if inputs is not None and activations is not None and not activations.dynamic:
+                scheme = replace(scheme, input_activations=replace(activations, observer=inputs))
+            result.append(replace(group, scheme=scheme))
+        return tuple(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQModifier(QuantizationModifier):
+    """GPTQ (Frantar et al., 2022): columns are rounded one by one, each error taken off the columns still to come.
+
+    `actorder`: "weight" (alias "static") takes columns with the largest inputs first and leaves groups where they are;
+    "group" makes groups of columns in that order too (written as g_idx, read by few servers); None takes them as they
+    come. `min_tokens_per_module`: an expert that saw fewer tokens gets what `low_data` says: "rtn", "all_tokens" (the
+    statistics of all its layer's experts), or "error".
+    """
+
+    kind: ClassVar[str] = "gptq"
+
+    block_size: int = 128
+    dampening_frac: float = 0.01
+    actorder: Literal["weight", "static", "group"] | None = "static"
+    offload_hessians: bool = False
+    min_tokens_per_module: int = 32
+    low_data: Literal["rtn", "all_tokens", "error"] = "all_tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.block_size > 0, "block_size", f"{self.block_size} must be positive")
+        frac = self.dampening_frac
+        require(0 <= frac <= 1, "dampening_frac", f"{frac} is a share of the mean diagonal, between 0 and 1")
+        orders = (None, "weight", "static", "group")
+        require(
+            self.actorder in orders,
+            "actorder",
+            f"'{self.actorder}'{nearest(str(self.actorder), ['weight', 'group'])}; use weight, group or null",
+        )
+        if self.actorder == "static":
+            object.__setattr__(self, "actorder", "weight")
+        _check_low_data(self)
+        for group in self.groups:
+            weights = group.scheme.weights
+            require(
+                weights.type == "int" and weights.strategy in ("channel", "group", "tensor"),
+                "scheme",
+                f"{group.scheme.name}: GPTQ rounds to integers per channel or group; use QuantizationModifier for "
+                f"{weights.type} weights per {weights.strategy}",
+            )
+            if self.actorder == "group":
+                require(
+                    weights.strategy == "group" and group.scheme.input_activations is None,
+                    "actorder",
+                    f"'group' needs weight-only groups, which {group.scheme.name} does not have; use 'weight'",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuantModifier(Modifier):
+    """SmoothQuant (Xiao et al., 2022): s = max|x|^strength / max|w|^(1 - strength) per channel moves outliers from
+    activations into weights. `mappings`: [[balance layers], smooth layer] pairs; the model family's unless given.
+    """
+
+    kind: ClassVar[str] = "smoothquant"
+    transforms: ClassVar[bool] = True
+
+    smoothing_strength: float = 0.5
+    mappings: Sequence[Any] | None = None
+    ignore: str | Sequence[str] = ()
+    algorithm: Literal["smoothquant", "log_equalization"] = "smoothquant"
+
+    def __post_init__(self) -> None:
+        strength = self.smoothing_strength
+        require(0 <= strength <= 1, "smoothing_strength", f"{strength} is not between 0 and 1")
+        require(
+            self.algorithm in ("smoothquant", "log_equalization"),
+            "algorithm",
+            f"'{self.algorithm}'; use smoothquant or log_equalization",
+        )
+        object.__setattr__(self, "ignore", names("ignore", self.ignore or ()))
+        object.__setattr__(self, "mappings", _mappings(self.mappings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWQModifier(QuantizationModifier):
+    """AWQ (Lin et al., 2023): the smoothing vector is searched so that the quantized layer's output changes least.
+
+    Without a scheme of its own it is a transform for the quantizer that follows; with one it also rounds to nearest.
+    `duo_scaling`: candidates look at weights too (True), do not (False), or both kinds are tried ("both"). `clip`: a
+    search for each group's range follows. `loss`: "gram" from the Gram matrix, "parent" by running the layer.
+    """
+
+    kind: ClassVar[str] = "awq"
+    transforms: ClassVar[bool] = True
+
+    mappings: Sequence[Any] | None = None
+    duo_scaling: bool | Literal["both"] = True
+    n_grid: int = 20
+    clip: bool = False
+    loss: Literal["gram", "parent"] = "gram"
+    offload_device: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.n_grid >= 2, "n_grid", f"{self.n_grid} must be at least 2")
+        require(
+            self.duo_scaling in (True, False, "both"), "duo_scaling", f"{self.duo_scaling!r}; use true, false, both"
+        )
+        require(self.loss in ("gram", "parent"), "loss", f"'{self.loss}'; use gram or parent")
+        object.__setattr__(self, "mappings", _mappings(self.mappings))
+
+    def _require_something(self) -> None:
+        return  # a pure transform is something
+
+
+MODIFIERS: dict[str, type[Modifier]] = {
+    cls.__name__: cls for cls in (QuantizationModifier, SmoothQuantModifier, GPTQModifier, AWQModifier)
+}
+ALIASES = {"SmoothQuant": "SmoothQuantModifier", "GPTQ": "GPTQModifier", "AWQ": "AWQModifier"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Modifiers in the order in which they work on each layer; see `check` for what goes together."""
+
+    modifiers: tuple[Modifier, ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.modifiers), "recipe", "is empty; give at least one modifier")
+        seen_quantizer: str | None = None
+        for modifier in self.modifiers:
+            name = type(modifier).__name__
+            if modifier.transforms and seen_quantizer is not None:
+                raise FieldError(
+                    "recipe", f"{name} stands after {seen_quantizer}, which has quantized already; put it before"
+                )
+            if modifier.groups:
+                seen_quantizer = name
+        require(
+            bool(self.groups) or self.kv_cache is not None,
+            "recipe",
+            "has no modifier that quantizes; add QuantizationModifier or GPTQModifier with a scheme",
+        )
+        caches = [m for m in self.quantizers if m.kv_cache is not None]
+        require(len(caches) < 2, "recipe", "gives kv_cache_scheme twice; keep one")
+
+    @property
+    def quantizers(self) -> tuple[QuantizationModifier, ...]:
+        """The modifiers that give schemes to Linears or to the KV cache."""
+        return tuple(
+            m for m in self.modifiers if isinstance(m, QuantizationModifier) and (m.groups or m.kv_cache is not None)
+        )
+
+    @property
+    def groups(self) -> tuple[SchemeGroup, ...]:
+        return tuple(group for m in self.modifiers for group in m.groups)
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """What quantizers leave out, each pattern once."""
+        return tuple(dict.fromkeys(pattern for m in self.quantizers for pattern in m.ignore))
+
+    @property
+    def kv_cache(self) -> QuantizationArgs | None:
+        return next((m.kv_cache for m in self.quantizers if m.kv_cache is not None), None)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything in it looks at activations."""
+        return (
+            any(m.transforms or m.kind == "gptq" for m in self.modifiers)
+            or any(group.scheme.needs_calibration for group in self.groups)
+            or self.kv_cache is not None
+        )
+
+    @property
+    def name(self) -> str:
+        """`SmoothQuant + GPTQ W8A8`."""
+        titles = {"smoothquant": "SmoothQuant", "awq": "AWQ", "gptq": "GPTQ", "rtn": ""}
+        schemes = list(dict.fromkeys(group.scheme.name for group in self.groups))
+        if self.kv_cache is not None:
+            schemes.append(f"KV {'FP8' if self.kv_cache.type == 'float' else 'INT8'}")
+        methods = list(dict.fromkeys(titles[m.kind] for m in self.modifiers if titles[m.kind]))
+        return " ".join(part for part in (" + ".join(methods), " / ".join(schemes)) if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types that `recipe_of` reads back as the same recipe."""
+        return {"quant_stage": {"quant_modifiers": {type(m).__name__: _arguments(m) for m in self.modifiers}}}
+
+
+def names(key: str, value: object) -> tuple[str, ...]:
+    """A string or a list of strings as a tuple."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+        raise FieldError(key, f"expected a string or a list of strings, got {value!r}")
+    for item in items:
+        require(bool(item.strip()), key, "has an empty string; give a module name, or re: and a pattern")
+    return tuple(items)
+
+
+def kv_cache_args(value: object) -> QuantizationArgs | None:
+    """`kv_cache_scheme` as QuantizationArgs: 8 bit, static, symmetric, per tensor or per head."""
+    if value is None or isinstance(value, QuantizationArgs):
+        args = value
+    elif isinstance(value, str):
+        require(value.lower() in ("fp8", "int8"), "kv_cache_scheme", f"'{value}'; use fp8, int8, or its fields")
+        args = QuantizationArgs(8, "float" if value.lower() == "fp8" else "int", strategy="tensor")
+    elif isinstance(value, MappingType):
+        args = args_of("kv_cache_scheme", value)
+    else:
+        raise FieldError("kv_cache_scheme", f"expected fp8, int8 or the fields of QuantizationArgs, got {value!r}")
+    if args is not None:
+        fits = args.num_bits == 8 and args.symmetric and not args.dynamic and args.strategy in ("tensor", "attn_head")
+        require(fits, "kv_cache_scheme", "servers hold the cache in 8 bit, symmetric, static, per tensor or attn_head")
+    return args
+
+
+def args_of(key: str, value: MappingType[str, Any]) -> QuantizationArgs:
+    """QuantizationArgs from a mapping in compressed-tensors' words; FieldError for a key that it does not have."""
+    known = {f.name for f in fields(QuantizationArgs)}
+    for name in value:
+        accepted = name in known or name in ("scale_dtype", "zp_dtype")
+        require(accepted, f"{key}.{name}", f"unknown{nearest(name, known)}; QuantizationArgs has {', '.join(known)}")
+    given = {k: v for k, v in value.items() if k in known and v is not None}
+    if isinstance(given.get("block_structure"), list):
+        given["block_structure"] = tuple(given["block_structure"])
+    if "strategy" not in given:  # compressed-tensors' rule
+        size = given.get("group_size")
+        given["strategy"] = "tensor" if size is None else ("group" if size > 0 else "channel")
+    if given.get("group_size") == -1:
+        given.pop("group_size")
+    try:
+        return QuantizationArgs(**given)
+    except (ConfigError, TypeError) as error:
+        raise FieldError(key, str(error)) from None
+
+
+def _config_group(key: str, group: Any) -> SchemeGroup:
+    at = f"config_groups.{key}"
+    if isinstance(group, SchemeGroup):
+        return group
+    if not isinstance(group, MappingType):
+        raise FieldError(at, f"expected targets, weights and input_activations, got {group!r}")
+    known = ("targets", "weights", "input_activations", "output_activations", "format")
+    for name in group:
+        require(name in known, f"{at}.{name}", f"unknown{nearest(name, known)}; a group has {', '.join(known)}")
+    require(group.get("output_activations") is None, f"{at}.output_activations", "is not supported; leave it out")
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if weights is None:
+        raise FieldError(f"{at}.weights", "is missing; a group needs weights")
+    weights = weights if isinstance(weights, QuantizationArgs) else args_of(f"{at}.weights", weights)
+    if inputs is not None and not isinstance(inputs, QuantizationArgs):
+        inputs = args_of(f"{at}.input_activations", inputs)
+    return SchemeGroup(names(f"{at}.targets", group.get("targets", "Linear")), QuantizationScheme(key, weights, inputs))
+
+
+def _mappings(value: Sequence[Any] | None) -> tuple[Mapping, ...] | None:
+    """Mappings as given by users: Mapping, [[balance...], smooth], or {smooth_layer, balance_layers}."""
+    if value is None:
+        return None
+    result = []
+    for i, entry in enumerate(value):
+        key = f"mappings[{i}]"
+        smooth: Any = getattr(entry, "smooth_layer", None)
+        balance: Any = getattr(entry, "balance_layers", None)
+        if isinstance(entry, MappingType):
+            smooth, balance = entry.get("smooth_layer"), entry.get("balance_layers")
+        elif isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2:
+            balance, smooth = entry
+        require(
+            isinstance(smooth, str) and bool(balance),
+            key,
+            f"{entry!r}; write [[balance layers], smooth layer] or {{smooth_layer: ..., balance_layers: [...]}}",
+        )
+        result.append(Mapping(smooth, names(key, balance)))
+    require(bool(result), "mappings", "is an empty list; leave it out for the model family's own")
+    return tuple(result)
+
+
+def _check_low_data(modifier: GPTQModifier) -> None:
+    low = modifier.low_data
+    require(low in LOW_DATA, "low_data", f"'{low}'{nearest(low, LOW_DATA)}; use one of {', '.join(LOW_DATA)}")
+    count = modifier.min_tokens_per_module
+    require(count >= 0, "min_tokens_per_module", f"{count} is negative")
+
+
+def _arguments(modifier: Modifier) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, QuantizationScheme | QuantizationArgs | Mapping | SchemeGroup):
+            return {k: plain(v) for k, v in asdict(value).items() if v is not None}
+        if isinstance(value, MappingType):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    found = {}
+    for f in fields(modifier):
+        value = getattr(modifier, f.name)
+        if value is not None and value != f.default:
+            found[f.name] = plain(value)
+    if isinstance(modifier, QuantizationModifier) and isinstance(modifier.scheme, QuantizationScheme):
+        del found["scheme"]
+        found["config_groups"] = {g.scheme.name: _group_entry(g) for g in modifier.groups}
+        found.pop("targets", None)
+    return found
+
+
+def _group_entry(group: SchemeGroup) -> dict[str, Any]:
+    def args(value: QuantizationArgs | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        found = {k: v for k, v in asdict(value).items() if v is not None and v != {}}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    scheme = group.scheme
+    entry = {"targets": list(group.targets), "weights": args(scheme.weights)}
+    if scheme.input_activations is not None:
+        entry["input_activations"] = args(scheme.input_activations)
+    return entry

@@ -1,0 +1,179 @@
+"""Where a model can be smoothed: pairs of a layer and those that read its output, per architecture family.
+
+Dividing a channel of the first's output by s and multiplying the readers' weights by s changes nothing, if all readers
+are there. The tables are data: names relative to a decoder layer, as patterns of their dotted parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config.recipe import AWQModifier, SmoothQuantModifier
+from ..config.recipe import Mapping as Pattern
+from ..errors import PlanError, nearest
+from .families import Family
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_MLA = (r"re:.*self_attn\.(q_proj|q_a_proj)$", "self_attn.kv_a_proj_with_mqa")
+_ATTENTION = Pattern("input_layernorm", _QKV)
+_MLP = Pattern("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
+_V_TO_O = Pattern("self_attn.v_proj", ("self_attn.o_proj",))
+_UP_TO_DOWN = Pattern(r"re:.*\.(up_proj|w3)$", (r"re:.*\.(down_proj|w2)$",))
+# Every reader of the norm, the router and shared experts among them; those that a model lacks match nothing.
+_EXPERTS = Pattern(
+    "post_attention_layernorm",
+    (
+        r"re:.*\.mlp\.(gate|shared_expert_gate|router)$",
+        r"re:.*\.block_sparse_moe\.gate$",
+        r"re:.*\.(gate_proj|up_proj|w1|w3)$",
+    ),
+)
+_MLA_INNER = (
+    Pattern("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+    Pattern("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+)
+_PHI = (
+    Pattern("input_layernorm", ("self_attn.qkv_proj",)),
+    Pattern("post_attention_layernorm", ("mlp.gate_up_proj",)),
+)
+_GEMMA = Pattern("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
+_PARALLEL = Pattern("input_layernorm", (*_QKV, "mlp.gate_proj", "mlp.up_proj"))
+
+_LLAMA = (_ATTENTION, _MLP)
+# model_type -> (SmoothQuant's, AWQ's). Norms behind a Linear (Gemma 2, OLMo 2) feed the residual and are no place.
+TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
+    # One vector over all experts harms SmoothQuant, which looks at extremes; AWQ weighs what each expert sees.
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe"),
+        ((_ATTENTION,), (_ATTENTION, _V_TO_O, _EXPERTS, _UP_TO_DOWN)),
+    ),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        ((Pattern("input_layernorm", _MLA),), (Pattern("input_layernorm", _MLA), *_MLA_INNER, _EXPERTS, _UP_TO_DOWN)),
+    ),
+    "phi3": (_PHI, _PHI),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ((_ATTENTION, _GEMMA), (_ATTENTION, _V_TO_O, _GEMMA, _UP_TO_DOWN))),
+    **dict.fromkeys(("cohere", "cohere2"), ((_PARALLEL,), (_PARALLEL, _V_TO_O, _UP_TO_DOWN))),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), ((), (_V_TO_O, _UP_TO_DOWN))),
+    "starcoder2": (
+        (_ATTENTION, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
+        (_ATTENTION, _V_TO_O, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
+    ),
+    "glm4": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
+    "glm": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
+}
+DEFAULT = (_LLAMA, (_ATTENTION, _V_TO_O, _MLP, _UP_TO_DOWN))
+# Norms that multiply by 1 + weight.
+OFFSET_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next"})
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """One place in one decoder layer: module `smooth` (a norm, or a Linear by its rows) and every reader."""
+
+    layer: int
+    smooth: str
+    balance: tuple[str, ...]
+    kind: Literal["norm", "linear"]
+
+
+def smoothings(
+    modifier: SmoothQuantModifier | AWQModifier, family: Family, tensors: Mapping[str, Sequence[int]]
+) -> tuple[tuple[Smoothing, ...], tuple[str, ...]]:
+    """Every place that `modifier` smooths in a checkpoint with `tensors` (name -> shape), layer by layer in the order
+    of its mappings, and notes on those passed over. PlanError for a pattern of the user's that matches nothing.
+    """
+    given = modifier.mappings
+    table: Sequence[Pattern] = given or TABLES.get(family.model_type, DEFAULT)[isinstance(modifier, AWQModifier)]
+    modules: dict[int, list[str]] = {}
+    for name in tensors:
+        layer = family.layer_of(name)
+        if layer is not None and name.endswith(".weight"):
+            modules.setdefault(layer, []).append(name.removesuffix(".weight"))
+    skip = {m for names in modules.values() for m in names if any(matches(p, m) for p in modifier.ignore)}
+    found: list[Smoothing] = []
+    notes: dict[str, int] = {}
+    for layer, members in sorted(modules.items()):
+        for pattern in table:
+            for place in _places(pattern, layer, members):
+                if place.smooth in skip or any(b in skip for b in place.balance):
+                    continue
+                reason = _misfit(place, tensors)
+                if reason is None:
+                    found.append(place)
+                else:
+                    notes[reason] = notes.get(reason, 0) + 1
+    if given is not None:
+        _require_matches(given, [m for members in modules.values() for m in members], found)
+    if not found:
+        raise PlanError(
+            f"{type(modifier).__name__}: model_type '{family.model_type}' has no place to smooth"
+            f"{'' if given else ' in the default mappings; give mappings=[[[balance layers], smooth layer], ...]'}"
+        )
+    return tuple(found), tuple(f"{reason} (x{count})" for reason, count in notes.items())
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether `module` is what `pattern` means: `re:` from the start of the full name, else a run of dotted parts at
+    its end.
+    """
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return module == pattern or module.endswith(f".{pattern}")
+
+
+def _places(pattern: Pattern, layer: int, members: Sequence[str]) -> Iterable[Smoothing]:
+    """For each match of the smooth layer, the balance layers nearest to it: those that share most of its name."""
+    candidates = [m for m in members if any(matches(p, m) for p in pattern.balance_layers)]
+    for smooth in members:
+        others = [m for m in candidates if m != smooth]
+        if not matches(pattern.smooth_layer, smooth) or not others:
+            continue
+        norm = re.search(r"norm\d*$", smooth) is not None
+        depth = max(_shared(smooth, m) for m in others)
+        balance = tuple(m for m in others if _shared(smooth, m) >= (0 if norm else depth))
+        yield Smoothing(layer, smooth, balance, "norm" if norm else "linear")
+
+
+def _shared(a: str, b: str) -> int:
+    count = 0
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _misfit(place: Smoothing, tensors: Mapping[str, Sequence[int]]) -> str | None:
+    """Why the shapes of a place do not fit together, None if they do."""
+    width = tensors[f"{place.smooth}.weight"][0]
+    for module in place.balance:
+        shape = tensors[f"{module}.weight"]
+        if len(shape) != 2 or shape[1] != width:
+            tail = ".".join(place.smooth.split(".")[-2:])
+            return f"{tail}: {width} channels feed {module.rpartition('.')[2]} of {shape[-1]} inputs, so it is left out"
+    return None
+
+
+def _require_matches(given: Iterable[Pattern], modules: Sequence[str], found: Sequence[Smoothing]) -> None:
+    tails = sorted({part for m in modules for part in (m.rpartition(".")[2], ".".join(m.split(".")[-2:]))})
+    for pattern in given:
+        for part in (pattern.smooth_layer, *pattern.balance_layers):
+            if not any(matches(part, module) for module in modules):
+                raise PlanError(
+                    f"mappings: '{part}' matches no module of any decoder layer{nearest(part, tails)}; write a full "
+                    "name, its last parts, or re: and a pattern"
+                )
+        used = any(
+            matches(pattern.smooth_layer, p.smooth)
+            and any(matches(b, m) for b in pattern.balance_layers for m in p.balance)
+            for p in found
+        )
+        if not used:
+            raise PlanError(
+                f"mappings: '{pattern.smooth_layer}' and {', '.join(pattern.balance_layers)} match modules, but in no "
+                "layer do their widths fit together (or ignore takes them out)"
+            )
