@@ -32,6 +32,8 @@ def _run(args: argparse.Namespace) -> int:
     from .report.plan_view import render_plan
 
     result = engine.run(_config(args), show=lambda plan: print(render_plan(plan), flush=True))
+    if result.report is not None and (told := result.report.render()):
+        print(f"\n{told}")
     print(f"\n{result.audit.render()}")
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     print(f"written to {result.output} ({times})")

@@ -6,11 +6,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
 from .audit import AuditResult, audit
@@ -28,19 +28,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .modifiers.rtn import RoundToNearest
+    from .models.skeleton import Skeleton
+    from .models.skeleton import WeightSource as LayerSource
+    from .modifiers.sink import Sink
     from .quantized import QuantizedTensor
+    from .report.calibration import CalibrationReport
 
-RECORD = "quantkit_config.json"
+RECORD, REPORT = "quantkit_config.json", "quantkit_report.json"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the output lies, what the audit found, and how long each stage took in seconds."""
+    """Where the output lies, what the audit found, how long each stage took in seconds, and what calibration did."""
 
     output: Path
     audit: AuditResult
     seconds: dict[str, float]
+    report: CalibrationReport | None = None
 
 
 @contextmanager
@@ -51,8 +55,14 @@ def open_plan(config: RunConfig) -> Iterator[Plan]:
         yield build_plan(config, checkpoint)
 
 
-def run(config: RunConfig, *, show: Callable[[Plan], None] | None = None) -> RunResult:
-    """Quantize as `config` says: plan, write, audit. `show` is called with the plan before work starts.
+def run(
+    config: RunConfig,
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
+    show: Callable[[Plan], None] | None = None,
+) -> RunResult:
+    """Quantize as `config` says: plan, write, audit. `show` is called with the plan before work starts; `rows` of token
+    ids take the place of the dataset section.
 
     Raises a QuantkitError when something does not fit, before anything is written; the output folder appears
     only when it is complete.
@@ -70,6 +80,7 @@ def run(config: RunConfig, *, show: Callable[[Plan], None] | None = None) -> Run
         import torch
 
         torch.set_num_threads(config.global_.num_threads)
+    report: CalibrationReport | None = None
     with open_plan(config) as plan:
         if show is not None:
             show(plan)
@@ -77,88 +88,135 @@ def run(config: RunConfig, *, show: Callable[[Plan], None] | None = None) -> Run
         writer = CheckpointWriter(plan.layout, config.output_dir, overwrite=config.global_.overwrite)
         lap("plan")
         with writer:
-            if plan.scheme.needs_calibration:
-                _calibrated(plan, writer)
+            if plan.recipe.needs_data:
+                report = _calibrated(plan, writer, rows)
             else:
-                _data_free(plan, writer)
+                data_free(plan, plan.checkpoint, WrittenOutput(plan, writer), copy=_copier(plan, writer))
             lap("quantize")
-            _side_files(plan, writer)
+            _side_files(plan, writer, report)
             output = writer.finish()
             lap("write")
         result = audit(output, plan.checkpoint)
         lap("audit")
-    return RunResult(output, result, seconds)
+    return RunResult(output, result, seconds, report)
 
 
-class _Output:
-    """Where modifiers put their results: packed as the format wants it, handed to the writer."""
+class WrittenOutput:
+    """A sink that packs results as the format wants them and hands them to the writer."""
 
     def __init__(self, plan: Plan, writer: CheckpointWriter) -> None:
         self.plan, self.writer = plan, writer
 
-    def scale_dtype(self, module: str) -> torch.dtype:
-        return torch_dtype(self.plan.format.scale_dtype(self.plan.scheme, self.plan.modules[module].dtype))
-
     def weight(self, module: str, quantized: QuantizedTensor) -> None:
-        for name, tensor in self.plan.format.pack_weight(module, quantized, self.scale_dtype(module)).items():
+        tensors = self.plan.format.pack_weight(module, quantized, scale_dtype(self.plan, module))
+        for name, tensor in tensors.items():
             self.writer.write(name, tensor)
 
     def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
         for name, tensor in self.plan.format.pack_activations(module, scale, zero_point).items():
             self.writer.write(name, tensor)
 
+    def tensor(self, name: str, value: Tensor) -> None:
+        self.writer.write(name, value)
 
-def _modifier(plan: Plan, writer: CheckpointWriter) -> RoundToNearest:
-    from .modifiers.rtn import RoundToNearest
-
-    output = _Output(plan, writer)
-    pack = plan.format.packs(plan.scheme)
-    return RoundToNearest(plan.scheme, plan.modules, output, scale_dtype=output.scale_dtype, pack=pack)
+    def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
+        for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale).items():
+            self.writer.write(name, tensor)
 
 
-def _data_free(plan: Plan, writer: CheckpointWriter) -> None:
-    """Every weight by itself, in the order it lies in the source: read once, quantized, written behind."""
-    checkpoint, modifier = plan.checkpoint, _modifier(plan, writer)
-    with Progress("quantize", total=checkpoint.total_bytes, unit="B") as progress:
-        for name, info in checkpoint.tensors.items():
+def scale_dtype(plan: Plan, module: str) -> torch.dtype:
+    """What the format stores `module`'s weight scale in; codes are made with scales rounded to it."""
+    planned = plan.modules[module]
+    return torch_dtype(plan.format.scale_dtype(planned.scheme, planned.dtype))
+
+
+class WeightReader(Protocol):
+    """A source whose tensors can be let go of: a checkpoint, or a model in memory."""
+
+    def tensor(self, name: str) -> Tensor: ...
+    def release(self, name: str) -> None: ...
+
+
+def data_free(
+    plan: Plan, source: WeightReader, sink: Sink, *, copy: Callable[[str], None] | None = None, progress: bool = True
+) -> None:
+    """A recipe without data: every weight by itself, in the order it lies in the source. `copy` is called for tensors
+    that stay as they are.
+    """
+    from .modifiers.rtn import quantize_weight
+
+    total = plan.checkpoint.total_bytes
+    with Progress("quantize", total=total, unit="B", enabled=progress) as bar:
+        for name, info in plan.checkpoint.tensors.items():
             module = name.removesuffix(".weight")
             if module != name and module in plan.modules:
-                modifier.weight(module, checkpoint.tensor(name))
-                checkpoint.release(name)
+                scheme = plan.modules[module].scheme
+                dtype, pack = scale_dtype(plan, module), plan.format.packs(scheme)
+                weight = source.tensor(name)
+                sink.weight(module, quantize_weight(module, weight, scheme.weights, scale_dtype=dtype, pack=pack))
+                source.release(name)
                 host().release_free_memory()
-            else:
-                writer.copy(name, info, checkpoint)
-            progress.advance(info.nbytes)
+            elif copy is not None:
+                copy(name)
+            bar.advance(info.nbytes)
 
 
-def _calibrated(plan: Plan, writer: CheckpointWriter) -> None:
-    """Layer by layer with data: one sweep gives every statistic that the scheme needs."""
+def calibrate(
+    plan: Plan,
+    skeleton: Skeleton,
+    source: LayerSource,
+    rows: Sequence[Sequence[int]],
+    sink: Sink,
+    *,
+    progress: bool = True,
+) -> CalibrationReport:
+    """A recipe with data: layer by layer, one sweep for everything in it. `rows` of token ids, each of at least two."""
+    from .calibration.batches import batches
+    from .calibration.sweep import sweep
+    from .modifiers.pipeline import Pipeline
+    from .report.calibration import CalibrationReport
+
+    report = CalibrationReport()
+    pipeline = Pipeline(plan, sink, scale_dtype=lambda module: scale_dtype(plan, module), report=report)
+    seen = sweep(skeleton, source, batches(rows), pipeline, progress=progress, all_experts=plan.recipe.all_experts)
+    report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
+    report.silent_experts = seen.silent_experts
+    return report
+
+
+def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
+    return lambda name: writer.copy(name, plan.checkpoint.tensors[name], plan.checkpoint)
+
+
+def _calibrated(plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None) -> CalibrationReport:
     import torch
 
-    from .calibration.batches import batches
     from .calibration.dataset import load_rows, load_tokenizer
-    from .calibration.sweep import sweep
     from .formats.source import WeightSource
     from .models.skeleton import Skeleton
 
     config, checkpoint = plan.config, plan.checkpoint
-    assert config.dataset is not None
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=config.model.trust_remote_code)
     dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
     remote = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=dtype, trust_remote_code=remote)
-    rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
+    if rows is None:
+        assert config.dataset is not None
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)
+        rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
+    copy = _copier(plan, writer)
     for name in plan.carried:
-        writer.copy(name, checkpoint.tensors[name], checkpoint)
-    sweep(skeleton, WeightSource(checkpoint), batches(rows), _modifier(plan, writer), plan.modules)
+        copy(name)
+    return calibrate(plan, skeleton, WeightSource(checkpoint), rows, WrittenOutput(plan, writer))
 
 
-def _side_files(plan: Plan, writer: CheckpointWriter) -> None:
+def _side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
     for path in plan.checkpoint.side_files:
-        if path.name != RECORD:  # of an earlier job on this model; this one writes its own
+        if path.name not in (RECORD, REPORT):  # of an earlier job on this model; this one writes its own
             writer.copy_side_file(path)
     writer.side_file("README.md", model_card(plan).encode())
     writer.side_file(RECORD, (json.dumps(_record(plan), indent=2) + "\n").encode())
+    if report is not None:
+        writer.side_file(REPORT, (report.to_json() + "\n").encode())
     writer.side_file("config.json", config_bytes(plan))
 
 
@@ -179,6 +237,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": sys.platform,
-        "scheme": plan.scheme.name,
+        "scheme": plan.recipe.name,
+        **plan.record(),
         "config": options,
     }

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.calibration.batches import Batch, batches
-from quantkit.calibration.statistics import Statistics
+from quantkit.calibration.hooks import CacheRecorder
+from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.calibration.sweep import Layer, SweepReport, embed, forward, sweep
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.attention import blockwise
@@ -27,19 +28,33 @@ MOE = ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3"]
 
 
 class Recorder:
-    """A visitor that keeps what it is given."""
+    """A visitor that keeps what it is given: in a first forward if it is to have two, else in the only one."""
 
-    def __init__(self, second_forward: bool = False) -> None:
-        self.second_forward = second_forward
-        self.statistics: dict[str, Statistics] = {}
+    def __init__(self, second_forward: bool = False, wants: Wants | None = None) -> None:
+        self.second_forward, self.wanted = second_forward, wants or Wants()
+        self.statistics: dict[str, Wants] = {}
+        self.ranges: dict[str, Wants] = {}
+        self.caches: tuple[str, ...] = ()
+        self.found: dict[str, Statistics] = {}
+        self.recorders: dict[str, CacheRecorder] = {}
         self.layers: list[str] = []
+
+    def want(self, modules: Sequence[str]) -> Recorder:
+        wanted = dict.fromkeys(modules, self.wanted)
+        self.statistics, self.ranges = (wanted, {}) if self.second_forward else ({}, wanted)
+        return self
 
     def prepare(self, layer: Layer) -> None:
         assert all(not p.is_meta for linear in layer.linears.values() for p in linear.parameters())
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
         self.layers.append(layer.prefix)
-        self.statistics.update(statistics)
+        self.found.update(statistics)
+
+    def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
+        self.layers.append(layer.prefix)
+        self.found.update(ranges)
+        self.recorders.update(caches)
 
 
 def rows(lengths: Sequence[int], vocabulary: int = 128) -> list[list[int]]:
@@ -54,12 +69,12 @@ def opened(folder: Path, **options: Any) -> tuple[Skeleton, FileSource]:
 
 def modules_of(skeleton: Skeleton, source: FileSource) -> list[str]:
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    return [linear.module for linear in skeleton.family.linear_weights(shapes)]
+    return [linear.module for linear in skeleton.family.linear_weights(shapes) if not linear.head]
 
 
 def run(folder: Path, data: list[Batch], visitor: Any, modules: list[str] | None = None) -> SweepReport:
     skeleton, source = opened(folder)
-    return sweep(skeleton, source, data, visitor, modules or modules_of(skeleton, source), progress=False)
+    return sweep(skeleton, source, data, visitor.want(modules or modules_of(skeleton, source)), progress=False)
 
 
 def streamed(skeleton: Skeleton, source: FileSource, data: list[Batch]) -> list[Tensor]:
@@ -166,13 +181,13 @@ def test_layers_are_dropped_and_their_tensors_released(tmp_path: Path) -> None:
     alive: list[int] = []
 
     class Watcher(Recorder):
-        def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
+        def observe(self, *_: Any) -> None:
             alive.append(sum(any(not p.is_meta for p in each.parameters()) for each in skeleton.layers))
 
-    sweep(skeleton, source, batches(rows([8])), Watcher(), modules_of(skeleton, source), progress=False)
-    assert alive == [1, 1, 1, 0]  # the head comes last, with no decoder layer left
+    sweep(skeleton, source, batches(rows([8])), Watcher().want(modules_of(skeleton, source)), progress=False)
+    assert alive == [1, 1, 1]
     assert all(p.is_meta for p in skeleton.model.parameters())
-    assert set(source.released) == source.names()
+    assert set(source.released) == source.names() - {"lm_head.weight"}
 
 
 # Statistics
@@ -187,29 +202,18 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(model_type: str, lengt
     report = run(tmp_path, data, visitor)
     assert report == SweepReport(sum(lengths))
     expected = input_ranges(tmp_path, data)
-    assert set(visitor.statistics) >= set(expected) - {"lm_head"}
-    for name, statistics in visitor.statistics.items():
+    assert set(visitor.found) >= set(expected) - {"lm_head"}
+    for name, statistics in visitor.found.items():
         assert statistics.count == sum(lengths)
         assert torch.equal(statistics.min, expected[name][0]), name
         assert torch.equal(statistics.max, expected[name][1]), name
-
-
-def test_the_heads_input_is_measured_when_the_head_is_wanted(tmp_path: Path) -> None:
-    make(tmp_path, "llama")
-    data = batches(rows([12, 12]))
-    visitor = Recorder()
-    run(tmp_path, data, visitor, ["lm_head"])
-    low, high = input_ranges(tmp_path, data)["lm_head"]
-    assert torch.equal(visitor.statistics["lm_head"].min, low)
-    assert torch.equal(visitor.statistics["lm_head"].max, high)
-    assert visitor.layers[-1] == "lm_head"
 
 
 def test_linears_that_read_one_tensor_share_one_object(tmp_path: Path) -> None:
     make(tmp_path, "qwen3")
     visitor = Recorder()
     run(tmp_path, batches(rows([16, 16, 7]), 16), visitor)
-    found = visitor.statistics
+    found = visitor.found
     for layer in ("model.layers.0", "model.layers.2"):
         q, k, v = (found[f"{layer}.self_attn.{p}_proj"] for p in "qkv")
         assert q is k is v
@@ -227,7 +231,7 @@ def test_padding_has_no_effect(model_type: str, tmp_path: Path) -> None:
     for data in (batches(tokens, 128, pad_id=0), batches(tokens, 128, pad_id=77), batches(tokens, 1)):
         visitor = Recorder()
         run(tmp_path, data, visitor)
-        found.append(visitor.statistics)
+        found.append(visitor.found)
     assert found[0].keys() == found[2].keys()
     for name, padded in found[0].items():
         assert torch.equal(padded.min, found[1][name].min) and torch.equal(padded.max, found[1][name].max)
@@ -245,7 +249,7 @@ def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_pat
     assert report.silent_experts == []
     expected = input_ranges(tmp_path, data)
     experts: dict[str, int] = {}
-    for name, statistics in visitor.statistics.items():
+    for name, statistics in visitor.found.items():
         if ".experts." not in name:
             low, high = expected[name.replace("block_sparse_moe", "mlp")]
             torch.testing.assert_close(statistics.min, low, rtol=1e-4, atol=1e-4)
@@ -254,7 +258,7 @@ def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_pat
             layer = name.partition(".experts.")[0]
             experts[layer] = experts.get(layer, 0) + statistics.count
             up = name.replace("gate_proj", "up_proj").replace(".w1", ".w3")
-            assert visitor.statistics[up] is statistics
+            assert visitor.found[up] is statistics
     # Every token goes to two experts.
     assert experts and set(experts.values()) == {2 * 4 * 64}
 
@@ -279,10 +283,48 @@ def test_an_expert_without_tokens_borrows_from_the_others_and_is_reported(
     assert "model.layers.2" in warning and all(expert in warning for expert in silent)
     prefix = "model.layers.2.mlp.experts"
     reached = sorted({"0", "1", "2", "3"} - silent)
-    expected = torch.stack([visitor.statistics[f"{prefix}.{e}.down_proj"].max for e in reached]).amax(0)
+    expected = torch.stack([visitor.found[f"{prefix}.{e}.down_proj"].max for e in reached]).amax(0)
     for expert in silent:
-        borrowed = visitor.statistics[f"{prefix}.{expert}.down_proj"]
+        borrowed = visitor.found[f"{prefix}.{expert}.down_proj"]
         assert torch.equal(borrowed.max, expected) and borrowed.count == 0
+
+
+def test_all_tokens_go_to_every_expert_if_asked_for(tmp_path: Path) -> None:
+    """The output stays that of the routed experts, so a layer behind sees the same."""
+    make(tmp_path, "qwen3_moe")
+    skeleton, source = opened(tmp_path)
+    modules = modules_of(skeleton, source)
+    data = batches(rows([24, 20]), 48)
+    routed, everyone = Recorder(second_forward=True), Recorder(second_forward=True)
+    sweep(skeleton, source, data, routed.want(modules), progress=False)
+    sweep(skeleton, source, data, everyone.want(modules), progress=False, all_experts=True)
+    experts = [name for name in modules if ".experts." in name]
+    assert {everyone.found[name].count for name in experts} == {44}
+    assert {routed.found[name].count for name in experts} != {44}
+    first, other = (f"model.layers.1.mlp.experts.{i}.gate_proj" for i in (0, 1))
+    assert everyone.found[first] is everyone.found[other]
+    last = "model.layers.2.self_attn.q_proj"
+    assert torch.equal(routed.found[last].max, everyone.found[last].max)
+
+
+def test_keys_and_values_are_measured_as_they_are_cached(tmp_path: Path) -> None:
+    make(tmp_path, "qwen3")
+    tokens = rows([24, 17])
+    visitor = Recorder()
+    visitor.caches = tuple(f"model.layers.{i}.self_attn" for i in range(3))
+    run(tmp_path, batches(tokens, 64), visitor, ["model.layers.2.mlp.down_proj"])
+    model = whole(tmp_path)
+    expected = torch.zeros(3, 2, 2)
+    for row in tokens:
+        with torch.no_grad():
+            cache = model(input_ids=torch.tensor([row]), use_cache=True).past_key_values
+        for i, layer in enumerate(cache.layers):
+            seen = torch.stack([x.abs().amax((0, 2, 3)) for x in (layer.keys, layer.values)])
+            expected[i] = torch.maximum(expected[i], seen)
+    for i, name in enumerate(visitor.caches):
+        recorder = visitor.recorders[name]
+        assert recorder.key is not None and recorder.value is not None
+        torch.testing.assert_close(torch.stack((recorder.key, recorder.value)), expected[i], rtol=1e-4, atol=1e-5)
 
 
 # Visitors
@@ -307,8 +349,8 @@ def test_weights_put_in_place_by_prepare_run_in_the_one_forward(tmp_path: Path) 
     names = [n.removesuffix(".weight") for n in tensors if n.endswith("_proj.weight")]
     run(tmp_path, data, rounding, names)
     run(tmp_path / "changed", data, plain, names)
-    for name, statistics in plain.statistics.items():
-        assert torch.equal(rounding.statistics[name].max, statistics.max), name
+    for name, statistics in plain.found.items():
+        assert torch.equal(rounding.found[name].max, statistics.max), name
 
 
 def test_a_second_forward_carries_on_with_the_weights_that_finish_left(tmp_path: Path) -> None:
@@ -323,11 +365,10 @@ def test_a_second_forward_carries_on_with_the_weights_that_finish_left(tmp_path:
 
     data = batches(rows([16]))
     visitor = Zeroing(second_forward=True)
-    run(tmp_path, data, visitor, [f"model.layers.{i}.self_attn.q_proj" for i in range(3)] + ["lm_head"])
-    first = visitor.statistics["model.layers.0.self_attn.q_proj"]
+    run(tmp_path, data, visitor, [f"model.layers.{i}.self_attn.q_proj" for i in range(3)])
+    first = visitor.found["model.layers.0.self_attn.q_proj"]
     for i in (1, 2):  # the norms are all ones, so the same hidden states give the same input
-        assert torch.equal(visitor.statistics[f"model.layers.{i}.self_attn.q_proj"].max, first.max)
-    assert torch.equal(visitor.statistics["lm_head"].max, first.max)
+        assert torch.equal(visitor.found[f"model.layers.{i}.self_attn.q_proj"].max, first.max)
     assert float(first.max.abs().max()) > 0
 
 
@@ -336,7 +377,7 @@ def test_layers_behind_the_last_wanted_one_are_not_run(tmp_path: Path) -> None:
     visitor = Recorder()
     run(tmp_path, batches(rows([8])), visitor, ["model.layers.1.mlp.down_proj"])
     assert visitor.layers == ["model.layers.0", "model.layers.1"]
-    assert set(visitor.statistics) == {"model.layers.1.mlp.down_proj"}
+    assert set(visitor.found) == {"model.layers.1.mlp.down_proj"}
 
 
 def test_the_sweep_is_deterministic(tmp_path: Path) -> None:
@@ -345,7 +386,7 @@ def test_the_sweep_is_deterministic(tmp_path: Path) -> None:
     for _ in range(2):
         visitor = Recorder()
         run(tmp_path, batches(rows([24, 18, 24, 3]), 48), visitor)
-        found.append(visitor.statistics)
+        found.append(visitor.found)
     assert all(torch.equal(found[0][n].max, found[1][n].max) for n in found[0])
 
 
@@ -461,9 +502,9 @@ def test_bf16_statistics_are_near_those_of_fp32(model_type: str, tmp_path: Path)
     skeleton, source = opened(tmp_path)
     visitor = Recorder()
     names = [name for name in modules_of(skeleton, source) if ".experts." not in name]
-    sweep(skeleton, source, data, visitor, names, progress=False)
+    sweep(skeleton, source, data, visitor.want(names), progress=False)
     expected = input_ranges(tmp_path, data)
-    for name, statistics in visitor.statistics.items():
+    for name, statistics in visitor.found.items():
         exact = torch.maximum(expected[name][0].abs(), expected[name][1].abs()).max()
         assert float((statistics.tensor_absmax - exact).abs()) <= 0.1 * float(exact), name
 
@@ -495,3 +536,18 @@ def test_statistics_merge_like_one_pass() -> None:
     assert torch.equal(merged.tensor_min, x.min().reshape(1, 1))
     assert torch.equal(merged.tensor_max, x.max().reshape(1, 1))
     assert torch.equal(parts[0].max, x[:20].amax(0))
+
+
+def test_gram_and_sums_follow_a_smoothing_in_closed_form() -> None:
+    x, s = torch.randn(50, 6), torch.rand(6) + 0.5
+    wanted = Statistics.of(x / s, "x", Wants(gram=True))
+    found = Statistics.of(x, "x", Wants(gram=True))
+    found.divide(s)
+    for name in ("min", "max", "absum", "gram"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
+    parts = [Statistics.of(part, "x", Wants(gram=True)) for part in x.split([20, 1, 29])]
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    assert parts[0].gram is not None and parts[0].absum is not None
+    torch.testing.assert_close(parts[0].gram, x.T @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(parts[0].absum, x.abs().sum(0), rtol=1e-5, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,42 +10,126 @@ from torch import Tensor
 from .. import ops
 from ..errors import CalibrationError
 
+HISTOGRAM_BINS = 8192
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What to gather of an input besides count and ranges. `gram`: x^T x and the sum of |x|; `histogram` of all values;
+    `averages`: a moving average of each batch's range.
+    """
+
+    gram: bool = False
+    histogram: bool = False
+    averages: bool = False
+
+    def __or__(self, other: Wants) -> Wants:
+        return Wants(self.gram or other.gram, self.histogram or other.histogram, self.averages or other.averages)
+
+
+@dataclass
+class Histogram:
+    """`counts` int64 [HISTOGRAM_BINS] over [-span, span]; `span` fp32 [1], a power of two, 0 before anything came."""
+
+    counts: Tensor
+    span: Tensor
+
 
 @dataclass
 class Statistics:
-    """Of one input [tokens, channels]: how many tokens there were, and each channel's smallest and largest value
-    (fp32 [channels]). Every field merges (sum, min, max), so batches may come in any split. Linears that read the same
+    """Of one input [tokens, channels]: how many tokens there were, each channel's smallest and largest value and sum of
+    magnitudes (fp32 [channels]), `gram` = x^T x (fp32 [channels, channels]), a histogram. All but the moving averages
+    (fp32 [2]: lowest, highest) merge by sum, min or max, so batches may come in any split. Linears that read the same
     tensor share one object.
     """
 
     count: int
     min: Tensor
     max: Tensor
+    absum: Tensor | None = None
+    gram: Tensor | None = None
+    histogram: Histogram | None = None
+    averages: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, where: str) -> Statistics:
+    def empty(cls, channels: int, wants: Wants) -> Statistics:
+        """Of nothing yet."""
+        found = cls(0, torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf))
+        if wants.gram:
+            found.absum = torch.zeros(channels)
+            found.gram = torch.zeros(channels, channels)
+        if wants.histogram:
+            found.histogram = Histogram(torch.zeros(HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1))
+        if wants.averages:
+            found.averages = torch.full((2,), torch.nan)
+        return found
+
+    @classmethod
+    def of(cls, x: Tensor, where: str, wants: Wants | None = None) -> Statistics:
         """Of x [tokens, channels] (fp32, fp16, bf16; at least one token). `where` names the input in errors."""
-        low, high = ops.minmax(x, [-1, 1])
-        statistics = cls(x.shape[0], low.reshape(-1), high.reshape(-1))
+        found = cls.empty(x.shape[1], wants or Wants())
+        found.update(x, where)
+        return found
+
+    def update(self, x: Tensor, where: str) -> None:
+        """Take in x [tokens, channels]; CalibrationError for NaN and Inf, naming `where` and the channels."""
+        low, high = (extreme.reshape(-1) for extreme in ops.minmax(x, [-1, 1]))
         # NaN and Inf survive min and max, so looking at these is enough.
-        bad = ~(torch.isfinite(statistics.min) & torch.isfinite(statistics.max))
+        bad = ~(torch.isfinite(low) & torch.isfinite(high))
         if bool(bad.any()):
             channels = bad.nonzero().flatten().tolist()
             raise CalibrationError(
                 f"{where}: NaN or Inf in {len(channels)} of {x.shape[1]} input channels (first: {channels[0]}); the "
                 "model does not run in this dtype, or its checkpoint is damaged"
             )
-        return statistics
+        self.count += x.shape[0]
+        torch.minimum(self.min, low, out=self.min)
+        torch.maximum(self.max, high, out=self.max)
+        if self.gram is not None and self.absum is not None:
+            ops.gram_accumulate(x, self.gram)
+            self.absum += x.abs().sum(0, dtype=torch.float32)
+        if self.histogram is not None:
+            ops.histogram_accumulate(x, self.histogram.counts, self.histogram.span)
+        if self.averages is not None:
+            seen = torch.stack((low.min(), high.max()))
+            first = bool(self.averages.isnan().any())
+            # llm-compressor's averaging_constant.
+            self.averages = seen if first else self.averages + 0.01 * (seen - self.averages)
 
     def merge(self, other: Statistics) -> None:
         """Take in what `other` saw."""
         self.count += other.count
         torch.minimum(self.min, other.min, out=self.min)
         torch.maximum(self.max, other.max, out=self.max)
+        if self.absum is not None and other.absum is not None:
+            self.absum += other.absum
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
+        if self.histogram is not None and other.histogram is not None:
+            mine, theirs = self.histogram, other.histogram
+            self.histogram = Histogram(*ops.merge_histograms(mine.counts, mine.span, theirs.counts, theirs.span))
+        if self.averages is not None and other.averages is not None:
+            self.averages = (self.averages + other.averages) / 2
 
     def copy(self) -> Statistics:
         """One that merges without changing this one."""
-        return Statistics(self.count, self.min.clone(), self.max.clone())
+
+        def clone(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.clone()
+
+        histogram = self.histogram and Histogram(self.histogram.counts.clone(), self.histogram.span.clone())
+        fields = {"min": self.min.clone(), "max": self.max.clone(), "absum": clone(self.absum)}
+        return replace(self, **fields, gram=clone(self.gram), histogram=histogram, averages=clone(self.averages))
+
+    def divide(self, s: Tensor) -> None:
+        """What the statistics are once channel k of the input is divided by s[k] > 0 (fp32 [channels])."""
+        self.min /= s
+        self.max /= s
+        if self.absum is not None:
+            self.absum /= s
+        if self.gram is not None:
+            self.gram /= s
+            self.gram /= s[:, None]
 
     @property
     def absmax(self) -> Tensor:

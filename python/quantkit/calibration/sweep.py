@@ -1,15 +1,15 @@
 """One pass over the decoder layers that collects what the inputs of their Linears are like.
 
-Per layer: load, let the visitor prepare (and quantize, if its codes do not depend on data), run every batch once with
-hooks, hand the statistics to the visitor, drop. The outputs are the next layer's inputs, in place. A visitor whose
-codes depend on the statistics asks for a second forward, which makes these inputs with the weights it left.
+Per layer: load; let the visitor prepare (and quantize, if its codes do not depend on data); run every batch with hooks
+if it wants statistics to work with, and let it work; run every batch once more, which makes the next layer's inputs
+with the weights it left and gathers the ranges of what will be served; drop. A layer runs twice at most.
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,46 +18,71 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError
-from ..models.experts import Experts
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
 from .batches import Batch, HiddenStates
-from .statistics import Statistics
+from .hooks import CacheRecorder, InputHooks, SeenAll
+from .statistics import Statistics, Wants
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer with its weights in memory, or the head as a layer of its own (`index` = number of layers).
-    `linears` holds its Linears by their checkpoint names.
+    """A decoder layer with its weights in memory. `linears` holds its Linears by their checkpoint names, `stored` every
+    parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch.
     """
 
     index: int
     prefix: str
     linears: Mapping[str, nn.Linear]
+    stored: Mapping[str, tuple[nn.Module, str]]
+    outputs: Callable[[], Iterator[Tensor]] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer with this checkpoint name."""
+        module, key = self.stored[name]
+        found: Tensor = getattr(module, key)
+        return found.data
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Replace a parameter by `value`."""
+        module, key = self.stored[name]
+        setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
 class Visitor(Protocol):
-    """What is done to each layer. `second_forward`: `finish` changes weights, and the next layer is to see that."""
+    """What is done to each layer. `statistics`: which Linears' inputs are wanted to work with, `ranges`: which of them
+    in the layer's last forward; `caches`: attention modules whose keys and values are looked at in it.
+    """
 
-    second_forward: bool
+    @property
+    def statistics(self) -> Mapping[str, Wants]: ...
+    @property
+    def ranges(self) -> Mapping[str, Wants]: ...
+    @property
+    def caches(self) -> Collection[str]: ...
 
     def prepare(self, layer: Layer) -> None:
-        """Before the forward. May put other weights into `layer.linears` (`linear.weight = nn.Parameter(...)`)."""
+        """Before any forward. May put other weights into the layer."""
         ...
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        """After the forward, with the statistics of each wanted Linear's input. Linears that read the same tensor have
-        the very same object.
+        """After the first forward, with the statistics of each Linear's input. Linears that read the same tensor have
+        the very same object. May put other weights into the layer.
         """
+        ...
+
+    def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
+        """After the last forward."""
         ...
 
 
 @dataclass
 class SweepReport:
-    """What a sweep saw: tokens, and the experts' Linears whose input was borrowed because no token reached them."""
+    """What a sweep saw: tokens, tokens per Linear of an expert, and those whose input was borrowed since none came."""
 
     tokens: int
+    expert_tokens: dict[str, int] = field(default_factory=dict)
     silent_experts: list[str] = field(default_factory=list)
 
 
@@ -66,45 +91,147 @@ def sweep(
     source: WeightSource,
     batches: Sequence[Batch],
     visitor: Visitor,
-    modules: Collection[str],
     *,
     progress: bool = True,
+    all_experts: bool = False,
 ) -> SweepReport:
-    """Run the calibration `batches` through the model, layer by layer, and hand `visitor` the statistics of the inputs
-    of `modules` (checkpoint names of Linears, the head included). Layers behind the last one with such a Linear are
-    not run.
+    """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
+    the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
 
-    Raises CalibrationError for NaN or Inf, naming layer, module and batch. An expert that no token reached gets the
-    merged statistics of its layer's other experts; it is in the report, and said aloud.
+    CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
+    statistics of its layer's other experts; it is in the report, and said aloud.
     """
-    wanted = frozenset(modules)
     report = SweepReport(sum(batch.tokens for batch in batches))
-    by_layer = [[n for n in skeleton.linears(i) if n in wanted] for i in range(skeleton.num_layers)]
-    head = skeleton.checkpoint_name("lm_head")
-    unknown = wanted.difference([head], *by_layer)
+    names = [list(skeleton.linears(i)) for i in range(skeleton.num_layers)]
+    unknown = {*visitor.statistics, *visitor.ranges}.difference(*names)
     if unknown:
         raise CalibrationError(f"no Linear of {skeleton.folder} is named {', '.join(sorted(unknown)[:5])}")
-    stop = skeleton.num_layers if head in wanted else max((i + 1 for i, n in enumerate(by_layer) if n), default=0)
-    if not stop:
+    caches = [_within(visitor.caches, skeleton.layer_prefix(i)) for i in range(skeleton.num_layers)]
+    needed = [
+        i for i, n in enumerate(names) if caches[i] or any(m in visitor.statistics or m in visitor.ranges for m in n)
+    ]
+    if not needed:
         return report
+    stop = needed[-1] + 1
     with torch.no_grad(), Progress("calibrate", total=stop, unit="layer", enabled=progress) as bar:
         hidden, calls = embed(skeleton, source, batches)
         for index in range(stop):
             skeleton.materialize(index, source)
-            layer = Layer(index, skeleton.layer_prefix(index), skeleton.linears(index))
+            run = _Run(skeleton, index, batches, calls, hidden, report)
+            layer = Layer(
+                index, skeleton.layer_prefix(index), skeleton.linears(index), skeleton.stored(index), run.outputs
+            )
             visitor.prepare(layer)
-            hooks = InputHooks({name: layer.linears[name] for name in by_layer[index]}, skeleton.experts[index])
-            feeds_on = index + 1 < stop or head in wanted
-            with hooks:
-                forward(skeleton, index, batches, calls, hidden, hooks, keep=feeds_on and not visitor.second_forward)
-            visitor.finish(layer, _complete(layer, by_layer[index], hooks.statistics, skeleton, report))
-            if visitor.second_forward and feeds_on:
-                forward(skeleton, index, batches, calls, hidden)
+            first = {n: visitor.statistics[n] for n in names[index] if n in visitor.statistics}
+            last = {n: visitor.ranges[n] for n in names[index] if n in visitor.ranges}
+            if first:
+                visitor.finish(layer, run.statistics(layer, first, keep=False, all_experts=all_experts))
+            feeds_on = index + 1 < stop
+            recorders = {name: CacheRecorder(name) for name in caches[index]}
+            if last or recorders or feeds_on:
+                seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
+                visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
             bar.advance(1)
-        if head in wanted:
-            _head(skeleton, source, batches, hidden, visitor, head)
     return report
+
+
+def _within(modules: Collection[str], prefix: str) -> list[str]:
+    return [module for module in modules if module.startswith(f"{prefix}.")]
+
+
+@dataclass
+class _Run:
+    """A layer and what goes through it."""
+
+    skeleton: Skeleton
+    index: int
+    batches: Sequence[Batch]
+    calls: Sequence[Sequence[LayerCall]]
+    hidden: HiddenStates
+    report: SweepReport
+
+    def statistics(
+        self,
+        layer: Layer,
+        wants: Mapping[str, Wants],
+        *,
+        keep: bool,
+        all_experts: bool = False,
+        recorders: Mapping[str, CacheRecorder] | None = None,
+    ) -> dict[str, Statistics]:
+        """Every batch through the layer; the statistics of the inputs of the Linears in `wants`."""
+        experts = self.skeleton.experts[self.index]
+        hooks = InputHooks({name: layer.linears[name] for name in wants}, wants, experts) if wants else None
+        for group in experts:
+            group.all_tokens = all_experts
+        with hooks or nullcontext():
+            forward(
+                self.skeleton,
+                self.index,
+                self.batches,
+                self.calls,
+                self.hidden,
+                hooks,
+                keep=keep,
+                cache=next(iter(recorders.values()), None) if recorders else None,
+            )
+        for group in experts:
+            group.all_tokens = False
+        return {} if hooks is None else self._complete(layer, list(wants), hooks.statistics)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The layer as it is, batch by batch; hidden states stay as they are."""
+        for batch, view, calls in zip(self.batches, self.hidden.views, self.calls, strict=True):
+            out = self.skeleton.forward(self.index, view, calls[self.index])
+            yield out if batch.mask is None else out[batch.mask.bool()]
+
+    def _complete(self, layer: Layer, names: Sequence[str], statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+        """Statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection."""
+        silent = [name for name in names if name not in statistics]
+        borrowed: dict[tuple[str, str], Statistics] = {}
+        family = self.skeleton.family
+        for name in names:
+            if family.is_expert(name):
+                self.report.expert_tokens[name] = statistics[name].count if name in statistics else 0
+        for name in silent:
+            if not family.is_expert(name):
+                raise CalibrationError(f"{name}: the model's forward never calls this Linear, so its input is unknown")
+            key = (name.rpartition(".experts.")[0], name.rpartition(".")[2])
+            if key not in borrowed:
+                borrowed[key] = merged_experts(name, statistics)
+                borrowed[key].count = 0
+            statistics[name] = borrowed[key]
+        new = [name for name in silent if name not in self.report.silent_experts]
+        if new:
+            self.report.silent_experts.extend(new)
+            numbers = sorted({int(name.rpartition(".experts.")[2].partition(".")[0]) for name in new})
+            tqdm.write(
+                f"warning: {layer.prefix}: no calibration token reached expert{'s' if len(numbers) > 1 else ''} "
+                f"{', '.join(map(str, numbers))}; the statistics of the layer's other experts are used instead. "
+                "More or more varied calibration data avoids this",
+                file=sys.stderr,
+            )
+        return {name: statistics[name] for name in names}
+
+
+def merged_experts(name: str, statistics: Mapping[str, Statistics]) -> Statistics:
+    """What all experts of `name`'s layer saw at the same projection, together."""
+    experts, _, part = name.rpartition(".experts.")
+    projection = part.partition(".")[2]
+    found: dict[int, Statistics] = {}
+    for other, seen in statistics.items():
+        if other.startswith(f"{experts}.experts.") and other.endswith(f".{projection}") and seen.count:
+            found.setdefault(id(seen), seen)
+    if not found:
+        raise CalibrationError(
+            f"{name}: no calibration token reached any of its layer's experts; use more calibration data"
+        )
+    first, *rest = found.values()
+    merged = first.copy()
+    for other_seen in rest:
+        merged.merge(other_seen)
+    return merged
 
 
 def embed(
@@ -139,6 +266,7 @@ def forward(
     hooks: InputHooks | None = None,
     *,
     keep: bool = True,
+    cache: CacheRecorder | None = None,
 ) -> None:
     """Every batch through layer `index`; outputs replace the inputs if `keep`. If nobody needs outputs, a batch ends
     as soon as `hooks` have seen every input.
@@ -152,179 +280,13 @@ def forward(
                 experts.token_mask = mask
             if hooks is not None:
                 hooks.begin(number, mask)
+            if cache is not None:
+                cache.mask = None if batch.mask is None else batch.mask.bool()
             try:
-                out = skeleton.forward(index, view, calls[number][index])
-            except _SeenAll:
+                out = skeleton.forward(index, view, calls[number][index], cache)
+            except SeenAll:
                 continue
             if keep:
                 view.copy_(out)
-            elif hooks is not None:
+            elif hooks is not None and cache is None:
                 hooks.may_stop()
-
-
-class _SeenAll(Exception):
-    """Ends a layer's forward behind its last hook."""
-
-
-class InputHooks:
-    """Forward-pre-hooks on Linears that gather statistics of each distinct input once.
-
-    Two Linears share an input if they are called with the same memory while the tensor seen first still lives and has
-    not been written to. Names do not matter.
-    """
-
-    def __init__(self, linears: Mapping[str, nn.Linear], experts: Sequence[Experts]) -> None:
-        self.linears = linears
-        self.statistics: dict[str, Statistics] = {}
-        self._routed = {module for group in experts for module in group.modules()}
-        self._leader: dict[str, str] = {}
-        self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
-        self._batch = 0
-        self._rows: Tensor | None = None
-        self._positions = 0
-        self._last: str | None = None
-        self._newest: str | None = None
-
-    def __enter__(self) -> InputHooks:
-        self._handles = [m.register_forward_pre_hook(self._hook(name)) for name, m in self.linears.items()]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def begin(self, batch: int, mask: Tensor | None) -> None:
-        """Announce the next batch; `mask` (bool, one per position) keeps padding out."""
-        self._batch = batch
-        self._live.clear()
-        self._rows = None if mask is None else mask.nonzero().flatten()
-        self._positions = 0 if mask is None else mask.numel()
-
-    def may_stop(self) -> None:
-        """Outputs are not needed: raise _SeenAll behind the Linear that was called last in the batch just done. Which
-        experts are called depends on the data, so layers with experts always run to their end.
-        """
-        self._last = None if self._routed else self._newest
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see(name, module, args[0])
-            self._newest = name
-            if name == self._last:
-                raise _SeenAll
-
-        return hook
-
-    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        leader = self._sharing(x) or name
-        if self._leader.setdefault(name, leader) != leader:
-            raise CalibrationError(
-                f"{name}: shared its input with {self._leader[name]} in one batch and not in batch {self._batch}; "
-                "statistics cannot be attributed"
-            )
-        if leader != name:
-            self.statistics[name] = self.statistics[leader]
-            return
-        self._live.append((weakref.ref(x), x._version, name))
-        rows = x.reshape(-1, x.shape[-1])
-        # Experts are given no padding in the first place.
-        if self._rows is not None and module not in self._routed:
-            if rows.shape[0] != self._positions:
-                raise CalibrationError(
-                    f"{name}: input {list(x.shape)} does not have one row per token, so padding cannot be told apart; "
-                    "use calibration rows of equal length (plain text, or a lower max_seq_length)"
-                )
-            rows = rows.index_select(0, self._rows)
-        if rows.shape[0] == 0:
-            return
-        seen = Statistics.of(rows, f"{name}, batch {self._batch}")
-        if name in self.statistics:
-            self.statistics[name].merge(seen)
-        else:
-            self.statistics[name] = seen
-
-    def _sharing(self, x: Tensor) -> str | None:
-        for reference, version, name in self._live:
-            other = reference()
-            if other is None:
-                continue
-            same = other is x or (
-                other.data_ptr() == x.data_ptr()
-                and other.numel() == x.numel()
-                and other.shape[-1] == x.shape[-1]
-                and other.is_contiguous()
-                and x.is_contiguous()
-            )
-            if same and other._version == version:
-                return name
-        return None
-
-
-def _complete(
-    layer: Layer,
-    names: Sequence[str],
-    statistics: dict[str, Statistics],
-    skeleton: Skeleton,
-    report: SweepReport,
-) -> dict[str, Statistics]:
-    """The statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection."""
-    silent = [name for name in names if name not in statistics]
-    borrowed: dict[tuple[str, str], Statistics] = {}
-    for name in silent:
-        if not skeleton.family.is_expert(name):
-            raise CalibrationError(f"{name}: the model's forward never calls this Linear, so its input is unknown")
-        experts, _, part = name.rpartition(".experts.")
-        projection = part.partition(".")[2]
-        key = (experts, projection)
-        if key not in borrowed:
-            borrowed[key] = _merged(experts, projection, statistics, name)
-        statistics[name] = borrowed[key]
-    if silent:
-        report.silent_experts.extend(silent)
-        numbers = sorted({int(name.rpartition(".experts.")[2].partition(".")[0]) for name in silent})
-        tqdm.write(
-            f"warning: {layer.prefix}: no calibration token reached expert{'s' if len(numbers) > 1 else ''} "
-            f"{', '.join(map(str, numbers))}; the ranges of the layer's other experts are used instead. "
-            "More or more varied calibration data avoids this",
-            file=sys.stderr,
-        )
-    return {name: statistics[name] for name in names}
-
-
-def _merged(experts: str, projection: str, statistics: Mapping[str, Statistics], asking: str) -> Statistics:
-    others = [s for n, s in statistics.items() if n.startswith(f"{experts}.experts.") and n.endswith(f".{projection}")]
-    if not others:
-        raise CalibrationError(
-            f"{asking}: no calibration token reached any of its layer's experts; use more calibration data"
-        )
-    merged = others[0].copy()
-    for other in others[1:]:
-        merged.merge(other)
-    merged.count = 0
-    return merged
-
-
-def _head(
-    skeleton: Skeleton,
-    source: WeightSource,
-    batches: Sequence[Batch],
-    hidden: HiddenStates,
-    visitor: Visitor,
-    name: str,
-) -> None:
-    """Statistics of what enters the head, whose logits are not computed."""
-    statistics: Statistics | None = None
-    with skeleton.outer(source, head=True):
-        layer = Layer(skeleton.num_layers, name, {name: skeleton.model.get_submodule("lm_head")})
-        visitor.prepare(layer)
-        for number, (batch, view) in enumerate(zip(batches, hidden.views, strict=True)):
-            rows = skeleton.head_inputs(view).reshape(-1, skeleton.hidden_size)
-            if batch.mask is not None:
-                rows = rows[batch.mask.reshape(-1).bool()]
-            seen = Statistics.of(rows, f"{name}, batch {number}")
-            if statistics is None:
-                statistics = seen
-            else:
-                statistics.merge(seen)
-        assert statistics is not None
-        visitor.finish(layer, {name: statistics})

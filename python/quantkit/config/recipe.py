@@ -58,7 +58,8 @@ class QuantizationModifier(Modifier):
     `scheme`: a preset's name, a QuantizationScheme, or {preset: [targets]}; `config_groups` spells groups out as
     compressed-tensors does, instead of it. `kv_cache_scheme`: QuantizationArgs or a mapping of its fields, or "fp8" /
     "int8". Observers say how scales are found: weights minmax, mse or percentile; inputs minmax, moving_average,
-    percentile, mse, kl, eq or admm.
+    percentile, mse, kl, eq or admm. `moe_calibrate_all_experts`: experts see all tokens in calibration, not only those
+    routed to them.
     """
 
     kind: ClassVar[str] = "rtn"
@@ -71,6 +72,7 @@ class QuantizationModifier(Modifier):
     weight_observer: str | None = None
     input_observer: str | None = None
     observer: str | MappingType[str, str] | None = None
+    moe_calibrate_all_experts: bool = False
 
     def __post_init__(self) -> None:
         for key in ("targets", "ignore"):
@@ -301,6 +303,11 @@ class Recipe:
             or any(group.scheme.needs_calibration for group in self.groups)
             or self.kv_cache is not None
         )
+
+    @property
+    def all_experts(self) -> bool:
+        """Whether every expert is calibrated with all tokens, not with those routed to it."""
+        return any(m.moe_calibrate_all_experts for m in self.quantizers)
 
     @property
     def name(self) -> str:

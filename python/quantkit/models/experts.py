@@ -41,13 +41,15 @@ class Experts(nn.ModuleList):
     """Stands in for a fused experts module: same call, one `Expert` per expert, in the same order.
 
     `token_mask` (bool, one per token, None for all): tokens that are not real are sent to no expert, so that padding
-    enters no expert's statistics; they get zeros.
+    enters no expert's statistics; they get zeros. `all_tokens`: every expert runs on every real token, so that hooks on
+    it see them; the output is that of the routed ones still.
     """
 
     def __init__(self, fused: nn.Module, parts: tuple[str, str, str], name: str) -> None:
         gate_up, down = check_fused(fused, name)
         super().__init__(Expert(parts, down.shape[1], down.shape[2], gate_up.dtype) for _ in range(down.shape[0]))
         self.token_mask: Tensor | None = None
+        self.all_tokens = False
         # A class's own way to combine the two takes them concatenated; the usual one is act(gate) * up.
         self._own_gate = fused._apply_gate.__name__ != "_default_apply_gate"  # type: ignore[union-attr]
         # In a tuple, so that it is no submodule: its parameters are not this module's.
@@ -65,6 +67,9 @@ class Experts(nn.ModuleList):
         out = torch.zeros_like(hidden_states)
         if self.token_mask is not None:
             top_k_index = top_k_index.masked_fill(~self.token_mask.unsqueeze(1), len(self))
+        if self.all_tokens:
+            everyone = hidden_states if self.token_mask is None else hidden_states[self.token_mask]
+            return self._all(hidden_states, everyone, top_k_index, top_k_weights)
         by_slot = top_k_index.t()
         for index in torch.unique(top_k_index).tolist():
             if index >= len(self):
@@ -73,6 +78,14 @@ class Experts(nn.ModuleList):
             result = self[index](hidden_states[token], self._combine)
             result = result * top_k_weights[token, slot, None]
             out.index_add_(0, token, result.to(out.dtype))
+        return out
+
+    def _all(self, hidden_states: Tensor, everyone: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        real = slice(None) if self.token_mask is None else self.token_mask
+        for index, expert in enumerate(self):
+            share = (top_k_weights * (top_k_index == index)).sum(1, keepdim=True)[real]
+            out[real] += (expert(everyone, self._combine) * share).to(out.dtype)
         return out
 
 

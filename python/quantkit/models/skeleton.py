@@ -108,6 +108,15 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def stored(self, index: int) -> dict[str, tuple[nn.Module, str]]:
+        """Every parameter and persistent buffer of the layer by its checkpoint name: (module, attribute)."""
+        path = f"{self._layers_path}.{index}"
+        return {
+            self.checkpoint_name(".".join(part for part in (path, name, key) if part)): (module, key)
+            for name, module in self.layers[index].named_modules()
+            for key in _stored(module)
+        }
+
     # Weights
 
     def materialize(self, index: int, source: WeightSource) -> None:
@@ -170,9 +179,12 @@ class Skeleton:
             )
         return entered[0], calls
 
-    def forward(self, index: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        """Decoder layer `index` applied to `hidden` [rows, tokens, hidden size]."""
-        out = self.layers[index](hidden, *call.args, **call.kwargs)
+    def forward(self, index: int, hidden: Tensor, call: LayerCall, cache: Any = None) -> Tensor:
+        """Decoder layer `index` applied to `hidden` [rows, tokens, hidden size]; its keys and values go through `cache`
+        if there is one.
+        """
+        kwargs = call.kwargs if cache is None else {**call.kwargs, "past_key_values": cache}
+        out = self.layers[index](hidden, *call.args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -1,4 +1,4 @@
-"""Static activation scales from the ranges that calibration saw."""
+"""Static activation scales from what calibration saw."""
 
 from __future__ import annotations
 
@@ -6,18 +6,48 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..calibration.statistics import Statistics
+from ..calibration.statistics import Statistics, Wants
+from ..config.observers import INPUT_OBSERVERS
 from ..config.schemes import QuantizationArgs
+
+SEARCHES = ("percentile", "mse", "kl", "eq", "admm")
+
+
+def wants(args: QuantizationArgs) -> Wants:
+    """What the observer of static activations needs besides ranges."""
+    name = INPUT_OBSERVERS[args.observer or "minmax"]
+    return Wants(histogram=name in SEARCHES, averages=name == "moving_average")
 
 
 def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
-    """The scale (fp32 [1, 1]) and, if asymmetric, zero point (int8 [1, 1]) that cover the whole range seen.
+    """The scale (fp32 [1, 1]) and, if asymmetric, zero point (int8 [1, 1]), as the observer of `args` finds them.
 
-    Running minimum and maximum over all tokens. Linears that read the same input have the same statistics, and so
-    the same scale, which servers rely on where they fuse them.
+    minmax: the whole range seen, running minimum and maximum over all tokens. moving_average: that of batch ranges.
+    percentile, mse, kl, eq, admm: a search over the histogram. Linears that read the same input have the same
+    statistics, and so the same scale, which servers rely on where they fuse them.
     """
+    name = INPUT_OBSERVERS[args.observer or "minmax"]
+    low, high = statistics.tensor_min, statistics.tensor_max
+    if name in SEARCHES and args.type == "int":
+        assert statistics.histogram is not None
+        seen = torch.cat((low.reshape(1), high.reshape(1)))
+        q_min, q_max = args.q_range
+        scale, zero_point = ops.histogram_scale(
+            statistics.histogram.counts,
+            statistics.histogram.span,
+            seen,
+            method=name,
+            q_min=q_min,
+            q_max=q_max,
+            symmetric=args.symmetric,
+            divisor=args.divisor,
+            **dict(args.observer_kwargs),
+        )
+        return scale, None if args.symmetric else zero_point
+    if name == "moving_average" and statistics.averages is not None:
+        low, high = statistics.averages[0].reshape(1, 1), statistics.averages[1].reshape(1, 1)
     if args.symmetric:
         divisor = ops.FP8_MAX[torch.float8_e4m3fn] if args.type == "float" else args.divisor
-        return ops.symmetric_scale(statistics.tensor_absmax, divisor), None
+        return ops.symmetric_scale(torch.maximum(low.abs(), high.abs()), divisor), None
     q_min, q_max = args.q_range
-    return ops.asymmetric_scale(statistics.tensor_min, statistics.tensor_max, q_min, q_max)
+    return ops.asymmetric_scale(low, high, q_min, q_max)

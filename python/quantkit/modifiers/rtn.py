@@ -1,79 +1,41 @@
-"""Round to nearest: the weight's own range gives the scale, each element goes to the nearest code. Needs no data,
-except for the ranges of statically quantized activations.
-"""
+"""Round to nearest: each element goes to the nearest code; scales are the weight's own range, or searched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..calibration.statistics import Statistics
-from ..calibration.sweep import Layer
-from ..config.schemes import QuantizationArgs, QuantizationScheme
+from ..config.schemes import QuantizationArgs
 from ..errors import CheckpointError
 from ..quantized import QuantizedTensor
-from .activations import static_scale
-from .sink import Sink
 
 FP8 = torch.float8_e4m3fn
 
 
-class RoundToNearest:
-    """Weights first, since their codes depend on nothing else: the one forward then runs with what will be served,
-    and gives the activation ranges as well as the next layer's inputs.
-    """
-
-    second_forward = False
-
-    def __init__(
-        self,
-        scheme: QuantizationScheme,
-        modules: Collection[str],
-        sink: Sink,
-        *,
-        scale_dtype: Callable[[str], torch.dtype],
-        pack: bool,
-    ) -> None:
-        """`modules` are the Linears to quantize; `scale_dtype` tells what a module's weight scale is stored in."""
-        self.scheme, self.modules, self.sink = scheme, modules, sink
-        self.scale_dtype, self.pack = scale_dtype, pack
-
-    def weight(self, module: str, weight: Tensor) -> QuantizedTensor:
-        """Quantize one weight and hand it to the sink."""
-        stored = self.scale_dtype(module)
-        quantized = quantize_weight(module, weight, self.scheme.weights, scale_dtype=stored, pack=self.pack)
-        self.sink.weight(module, quantized)
-        return quantized
-
-    def prepare(self, layer: Layer) -> None:
-        for name, linear in layer.linears.items():
-            if name in self.modules:
-                quantized = self.weight(name, linear.weight.data)
-                linear.weight = nn.Parameter(quantized.dequantize(linear.weight.dtype), requires_grad=False)
-
-    def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        args = self.scheme.input_activations
-        if args is None or args.dynamic:
-            return
-        for name, seen in statistics.items():
-            self.sink.input(name, *static_scale(seen, args))
-
-
 def quantize_weight(
-    name: str, weight: Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype, pack: bool
+    name: str,
+    weight: Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    pack: bool,
+    importance: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantize `weight` [rows, cols] (fp32, fp16, bf16) as `args` say, in one pass over it.
+    """Quantize `weight` [rows, cols] (fp32, fp16, bf16) as `args` say.
 
     `scale_dtype` is what the format stores scales in; they are rounded to it before codes are computed. `pack` gives
-    int32 words instead of int8 codes. Raises CheckpointError naming the rows if the weight has NaN or Inf.
+    int32 words instead of int8 codes. `importance` (fp32 [cols]) weighs columns where the observer searches. Raises
+    CheckpointError naming the rows if the weight has NaN or Inf.
     """
     rows, cols = weight.shape
     zero_point: Tensor | None = None
     if args.type == "float":
         codes, scale = ops.rtn_fp8(weight, args.block, FP8)
+    elif args.observer in ("mse", "percentile"):
+        scale, zero_point = weight_scale(name, weight, args, scale_dtype=scale_dtype, importance=importance)
+        codes = ops.quantize_int(weight, scale, zero_point, args.block, *args.q_range)
+        codes = ops.pack_int32(codes, args.num_bits) if pack else codes
     else:
         q_min, q_max = args.q_range
         codes, scale, zero_point = ops.rtn_int(
@@ -88,6 +50,35 @@ def quantize_weight(
         )
     check_finite(name, weight, scale)
     return QuantizedTensor(codes, scale, None if args.symmetric else zero_point, args, rows, cols, pack)
+
+
+def weight_scale(
+    name: str,
+    weight: Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (fp32 [grid rows, grid cols]) and zero point (int8, None if symmetric) of integer codes for `weight`, as
+    `args.observer` finds them: from the range (minmax), by least error (mse) or from a percentile of it.
+    """
+    q_min, q_max = args.q_range
+    common = {"q_min": q_min, "q_max": q_max, "symmetric": args.symmetric, "divisor": args.divisor}
+    options = dict(args.observer_kwargs)
+    zero_point: Tensor | None = None
+    if args.observer == "mse":
+        scale, zero_point = ops.mse_scale(
+            weight, args.block, importance=importance, scale_dtype=scale_dtype, **common, **options
+        )
+    elif args.observer == "percentile":
+        scale, zero_point = ops.percentile_scale(weight, args.block, scale_dtype=scale_dtype, **common, **options)
+    elif args.symmetric:
+        scale = ops.symmetric_scale(ops.absmax(weight, args.block), args.divisor, scale_dtype)
+    else:
+        scale, zero_point = ops.asymmetric_scale(*ops.minmax(weight, args.block), q_min, q_max, scale_dtype)
+    check_finite(name, weight, scale)
+    return scale, None if args.symmetric else zero_point
 
 
 def check_finite(name: str, weight: Tensor, scale: Tensor) -> None:

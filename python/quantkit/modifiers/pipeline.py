@@ -1,0 +1,178 @@
+"""A recipe at work: the sweep's visitor that runs the modifiers on each layer, in their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from .. import ops
+from ..calibration.hooks import CacheRecorder
+from ..calibration.statistics import Statistics, Wants
+from ..calibration.sweep import Layer
+from ..config.recipe import AWQModifier, GPTQModifier, SmoothQuantModifier
+from ..config.schemes import QuantizationArgs
+from ..errors import CalibrationError
+from ..models.mappings import OFFSET_NORMS
+from ..plan import Plan
+from ..report.calibration import CalibrationReport, ModuleReport
+from . import awq, gptq, smoothquant
+from .activations import static_scale, wants
+from .rtn import quantize_weight
+from .sink import Sink
+from .working import Working
+
+
+class Pipeline:
+    """See `calibration.sweep.Visitor`. Results go to `sink`, what happened to `report`.
+
+    Codes that depend on no data are made before the only forward, which then runs with what will be served. Otherwise
+    the first forward gathers statistics, every modifier works on them in turn, and the second runs with the outcome.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        *,
+        scale_dtype: Callable[[str], torch.dtype],
+        report: CalibrationReport,
+    ) -> None:
+        self.plan, self.sink, self.report = plan, sink, report
+        self.modules = plan.modules
+        self.scale_dtypes = {name: scale_dtype(name) for name in plan.modules}
+        self.packs = {name: plan.format.packs(planned.scheme) for name, planned in plan.modules.items()}
+        self.offset_norms = plan.family.model_type in OFFSET_NORMS
+        self.caches = plan.attentions if plan.kv_cache is not None else ()
+        self.statistics = self._statistics()
+        self.ranges = self._ranges()
+
+    def _statistics(self) -> dict[str, Wants]:
+        """Which inputs the modifiers work on; with any transform all, so that readers left out of it are noticed."""
+        found = {}
+        transforms_by_gram = any(isinstance(m, AWQModifier) for m in self.plan.recipe.modifiers)
+        for name, planned in self.modules.items():
+            by_gram = planned.modifier.kind == "gptq" or (transforms_by_gram and planned.scheme.weights.type == "int")
+            if by_gram or self.plan.smoothings:
+                found[name] = Wants(gram=by_gram)
+        return found
+
+    def _ranges(self) -> dict[str, Wants]:
+        found = {}
+        for name, planned in self.modules.items():
+            inputs = planned.scheme.input_activations
+            if inputs is not None and not inputs.dynamic:
+                found[name] = wants(inputs)
+        return found
+
+    def prepare(self, layer: Layer) -> None:
+        """Codes that wait for nothing."""
+        for name in layer.linears:
+            if name in self.modules and name not in self.statistics:
+                self._keep(layer, name, self._round(name, layer.linears[name].weight.data))
+
+    def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
+        """Every modifier in turn."""
+        working = Working(layer, statistics, offset_norms=self.offset_norms)
+        here = [name for name in layer.linears if name in self.modules and name in statistics]
+        for index, modifier in enumerate(self.plan.recipe.modifiers):
+            for place in self.plan.smoothings.get(index, ()):
+                if place.layer != layer.index:
+                    continue
+                if isinstance(modifier, SmoothQuantModifier):
+                    working.smooth(place, smoothquant.scales(modifier, place, working))
+                elif isinstance(modifier, AWQModifier):
+                    s, loss, before = awq.search(modifier, place, working, self.modules)
+                    working.smooth(place, s)
+                    self.report.smoothed(place.smooth, loss, before)
+            self._quantize(modifier, [n for n in here if self.modules[n].modifier is modifier], working)
+        rewritten = sorted(name for name in working.masters if name in self.plan.rewritten)
+        quantized = {f"{name}.weight" for name in here}
+        working.masters = {name: value for name, value in working.masters.items() if name not in quantized}
+        working.settle()
+        for name in rewritten:
+            self.sink.tensor(name, layer.tensor(name))
+
+    def _quantize(self, modifier: object, names: list[str], working: Working) -> None:
+        if not names:
+            return
+        started = time.perf_counter()
+        if isinstance(modifier, GPTQModifier):
+            outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs)
+        else:
+            outcomes = {name: self._round(name, working.weight(name), working, modifier) for name in names}
+        each = (time.perf_counter() - started) / len(names)
+        for name, outcome in outcomes.items():
+            self._keep(working.layer, name, outcome, each)
+
+    def _round(
+        self, name: str, weight: torch.Tensor, working: Working | None = None, modifier: object = None
+    ) -> gptq.Outcome:
+        """To nearest; with a Gram matrix the loss is told."""
+        args: QuantizationArgs = self.modules[name].scheme.weights
+        seen = working.statistics.get(name) if working is not None else None
+        gram = seen.gram if seen is not None else None
+        clip = isinstance(modifier, AWQModifier) and modifier.clip and gram is not None
+        if clip and gram is not None:
+            args = _clipped(args)
+        quantized = quantize_weight(
+            name,
+            weight,
+            args,
+            scale_dtype=self.scale_dtypes[name],
+            pack=self.packs[name],
+            importance=gram.diagonal().contiguous() if clip and gram is not None else None,
+        )
+        if gram is None or seen is None:
+            return gptq.Outcome(quantized, "rtn", seen.count if seen is not None else 0)
+        total = float(awq.gram_losses(weight, gram, torch.ones(1, weight.shape[1]), args)[0, 0])
+        power = gptq.energy(weight, seen)
+        per_output = max(1, seen.count) * weight.shape[0]
+        return gptq.Outcome(quantized, "awq", seen.count, total / per_output, total / power if power > 0 else None)
+
+    def _keep(self, layer: Layer, name: str, outcome: gptq.Outcome, seconds: float = 0.0) -> None:
+        linear = layer.linears[name]
+        linear.weight = torch.nn.Parameter(outcome.quantized.dequantize(linear.weight.dtype), requires_grad=False)
+        self.sink.weight(name, outcome.quantized)
+        floor = ops.MIN_SCALE[self.scale_dtypes[name]]
+        self.report.add(
+            ModuleReport(
+                name,
+                outcome.method,
+                outcome.tokens,
+                outcome.loss,
+                outcome.relative,
+                outcome.dampening,
+                outcome.dead,
+                int((outcome.quantized.scale <= floor).sum()),
+                seconds,
+            )
+        )
+
+    def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
+        """Static scales, from what the layer sees with its final weights."""
+        for name, seen in ranges.items():
+            inputs = self.modules[name].scheme.input_activations
+            assert inputs is not None
+            self.sink.input(name, *static_scale(seen, inputs))
+        args = self.plan.kv_cache
+        for attention, recorder in caches.items():
+            assert args is not None
+            divisor = ops.FP8_MAX[torch.float8_e4m3fn] if args.type == "float" else args.divisor
+            scales = []
+            for largest in (recorder.key, recorder.value):
+                if largest is None:
+                    raise CalibrationError(
+                        f"{attention}: its forward puts no keys and values into a cache, so kv_cache_scheme cannot be "
+                        "calibrated; leave it out"
+                    )
+                extreme = largest if args.strategy == "attn_head" else largest.amax().reshape(1)
+                scales.append(ops.symmetric_scale(extreme, divisor))
+            self.sink.cache(attention, scales[0], scales[1])
+
+
+def _clipped(args: QuantizationArgs) -> QuantizationArgs:
+    """The same with each group's range searched for least squared error, columns weighed by their inputs."""
+    return replace(args, observer="mse", observer_kwargs={"norm": 2.0, "search_range": 0.5, "search_steps": 20})

@@ -1,0 +1,80 @@
+"""A decoder layer's weights while modifiers work on them: what a transform changed is kept in fp32 until the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..calibration.statistics import Statistics
+from ..calibration.sweep import Layer
+from ..errors import CalibrationError
+from ..models.mappings import Smoothing
+
+
+class Working:
+    """`statistics` are of each Linear's input as the weights are now. `offset_norms`: norms multiply by 1 + weight."""
+
+    def __init__(self, layer: Layer, statistics: Mapping[str, Statistics], *, offset_norms: bool) -> None:
+        self.layer, self.statistics, self.offset_norms = layer, statistics, offset_norms
+        self.masters: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name` as it is now: fp32 once something has changed it."""
+        return self.masters[name] if name in self.masters else self.layer.tensor(name)
+
+    def weight(self, module: str) -> Tensor:
+        """`<module>.weight` [out, in] as it is now."""
+        return self.tensor(f"{module}.weight")
+
+    def _master(self, name: str) -> Tensor:
+        if name not in self.masters:
+            self.masters[name] = self.layer.tensor(name).to(torch.float32, copy=True)
+        return self.masters[name]
+
+    def inputs_of(self, modules: Iterable[str]) -> dict[int, tuple[Statistics, list[str]]]:
+        """The distinct inputs of those of `modules` that have statistics, each with its readers."""
+        found: dict[int, tuple[Statistics, list[str]]] = {}
+        for module in modules:
+            if module in self.statistics:
+                seen = self.statistics[module]
+                found.setdefault(id(seen), (seen, []))[1].append(module)
+        return found
+
+    def smooth(self, place: Smoothing, s: Tensor) -> None:
+        """Divide the output of `place.smooth` by s (fp32 [channels], > 0), and multiply its readers' weights by it.
+
+        A norm's weight is rounded to its dtype first and s corrected by what that changed, so the layer computes the
+        same but for the rounding of fp32.
+        """
+        inputs = self.inputs_of(place.balance)
+        for seen, _ in inputs.values():
+            left = [m for m, other in self.statistics.items() if other is seen and m not in place.balance]
+            if left:
+                raise CalibrationError(
+                    f"{left[0]} reads the output of {place.smooth} and is not among the balance layers "
+                    f"({', '.join(place.balance[:4])}): smoothing would change what the model computes; add it to the "
+                    "mappings"
+                )
+        name, bias = f"{place.smooth}.weight", f"{place.smooth}.bias"
+        if place.kind == "norm":
+            offset = 1.0 if self.offset_norms else 0.0
+            before = self.tensor(name).float() + offset
+            stored = (before / s - offset).to(self.layer.tensor(name).dtype).float()
+            exact = before / (stored + offset)
+            s = torch.where(torch.isfinite(exact) & (exact > 0), exact, s)
+            self.masters[name] = stored
+        else:
+            self._master(name).div_(s[:, None])
+        if bias in self.layer.stored:
+            self._master(bias).div_(s)
+        for module in place.balance:
+            self._master(f"{module}.weight").mul_(s)
+        for seen, _ in inputs.values():
+            seen.divide(s)
+
+    def settle(self) -> None:
+        """Put what has changed into the layer, in the dtype it had."""
+        for name, value in self.masters.items():
+            self.layer.put(name, value.to(self.layer.tensor(name).dtype))
