@@ -51,6 +51,7 @@ class Family:
     model_type: str
     known: bool = True
     num_layers: int = 0
+    head_dim: int = 0
     tied: bool = False
     roots: tuple[str, ...] = ("model.",)
     layers: str = "layers"
@@ -209,7 +210,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     row = FAMILIES.get(model_type, {})
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", row.get("tied", False)))
-    family = replace(Family(model_type, **row), known=model_type in FAMILIES, num_layers=layers, tied=bool(tied))
+    heads, hidden = text.get("num_attention_heads") or 1, text.get("hidden_size") or 0
+    head_dim = text.get("head_dim") or hidden // heads
+    family = replace(
+        Family(model_type, **row),
+        known=model_type in FAMILIES,
+        num_layers=layers,
+        head_dim=head_dim,
+        tied=bool(tied),
+    )
     if text is not config:
         family = replace(family, roots=_MULTIMODAL, heads=("lm_head", "language_model.lm_head"))
     return family

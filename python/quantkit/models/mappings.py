@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..config.recipe import AWQModifier, SmoothQuantModifier
@@ -72,12 +72,17 @@ OFFSET_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next"})
 
 @dataclass(frozen=True)
 class Smoothing:
-    """One place in one decoder layer: module `smooth` (a norm, or a Linear by its rows) and every reader."""
+    """One place in one decoder layer: module `smooth` (a norm, or a Linear by its rows) and every reader.
+
+    With grouped-query attention each head of values (`head_dim` channels) is read by `repeat` heads side by side.
+    """
 
     layer: int
     smooth: str
     balance: tuple[str, ...]
     kind: Literal["norm", "linear"]
+    repeat: int = 1
+    head_dim: int = 1
 
 
 def smoothings(
@@ -101,11 +106,11 @@ def smoothings(
             for place in _places(pattern, layer, members):
                 if place.smooth in skip or any(b in skip for b in place.balance):
                     continue
-                reason = _misfit(place, tensors)
-                if reason is None:
-                    found.append(place)
+                fitted = _fitted(place, family, tensors)
+                if isinstance(fitted, Smoothing):
+                    found.append(fitted)
                 else:
-                    notes[reason] = notes.get(reason, 0) + 1
+                    notes[fitted] = notes.get(fitted, 0) + 1
     if given is not None:
         _require_matches(given, [m for members in modules.values() for m in members], found)
     if not found:
@@ -147,15 +152,22 @@ def _shared(a: str, b: str) -> int:
     return count
 
 
-def _misfit(place: Smoothing, tensors: Mapping[str, Sequence[int]]) -> str | None:
-    """Why the shapes of a place do not fit together, None if they do."""
+def _fitted(place: Smoothing, family: Family, tensors: Mapping[str, Sequence[int]]) -> Smoothing | str:
+    """The place with how its widths go together, or why they do not."""
     width = tensors[f"{place.smooth}.weight"][0]
+    repeat = 1
     for module in place.balance:
         shape = tensors[f"{module}.weight"]
-        if len(shape) != 2 or shape[1] != width:
-            tail = ".".join(place.smooth.split(".")[-2:])
-            return f"{tail}: {width} channels feed {module.rpartition('.')[2]} of {shape[-1]} inputs, so it is left out"
-    return None
+        inputs = shape[1] if len(shape) == 2 else 0
+        heads = inputs % width == 0 and family.head_dim > 0 and width % family.head_dim == 0
+        if inputs == width:
+            continue
+        if place.smooth.endswith("v_proj") and heads and len(place.balance) == 1 and inputs:
+            repeat = inputs // width
+            continue
+        tail = ".".join(place.smooth.split(".")[-2:])
+        return f"{tail}: {width} channels feed {module.rpartition('.')[2]} of {shape[-1]} inputs, so it is left out"
+    return replace(place, repeat=repeat, head_dim=family.head_dim) if repeat > 1 else place
 
 
 def _require_matches(given: Iterable[Pattern], modules: Sequence[str], found: Sequence[Smoothing]) -> None:

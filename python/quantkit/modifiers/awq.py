@@ -16,7 +16,7 @@ from ..config.schemes import QuantizationArgs
 from ..models.mappings import Smoothing
 from ..plan import PlannedModule
 from .rtn import quantize_weight
-from .working import Working
+from .working import Working, narrowed, widened
 
 MINIMUM = 1e-4
 
@@ -24,17 +24,19 @@ MINIMUM = 1e-4
 def search(
     modifier: AWQModifier, place: Smoothing, working: Working, modules: Mapping[str, PlannedModule]
 ) -> tuple[Tensor, float, float]:
-    """s (fp32 [channels]) of the best candidate for one place, its loss and that of no smoothing at all. Readers that
-    are not quantized to integers have no say.
+    """s (fp32 [channels of the smooth layer]) of the best candidate for one place, its loss and that of no smoothing
+    at all. Readers that are not quantized to integers have no say.
     """
     readers = [m for m in place.balance if m in modules and modules[m].scheme.weights.type == "int"]
     inputs = working.inputs_of(readers)
     if not inputs:
-        return torch.ones(working.weight(place.balance[0]).shape[1]), 0.0, 0.0
+        return torch.ones(working.weight(place.smooth).shape[0]), 0.0, 0.0
     mean = sum(seen.absum for seen, _ in inputs.values() if seen.absum is not None)
     assert isinstance(mean, Tensor)
     mean = mean / max(1, sum(seen.count for seen, _ in inputs.values()))
-    candidates = grid(mean, _weight_mean(readers, working, modules), modifier)
+    weight_mean = narrowed(_weight_mean(readers, working, modules), place)
+    narrow = grid(narrowed(mean, place), weight_mean, modifier)
+    candidates = torch.stack([widened(s, place) for s in narrow])
     if modifier.loss == "parent":
         losses = _parent_losses(candidates, readers, working, modules)
     else:
@@ -46,7 +48,7 @@ def search(
                 losses += gram_losses(weight, seen.gram, candidates, args)[:, 0]
     losses = losses.nan_to_num(nan=torch.inf)
     best = int(losses.argmin()) if bool(torch.isfinite(losses).any()) else 0
-    return candidates[best], float(losses[best]), float(losses[0])
+    return narrow[best], float(losses[best]), float(losses[0])
 
 
 def grid(mean: Tensor, weight: Tensor, modifier: AWQModifier) -> Tensor:

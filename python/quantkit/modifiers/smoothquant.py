@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config.recipe import SmoothQuantModifier
+from ..errors import CalibrationError
 from ..models.mappings import Smoothing
 from .working import Working
 
@@ -18,6 +19,11 @@ def scales(modifier: SmoothQuantModifier, place: Smoothing, working: Working) ->
     """s (fp32 [channels]) for one place: from all readers' inputs and weights."""
     inputs = [seen.absmax for seen, _ in working.inputs_of(place.balance).values()]
     activation = torch.stack(inputs).amax(0)
+    if place.repeat > 1:
+        raise CalibrationError(
+            f"{place.smooth}: its heads are shared by several query heads (grouped-query attention); SmoothQuant smooths "
+            "norms, leave this mapping out"
+        )
     if modifier.algorithm == "log_equalization":
         found = activation / torch.log2(2 + activation)
         return torch.where(activation > 0, found, torch.ones_like(found)).clamp(min=MINIMUM)

@@ -43,7 +43,8 @@ class Working:
         return found
 
     def smooth(self, place: Smoothing, s: Tensor) -> None:
-        """Divide the output of `place.smooth` by s (fp32 [channels], > 0), and multiply its readers' weights by it.
+        """Divide the output of `place.smooth` by s (fp32 [channels], > 0), and multiply its readers' weights by it (by
+        `widened` s where they read each channel several times).
 
         A norm's weight is rounded to its dtype first and s corrected by what that changed, so the layer computes the
         same but for the rounding of fp32.
@@ -69,6 +70,7 @@ class Working:
             self._master(name).div_(s[:, None])
         if bias in self.layer.stored:
             self._master(bias).div_(s)
+        s = widened(s, place)
         for module in place.balance:
             self._master(f"{module}.weight").mul_(s)
         for seen, _ in inputs.values():
@@ -78,3 +80,13 @@ class Working:
         """Put what has changed into the layer, in the dtype it had."""
         for name, value in self.masters.items():
             self.layer.put(name, value.to(self.layer.tensor(name).dtype))
+
+
+def widened(s: Tensor, place: Smoothing) -> Tensor:
+    """s [channels of the smooth layer] as its readers' inputs have it: each head of values `repeat` times in turn."""
+    return s if place.repeat == 1 else s.view(-1, 1, place.head_dim).expand(-1, place.repeat, -1).reshape(-1)
+
+
+def narrowed(x: Tensor, place: Smoothing) -> Tensor:
+    """x [inputs of the readers] averaged over the inputs that are one channel of the smooth layer."""
+    return x if place.repeat == 1 else x.view(-1, place.repeat, place.head_dim).mean(1).reshape(-1)
