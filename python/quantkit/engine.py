@@ -77,7 +77,7 @@ def run(config: RunConfig, *, show: Callable[[Plan], None] | None = None) -> Run
         writer = CheckpointWriter(plan.layout, config.output_dir, overwrite=config.global_.overwrite)
         lap("plan")
         with writer:
-            if plan.scheme.needs_calibration:
+            if plan.recipe.needs_data:
                 _calibrated(plan, writer)
             else:
                 _data_free(plan, writer)
@@ -97,7 +97,8 @@ class _Output:
         self.plan, self.writer = plan, writer
 
     def scale_dtype(self, module: str) -> torch.dtype:
-        return torch_dtype(self.plan.format.scale_dtype(self.plan.scheme, self.plan.modules[module].dtype))
+        planned = self.plan.modules[module]
+        return torch_dtype(self.plan.format.scale_dtype(planned.scheme, planned.dtype))
 
     def weight(self, module: str, quantized: QuantizedTensor) -> None:
         for name, tensor in self.plan.format.pack_weight(module, quantized, self.scale_dtype(module)).items():
@@ -112,8 +113,7 @@ def _modifier(plan: Plan, writer: CheckpointWriter) -> RoundToNearest:
     from .modifiers.rtn import RoundToNearest
 
     output = _Output(plan, writer)
-    pack = plan.format.packs(plan.scheme)
-    return RoundToNearest(plan.scheme, plan.modules, output, scale_dtype=output.scale_dtype, pack=pack)
+    return RoundToNearest(plan.modules, output, scale_dtype=output.scale_dtype, packs=plan.format.packs)
 
 
 def _data_free(plan: Plan, writer: CheckpointWriter) -> None:
@@ -179,6 +179,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": sys.platform,
-        "scheme": plan.scheme.name,
+        "scheme": plan.recipe.name,
         "config": options,
+        **plan.record(),
     }

@@ -4,7 +4,7 @@ except for the ranges of statically quantized activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..calibration.statistics import Statistics
 from ..calibration.sweep import Layer
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
+from ..plan import PlannedModule
 from ..quantized import QuantizedTensor
 from .activations import static_scale
 from .sink import Sink
@@ -30,21 +31,24 @@ class RoundToNearest:
 
     def __init__(
         self,
-        scheme: QuantizationScheme,
-        modules: Collection[str],
+        modules: Mapping[str, PlannedModule],
         sink: Sink,
         *,
         scale_dtype: Callable[[str], torch.dtype],
-        pack: bool,
+        packs: Callable[[QuantizationScheme], bool],
     ) -> None:
-        """`modules` are the Linears to quantize; `scale_dtype` tells what a module's weight scale is stored in."""
-        self.scheme, self.modules, self.sink = scheme, modules, sink
-        self.scale_dtype, self.pack = scale_dtype, pack
+        """`modules` are the Linears to quantize; `scale_dtype` tells what a module's weight scale is stored in, `packs`
+        whether a scheme's codes go into int32 words.
+        """
+        self.modules, self.sink = modules, sink
+        self.scale_dtype, self.packs = scale_dtype, packs
 
     def weight(self, module: str, weight: Tensor) -> QuantizedTensor:
         """Quantize one weight and hand it to the sink."""
-        stored = self.scale_dtype(module)
-        quantized = quantize_weight(module, weight, self.scheme.weights, scale_dtype=stored, pack=self.pack)
+        scheme = self.modules[module].scheme
+        quantized = quantize_weight(
+            module, weight, scheme.weights, scale_dtype=self.scale_dtype(module), pack=self.packs(scheme)
+        )
         self.sink.weight(module, quantized)
         return quantized
 
@@ -55,11 +59,10 @@ class RoundToNearest:
                 linear.weight = nn.Parameter(quantized.dequantize(linear.weight.dtype), requires_grad=False)
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        args = self.scheme.input_activations
-        if args is None or args.dynamic:
-            return
         for name, seen in statistics.items():
-            self.sink.input(name, *static_scale(seen, args))
+            args = self.modules[name].scheme.input_activations
+            if args is not None and not args.dynamic:
+                self.sink.input(name, *static_scale(seen, args))
 
 
 def quantize_weight(
