@@ -116,7 +116,7 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
             if len(info.shape) != 2:
                 result.problems.append(f"{name}: quantized, but {len(info.shape)}-D in the source")
                 continue
-            stored = fmt.stored_tensors(module, quantized.scheme, info.shape[0], info.shape[1], info.dtype)
+            stored = fmt.stored_tensors(module, quantized.schemes[module], info.shape[0], info.shape[1], info.dtype)
             expected.update({t.name: t for t in stored})
         else:
             expected[name] = OutputTensor(name, info.dtype, info.shape)

@@ -8,65 +8,67 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .checkpoint.layout import Layout, OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
+from .config.recipe import AWQModifier, QuantizationModifier, Recipe, SchemeGroup, SmoothQuantModifier
 from .config.run_config import RunConfig
-from .config.schemes import QuantizationScheme
-from .errors import PlanError, nearest
+from .config.schemes import QuantizationArgs, QuantizationScheme
+from .errors import PlanError
+from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name
-from .models.families import Family, family_of
+from .models.families import Family, family_of, text_config
+from .models.mappings import Smoothing, smoothings
+from .targets import assign, match_ignore, served, served_targets
 
 FLOATS = ("BF16", "F16", "F32")
-# Room for tokenizer and other side files, and what the process itself takes (torch, threads, queues).
-SIDE_FILES, PROCESS = 64 << 20, 300 << 20
-# num_samples: -1 means all there are, which the plan does not count.
-UNLIMITED_SAMPLES = 512
 TENSOR_PARALLEL = (2, 4, 8)
 # Linears whose input is split over ranks (their output is summed); all others split their output.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|w2|dense_4h_to_h|fc2)$")
 EMBEDDING = re.compile(r"(^|[._])embed\w*\.weight$|(^|\.)(wte|wpe)\.weight$|norm\d*\.weight$")
+# The Linear that makes keys stands below the module that caches them.
+KEYS = re.compile(r"\.(k_proj|qkv_proj|kv_b_proj|query_key_value)$")
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """A Linear that will be quantized: its weight is `<name>.weight` [rows, cols] = [out, in] in `dtype`."""
+    """A Linear that will be quantized: its weight is `<name>.weight` [rows, cols] = [out, in] in `dtype`. `modifier`
+    is the one that quantizes it.
+    """
 
     name: str
     rows: int
     cols: int
     dtype: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes: what the output takes, what the run needs at its peak, and what this machine has."""
-
-    source_bytes: int
-    output_bytes: int
-    bits_per_weight: float
-    memory_bytes: int
-    memory_available: int | None
-    disk_available: int
+    scheme: QuantizationScheme
+    modifier: QuantizationModifier
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `run` will do; see `build_plan`."""
+    """What `run` will do; see `build_plan`.
+
+    `groups`: the recipe's groups that took a Linear. `smoothings`: places by the modifier's index in the recipe.
+    `carried`: tensors copied byte for byte. `rewritten`: tensors that keep name, dtype and shape, and whose values a
+    transform changes. `attentions`: modules that get KV-cache scales, if `kv_cache` is not None. `ignore`: full names
+    of all Linears that stay in full precision; `ignore_matches`: what each of the user's patterns took out.
+    """
 
     config: RunConfig
     checkpoint: Checkpoint
     family: Family
     format: Format
-    scheme: QuantizationScheme
     modules: dict[str, PlannedModule]
+    groups: tuple[SchemeGroup, ...]
+    smoothings: dict[int, tuple[Smoothing, ...]]
     carried: tuple[str, ...]
+    rewritten: frozenset[str]
+    kv_cache: QuantizationArgs | None
+    attentions: tuple[str, ...]
     ignore: tuple[str, ...]
     ignore_matches: dict[str, tuple[str, ...]]
     layout: Layout
@@ -75,16 +77,37 @@ class Plan:
     warnings: tuple[str, ...]
     shortages: tuple[str, ...]
 
+    @property
+    def recipe(self) -> Recipe:
+        """What is done, modifier by modifier."""
+        return self.config.recipe
+
     def require_room(self) -> None:
         """PlanError if this machine lacks the memory or the disk that the run needs."""
         if self.shortages:
             raise PlanError("; ".join(self.shortages))
 
+    def record(self) -> dict[str, Any]:
+        """What the audit has to know about how the output was made, in plain types: how each Linear was quantized
+        ("rtn", "gptq", "awq"), whose weights a transform rescaled, and which other tensors it changed.
+        """
+        return {
+            "methods": {name: module.modifier.kind for name, module in self.modules.items()},
+            "rescaled": [name for name in self.modules if name in self._smoothed],
+            "rewritten": sorted(self.rewritten),
+        }
+
+    @property
+    def _smoothed(self) -> set[str]:
+        places = [place for group in self.smoothings.values() for place in group]
+        return {module for place in places for module in (place.smooth, *place.balance)}
+
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     """Make the plan, or raise PlanError / ConfigError with what does not fit and what to do."""
-    scheme, fmt = config.recipe.groups[0].scheme, format_by_name(config.save_name)
-    fmt.check(scheme)
+    recipe, fmt = config.recipe, format_by_name(config.save_name)
+    for group in recipe.groups:
+        fmt.check(group.scheme)
     if checkpoint.config.get("quantization_config") is not None:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise PlanError(
@@ -94,73 +117,76 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     family = family_of(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     all_modules = [*(n.removesuffix(".weight") for n in shapes if n.endswith(".weight")), *family.heads[:1]]
-    matches = match_ignore(config.ignore, list(dict.fromkeys(all_modules)))
-    ignored = {name for names in matches.values() for name in names}
+    key = "ignore" if config.compression.quantization is None else "ignore_layers"
+    matches = match_ignore(key, config.ignore, list(dict.fromkeys(all_modules)))
     # The head stays in full precision: servers do not read it quantized unless told in ways that differ.
     linears = [linear.module for linear in family.linear_weights(shapes) if not linear.head]
-    chosen = [name for name in linears if name not in ignored]
-    if not chosen:
+    assigned = assign(recipe, linears, family.heads, matches)
+    if not assigned and recipe.groups:
+        ignored = {name for names in matches.values() for name in names}
         raise PlanError(
-            f"{checkpoint.folder}: nothing is left to quantize: of {len(linears)} Linears, ignore_layers "
+            f"{checkpoint.folder}: nothing is left to quantize: of {len(linears)} Linears, {key} "
             f"({', '.join(config.ignore) or 'empty'}) takes {len(ignored & set(linears))} out"
         )
-    modules = {name: _planned(name, checkpoint) for name in chosen}
+    modules = {name: _planned(name, checkpoint, found.group.scheme, found.modifier) for name, found in assigned.items()}
     warnings = [] if family.known else [_unknown_family(checkpoint)]
     if stacked := family.fused_experts(shapes):
         warnings.append(
             f"{len(stacked)} expert weights stored as one 3-D tensor each (e.g. {stacked[0]}) stay in full precision"
         )
+    groups = tuple(group for group in recipe.groups if any(a.group is group for a in assigned.values()))
     _check_fused_sets(family, linears, modules)
-    _check_divisible(scheme, modules.values())
-    warnings += _tensor_parallel_warnings(scheme, modules.values())
+    for scheme in dict.fromkeys(m.scheme for m in modules.values()):
+        members = [m for m in modules.values() if m.scheme == scheme]
+        _check_divisible(scheme, members)
+        warnings += _tensor_parallel_warnings(scheme, members)
+    places, notes = _smoothings(recipe, family, shapes, modules)
+    warnings += notes
+    rewritten = _rewritten(places, modules, shapes)
+    attentions, heads = _attentions(recipe, family, checkpoint, shapes)
+    if recipe.kv_cache is not None and recipe.kv_cache.type == "int":
+        warnings.append("an int8 KV cache: vLLM reads FP8 ones only, and refuses this model; Transformers reads it")
     ignore = _kept_linears(family, shapes, modules)
-    outputs, carried = _outputs(checkpoint, fmt, scheme, modules)
+    outputs, carried, stored_bytes = _outputs(checkpoint, fmt, modules, rewritten)
+    if recipe.kv_cache is not None:
+        for attention in attentions:
+            outputs += fmt.kv_tensors(attention, recipe.kv_cache, heads)
+    clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
+    if clashes:
+        raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
     layout = plan_layout(outputs, config.global_.max_shard_bytes)
     config_json = dict(checkpoint.config)
-    config_json["quantization_config"] = fmt.config_block(scheme, ignore, config.ignore)
-    estimate = _estimate(config, checkpoint, family, modules, outputs, layout)
+    written = served_targets({name: m.scheme for name, m in modules.items()})
+    config_json["quantization_config"] = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
+    found = estimate(
+        config,
+        checkpoint,
+        family,
+        modules,
+        places,
+        stored_bytes=stored_bytes,
+        output_bytes=layout.file_bytes,
+    )
     return Plan(
         config,
         checkpoint,
         family,
         fmt,
-        scheme,
         modules,
+        groups,
+        places,
         tuple(carried),
+        rewritten,
+        recipe.kv_cache,
+        attentions,
         ignore,
         matches,
         layout,
         config_json,
-        estimate,
+        found,
         tuple(warnings),
-        tuple(_shortages(config, estimate)),
+        tuple(shortages(config, found)),
     )
-
-
-def match_ignore(patterns: Iterable[str], modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """For each pattern the modules it takes out; PlanError for one that matches nothing.
-
-    `re:` patterns match from the start of the full name, as vLLM does; others match the full name or a run of
-    its dotted parts (`lm_head`, `down_proj`, `mlp.gate`, `layers.0`).
-    """
-    result: dict[str, tuple[str, ...]] = {}
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                regex = re.compile(pattern[3:])
-            except re.error as error:
-                raise PlanError(f"ignore_layers: '{pattern}' is not a regular expression: {error}") from None
-            found = tuple(name for name in modules if regex.match(name))
-        else:
-            found = tuple(name for name in modules if f".{pattern}." in f".{name}.")
-        if not found:
-            parts = {part for name in modules for part in (name, name.rpartition(".")[2])}
-            raise PlanError(
-                f"ignore_layers: '{pattern}' matches nothing in this model{nearest(pattern, sorted(parts))}; "
-                "give a full name, dotted parts of one, or a regular expression with 're:' in front"
-            )
-        result[pattern] = found
-    return result
 
 
 def _kept_linears(
@@ -177,13 +203,69 @@ def _kept_linears(
     return tuple(dict.fromkeys(name for name in (*kept, *family.heads[:1]) if name not in modules))
 
 
-def _planned(name: str, checkpoint: Checkpoint) -> PlannedModule:
+def _smoothings(
+    recipe: Recipe, family: Family, shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, PlannedModule]
+) -> tuple[dict[int, tuple[Smoothing, ...]], list[str]]:
+    """Where each transform of the recipe works, by its index there. A place whose readers all stay in full precision is
+    none: nothing would get better, and its weights would only be rounded once more.
+    """
+    found, warnings = {}, []
+    for index, modifier in enumerate(recipe.modifiers):
+        if not isinstance(modifier, SmoothQuantModifier | AWQModifier):
+            continue
+        places, notes = smoothings(modifier, family, shapes)
+        found[index] = tuple(place for place in places if any(m in modules for m in place.balance))
+        warnings += [f"{type(modifier).__name__}: {note}" for note in notes]
+        if not found[index]:
+            warnings.append(f"{type(modifier).__name__} has nothing to do: no layer that it balances is quantized")
+    return found, warnings
+
+
+def _rewritten(
+    places: Mapping[int, Sequence[Smoothing]],
+    modules: Mapping[str, PlannedModule],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> frozenset[str]:
+    """Tensors that smoothing changes and that are not quantized."""
+    found = set()
+    for place in (place for group in places.values() for place in group):
+        found |= {f"{module}.weight" for module in (place.smooth, *place.balance) if module not in modules}
+        found |= {f"{place.smooth}.bias"} & shapes.keys()
+    return frozenset(found)
+
+
+def _attentions(
+    recipe: Recipe, family: Family, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, ...], int]:
+    """The modules that get KV-cache scales, and how many heads their keys and values have."""
+    if recipe.kv_cache is None:
+        return (), 0
+    modules = (name.removesuffix(".weight") for name in shapes if family.layer_of(name) is not None)
+    found = tuple(dict.fromkeys(name[: match.start()] for name in modules if (match := KEYS.search(name))))
+    if not found:
+        raise PlanError(
+            f"kv_cache_scheme: no decoder layer of {checkpoint.folder} has a k_proj, qkv_proj or kv_b_proj, so it is "
+            "not known which modules cache keys; leave kv_cache_scheme out"
+        )
+    text = text_config(checkpoint.config)
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    if recipe.kv_cache.strategy == "attn_head" and (not isinstance(heads, int) or text.get("kv_lora_rank")):
+        raise PlanError(
+            "kv_cache_scheme: strategy attn_head needs num_key_value_heads in config.json and one cache entry a head, "
+            f"which model_type '{family.model_type}' does not have; use strategy tensor"
+        )
+    return found, heads if isinstance(heads, int) else 1
+
+
+def _planned(
+    name: str, checkpoint: Checkpoint, scheme: QuantizationScheme, modifier: QuantizationModifier
+) -> PlannedModule:
     info = checkpoint.tensors[f"{name}.weight"]
     if info.dtype not in FLOATS:
         raise PlanError(
             f"{name}.weight: dtype {info.dtype} cannot be quantized; quantkit starts from {', '.join(FLOATS)}"
         )
-    return PlannedModule(name, info.shape[0], info.shape[1], info.dtype)
+    return PlannedModule(name, info.shape[0], info.shape[1], info.dtype, scheme, modifier)
 
 
 def _unknown_family(checkpoint: Checkpoint) -> str:
@@ -192,19 +274,28 @@ def _unknown_family(checkpoint: Checkpoint) -> str:
 
 
 def _check_fused_sets(family: Family, linears: Sequence[str], modules: dict[str, PlannedModule]) -> None:
-    """Servers fuse q/k/v and gate/up, and load experts by the first one's scheme: each set is taken or left whole."""
+    """Servers fuse q/k/v and gate/up, and load experts by the first one's scheme: each set is taken with one scheme, or
+    left whole.
+    """
     experts: dict[str, list[str]] = {}
     for name in linears:
         if family.is_expert(name):
             experts.setdefault(name.partition(".experts.")[0], []).append(name)
     for members in [*family.fused_sets(linears), *map(tuple, experts.values())]:
         taken = [name for name in members if name in modules]
+        parts = f"{', '.join(n.rpartition('.')[2] for n in members[:4])}{', ...' if len(members) > 4 else ''}"
         if taken and len(taken) < len(members):
             left = next(name for name in members if name not in modules)
             raise PlanError(
-                f"ignore_layers takes {left} out but leaves {taken[0]} in; servers fuse these "
-                f"({', '.join(n.rpartition('.')[2] for n in members[:4])}{', ...' if len(members) > 4 else ''}) "
-                "into one layer: ignore all of them or none"
+                f"the recipe takes {left} out but leaves {taken[0]} in; servers fuse these ({parts}) into one layer: "
+                "quantize all of them or none, by targets and ignore"
+            )
+        other = next((name for name in taken if served(modules[name].scheme) != served(modules[taken[0]].scheme)), None)
+        if other is not None:
+            one, two = modules[taken[0]], modules[other]
+            raise PlanError(
+                f"{one.name} has scheme {one.scheme.name} and {two.name} has {two.scheme.name}; servers fuse these "
+                f"({parts}) into one layer with one scheme: give all of them the same targets"
             )
 
 
@@ -249,80 +340,23 @@ def _tensor_parallel_warnings(scheme: QuantizationScheme, modules: Iterable[Plan
 
 
 def _outputs(
-    checkpoint: Checkpoint, fmt: Format, scheme: QuantizationScheme, modules: dict[str, PlannedModule]
-) -> tuple[list[OutputTensor], list[str]]:
+    checkpoint: Checkpoint, fmt: Format, modules: Mapping[str, PlannedModule], rewritten: frozenset[str]
+) -> tuple[list[OutputTensor], list[str], int]:
+    """The tensors to write, those of them that are copied, and the bytes that quantized weights become."""
     outputs: list[OutputTensor] = []
     carried: list[str] = []
+    stored_bytes = 0
     for name, info in checkpoint.tensors.items():
         module = modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if module is None:
             outputs.append(OutputTensor(name, info.dtype, info.shape))
-            carried.append(name)
+            if name not in rewritten:
+                carried.append(name)
         else:
-            outputs += fmt.stored_tensors(module.name, scheme, module.rows, module.cols, module.dtype)
-    clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
-    if clashes:
-        raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
-    return outputs, carried
-
-
-def _estimate(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    family: Family,
-    modules: dict[str, PlannedModule],
-    outputs: Sequence[OutputTensor],
-    layout: Layout,
-) -> Estimate:
-    weights = sum(m.rows * m.cols for m in modules.values())
-    carried = {name for name in checkpoint.tensors if name.removesuffix(".weight") not in modules}
-    stored = sum(t.nbytes for t in outputs if t.name not in carried)
-    largest = max(checkpoint.tensors[f"{name}.weight"].nbytes for name in modules)
-    memory = PROCESS + 2 * largest
-    if config.recipe.needs_data and config.dataset is not None:
-        layers: Counter[str] = Counter()
-        for name, info in checkpoint.tensors.items():
-            layers[str(family.layer_of(name))] += info.nbytes
-        hidden = int(checkpoint.config.get("hidden_size", 0))
-        samples = config.dataset.num_samples if config.dataset.num_samples > 0 else UNLIMITED_SAMPLES
-        tokens = samples * config.dataset.max_seq_length
-        memory = PROCESS + 3 * max(layers.values()) + tokens * hidden * 2
-    parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
-    return Estimate(
-        source_bytes=checkpoint.total_bytes,
-        output_bytes=layout.file_bytes,
-        bits_per_weight=8 * stored / weights,
-        memory_bytes=memory,
-        memory_available=_memory_available(),
-        disk_available=shutil.disk_usage(parent).free,
-    )
-
-
-def _memory_available() -> int | None:
-    """MemAvailable of this machine in bytes, None where the system does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(found.group(1)) * 1024 if found else None
-
-
-def _shortages(config: RunConfig, estimate: Estimate) -> list[str]:
-    found = []
-    needed = estimate.output_bytes + SIDE_FILES
-    if estimate.disk_available < needed:
-        found.append(
-            f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB and only "
-            f"{estimate.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
-        )
-    if estimate.memory_available is not None and estimate.memory_available < estimate.memory_bytes:
-        found.append(
-            f"the run needs about {estimate.memory_bytes / 1e9:.1f} GB of memory and "
-            f"{estimate.memory_available / 1e9:.1f} GB are available; lower dataset.num_samples or max_seq_length, "
-            "or close other programs"
-        )
-    return found
+            stored = fmt.stored_tensors(module.name, module.scheme, module.rows, module.cols, module.dtype)
+            outputs += stored
+            stored_bytes += sum(t.nbytes for t in stored)
+    return outputs, carried, stored_bytes
 
 
 def collapse(name: str) -> str:

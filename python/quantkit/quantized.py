@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class QuantizedTensor:
     """codes: int8 or FP8 [rows, cols], or int32 words when `packed`; scale fp32 [grid rows, grid cols]; zero_point
-    int8 of the scale's shape, None if symmetric. `args` says what the codes mean.
+    int8 of the scale's shape, None if symmetric. `args` says what the codes mean. `g_idx`: int32 [cols], the group of
+    each column, where groups are not runs of neighbours (actorder "group").
     """
 
     codes: Tensor
@@ -25,6 +26,7 @@ class QuantizedTensor:
     rows: int
     cols: int
     packed: bool = False
+    g_idx: Tensor | None = None
 
     def unpacked(self) -> Tensor:
         """The codes as int8 or FP8 [rows, cols]."""
@@ -38,4 +40,10 @@ class QuantizedTensor:
 
         from . import ops
 
-        return ops.dequantize(self.unpacked(), self.scale, self.zero_point, self.args.block, dtype or torch.float32)
+        dtype = dtype or torch.float32
+        if self.g_idx is not None:
+            index, codes = self.g_idx.long(), self.unpacked().to(torch.float32)
+            if self.zero_point is not None:
+                codes -= self.zero_point[:, index]
+            return (codes * self.scale[:, index]).to(dtype)
+        return ops.dequantize(self.unpacked(), self.scale, self.zero_point, self.args.block, dtype)

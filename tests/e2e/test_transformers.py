@@ -52,8 +52,8 @@ def oracle(source: Path, output: Path) -> torch.Tensor:
     with Checkpoint(output) as checkpoint:
         weights = WeightSource(checkpoint)
         assert weights.modules
-        activations = weights.scheme.input_activations
         for name in weights.modules:
+            activations = weights.schemes[name].input_activations
             linear = model.get_submodule(name)
             linear.weight.data = weights.get(f"{name}.weight").clone()
             stored = {
@@ -62,7 +62,7 @@ def oracle(source: Path, output: Path) -> torch.Tensor:
                 if f"{name}.{part}" in checkpoint.tensors
             }
             if activations is not None:
-                linear.register_forward_pre_hook(lambda _, args, s=stored: (rounded(args[0], activations, s),))
+                linear.register_forward_pre_hook(lambda _, args, a=activations, s=stored: (rounded(args[0], a, s),))
     return logits(model)
 
 

@@ -91,8 +91,6 @@ def test_other_refusals(small: Path, tmp_path: Path) -> None:
         plan(done, tmp_path, "name: int8_dynamic")
     with pytest.raises(ConfigError, match=r"save_name: unknown format 'compresed-tensors' .did you mean"):
         plan(small, tmp_path, "name: int8_dynamic, save_name: compresed-tensors")
-    with pytest.raises(ConfigError, match="int4_gptq"):
-        plan(small, tmp_path, "name: int4_gptq", dataset="dataset: {data_path: job.yaml}")
 
 
 def test_unknown_architectures_are_said_aloud(tmp_path: Path) -> None:
@@ -114,7 +112,7 @@ def test_a_lack_of_disk_stops_the_run_but_not_the_plan(
     class Usage:
         free = 1 << 20
 
-    monkeypatch.setattr("quantkit.plan.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("quantkit.estimate.shutil.disk_usage", lambda path: Usage)
     made = plan(small, tmp_path, "name: int8_dynamic", "lm_head")
     with pytest.raises(PlanError, match=r"the output takes 0.1 GB and only 0.0 GB are free"):
         made.require_room()

@@ -8,6 +8,7 @@ import torch
 
 from quantkit import ops
 from quantkit.config.presets import PRESETS
+from quantkit.config.recipe import SchemeGroup
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
 from quantkit.errors import ConfigError
 from quantkit.formats import FORMATS, format_by_name
@@ -15,6 +16,10 @@ from quantkit.formats import compressed_tensors as ct
 from quantkit.modifiers.rtn import quantize_weight
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def every(preset: str) -> SchemeGroup:
+    return SchemeGroup(("Linear",), PRESETS[preset])
 
 
 def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, cols: int) -> np.ndarray:
@@ -97,14 +102,14 @@ def test_packing_is_the_librarys() -> None:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_config_block_is_the_librarys(preset: str) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    block = ct.config_block(PRESETS[preset], ["lm_head"], ["lm_head"])
+    block = ct.config_block([every(preset)], ["lm_head"], ["lm_head"])
     parsed = quantization.QuantizationConfig.model_validate(block)
     group = parsed.config_groups["group_0"]
     assert group.weights.num_bits == PRESETS[preset].weights.num_bits
     assert str(group.weights.strategy) == PRESETS[preset].weights.strategy
     assert parsed.ignore == ["lm_head"]
     assert "scale_dtype" not in str(block) and "zp_dtype" not in str(block)
-    again = ct.read_scheme(block)
+    again = ct.read_schemes(block)("model.layers.0.mlp.up_proj")
     assert again.weights == PRESETS[preset].weights
     assert again.input_activations == PRESETS[preset].input_activations
 
@@ -122,7 +127,7 @@ def test_schemes_no_server_reads_are_refused() -> None:
 
 
 def test_int8_dynamic_block_has_every_key_of_angelslims_documentation() -> None:
-    group = ct.config_block(PRESETS["W8A8"], ["lm_head"], ["lm_head", "model.embed_tokens"])
+    group = ct.config_block([every("W8A8")], ["lm_head"], ["lm_head", "model.embed_tokens"])
     assert group["ignored_layers"] == ["lm_head", "model.embed_tokens"]
     assert (group["format"], group["quant_method"], group["kv_cache_scheme"]) == ("int-quantized", ct.NAME, None)
     common = {"block_structure": None, "group_size": None, "num_bits": 8, "observer_kwargs": {}, "type": "int"}
@@ -143,6 +148,8 @@ def test_int8_dynamic_block_has_every_key_of_angelslims_documentation() -> None:
 def test_fp8_block_is_angelslims() -> None:
     fp8 = FORMATS["fp8"]
     expected = {"activation_scheme": "static", "ignored_layers": ["lm_head"], "quant_method": "fp8"}
-    assert fp8.config_block(PRESETS["FP8"], ["lm_head"], ["lm_head"]) == expected
-    dynamic = fp8.config_block(PRESETS["FP8_PER_TENSOR_DYNAMIC"], ["lm_head"], [])
+    assert fp8.config_block([every("FP8")], ["lm_head"], ["lm_head"]) == expected
+    dynamic = fp8.config_block([every("FP8_PER_TENSOR_DYNAMIC")], ["lm_head"], [])
     assert dynamic == expected | {"activation_scheme": "dynamic"}
+    with pytest.raises(ConfigError, match=r"holds one scheme, not 2 \(FP8, FP8_DYNAMIC\)"):
+        fp8.config_block([every("FP8"), every("FP8_DYNAMIC")], [], [])

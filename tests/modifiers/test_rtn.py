@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.sweep import Layer
 from quantkit.config.presets import PRESETS
+from quantkit.config.recipe import QuantizationModifier
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.errors import CheckpointError
+from quantkit.formats import compressed_tensors as ct
 from quantkit.modifiers.activations import static_scale
 from quantkit.modifiers.rtn import RoundToNearest, quantize_weight
+from quantkit.plan import PlannedModule
 from quantkit.quantized import QuantizedTensor
 
 
@@ -55,7 +58,8 @@ def test_one_forward_runs_with_quantized_weights_and_gives_the_ranges() -> None:
     linear = nn.Linear(64, 32, bias=False)
     original = linear.weight.data.clone()
     kept = Kept()
-    modifier = RoundToNearest(PRESETS["FP8"], {"m"}, kept, scale_dtype=lambda _: torch.float32, pack=False)
+    planned = PlannedModule("m", 32, 64, "F32", PRESETS["FP8"], QuantizationModifier(scheme="FP8"))
+    modifier = RoundToNearest({"m": planned}, kept, scale_dtype=lambda _: torch.float32, packs=ct.packs)
     layer = Layer(0, "layers.0", {"m": linear, "other": nn.Linear(2, 2)})
     untouched = layer.linears["other"].weight
     modifier.prepare(layer)

@@ -79,7 +79,7 @@ class QuantizationModifier(Modifier):
             object.__setattr__(self, key, names(key, getattr(self, key)))
         require(bool(self.targets), "targets", "is empty; use Linear, names, or re: and a pattern")
         require(self.scheme is None or self.config_groups is None, "scheme", "and config_groups both given; use one")
-        object.__setattr__(self, "_groups", self._with_observers(self._resolve()))
+        object.__setattr__(self, "_groups", self._ordered(self._with_observers(self._resolve())))
         object.__setattr__(self, "_kv_cache", kv_cache_args(self.kv_cache_scheme))
         self._require_something()
 
@@ -136,6 +136,16 @@ class QuantizationModifier(Modifier):
             result.append(replace(group, scheme=scheme))
         return tuple(result)
 
+    def _ordered(self, groups: tuple[SchemeGroup, ...]) -> tuple[SchemeGroup, ...]:
+        """`groups` without an `actorder`, which only GPTQ has."""
+        for group in groups:
+            require(
+                group.scheme.weights.actorder != "group",
+                "config_groups",
+                f"{group.scheme.name}: actorder 'group' belongs to GPTQModifier; leave it out",
+            )
+        return tuple(_with_actorder(group, None) for group in groups)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQModifier(QuantizationModifier):
@@ -156,6 +166,16 @@ class GPTQModifier(QuantizationModifier):
     min_tokens_per_module: int = 32
     low_data: Literal["rtn", "all_tokens", "error"] = "all_tokens"
 
+    def _ordered(self, groups: tuple[SchemeGroup, ...]) -> tuple[SchemeGroup, ...]:
+        """Groups of columns in their order, written in a scheme, are taken as the modifier's own `actorder`."""
+        found = {group.scheme.weights.actorder == "group" for group in groups}
+        require(
+            len(found) < 2, "config_groups", "actorder 'group' in some groups only; use it in all, or two modifiers"
+        )
+        if True in found and self.actorder in ("static", "group"):
+            object.__setattr__(self, "actorder", "group")
+        return groups
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.block_size > 0, "block_size", f"{self.block_size} must be positive")
@@ -170,6 +190,8 @@ class GPTQModifier(QuantizationModifier):
         if self.actorder == "static":
             object.__setattr__(self, "actorder", "weight")
         _check_low_data(self)
+        order: Literal["group"] | None = "group" if self.actorder == "group" else None
+        object.__setattr__(self, "_groups", tuple(_with_actorder(group, order) for group in self.groups))
         for group in self.groups:
             weights = group.scheme.weights
             require(
@@ -242,6 +264,11 @@ class AWQModifier(QuantizationModifier):
 
     def _require_something(self) -> None:
         return  # a pure transform is something
+
+
+def _with_actorder(group: SchemeGroup, order: Literal["group"] | None) -> SchemeGroup:
+    scheme = group.scheme
+    return replace(group, scheme=replace(scheme, weights=replace(scheme.weights, actorder=order)))
 
 
 MODIFIERS: dict[str, type[Modifier]] = {
@@ -360,6 +387,8 @@ def args_of(key: str, value: MappingType[str, Any]) -> QuantizationArgs:
     given = {k: v for k, v in value.items() if k in known and v is not None}
     if isinstance(given.get("block_structure"), list):
         given["block_structure"] = tuple(given["block_structure"])
+    if "actorder" in given:
+        given["actorder"] = {"static": "weight", "dynamic": "group"}.get(given["actorder"], given["actorder"])
     if "strategy" not in given:  # compressed-tensors' rule
         size = given.get("group_size")
         given["strategy"] = "tensor" if size is None else ("group" if size > 0 else "channel")

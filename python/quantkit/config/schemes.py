@@ -35,6 +35,8 @@ class QuantizationArgs:
             if not ok:
                 raise ConfigError(message)
 
+        orders = (None, "group", "weight")
+        need(self.actorder in orders, f"actorder: '{self.actorder}' is not 'group', 'weight' or null")
         need(self.strategy in STRATEGIES, f"strategy: '{self.strategy}' is not one of {', '.join(STRATEGIES)}")
         need(self.type in ("int", "float"), f"type: '{self.type}' is not 'int' or 'float'")
         bits = (4, 8) if self.type == "int" else (8,)

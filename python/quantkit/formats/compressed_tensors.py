@@ -7,6 +7,7 @@ dtype, because readers hold them in it. A tensor-wide scale has shape [1], a per
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..config.recipe import SchemeGroup
     from ..quantized import QuantizedTensor
 
 NAME = "compressed-tensors"
 # The release of the library whose rules this file follows; readers only report it.
 VERSION = "0.18.0"
+# The top-level format where groups have different ones.
+MIXED = "mixed-precision"
 
 
 def format_of(scheme: QuantizationScheme) -> str:
@@ -41,6 +45,10 @@ def check(scheme: QuantizationScheme) -> None:
         raise ConfigError(
             f"scheme {scheme.name}: asymmetric integer weights together with quantized activations are read by no "
             "server; make the weights symmetric, or keep the activations in 16 bit"
+        )
+    if weights.actorder == "group" and (weights.strategy != "group" or not packs(scheme)):
+        raise ConfigError(
+            f"scheme {scheme.name}: actorder 'group' goes with packed integers per group; use actorder 'weight'"
         )
     if weights.type == "int" and weights.strategy not in ("channel", "group") and packs(scheme):
         raise ConfigError(
@@ -78,6 +86,8 @@ def stored_tensors(
         if not args.symmetric:
             zero_rows = (rows * args.num_bits + 31) // 32
             tensors.append(OutputTensor(f"{module}.weight_zero_point", "I32", (zero_rows, *scale[1:])))
+        if args.actorder == "group":
+            tensors.append(OutputTensor(f"{module}.weight_g_idx", "I32", (cols,)))
     else:
         dtype = "F8_E4M3" if args.type == "float" else "I8"
         tensors.append(OutputTensor(f"{module}.weight", dtype, (rows, cols)))
@@ -88,6 +98,18 @@ def stored_tensors(
         if not activations.symmetric:
             tensors.append(OutputTensor(f"{module}.input_zero_point", "I8", (1,)))
     return tensors
+
+
+def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
+    """What the scales of the keys and values that the module `attention` caches become on disk."""
+    shape = (heads, 1, 1) if args.strategy == "attn_head" else (1,)
+    return [OutputTensor(f"{attention}.{part}", "F32", shape) for part in ("k_scale", "v_scale")]
+
+
+def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
+    """The named tensors of `kv_tensors`; the scales are fp32 [1], or [heads] per head."""
+    scales = {f"{attention}.k_scale": k_scale, f"{attention}.v_scale": v_scale}
+    return {name: s.reshape(1) if s.numel() == 1 else s.reshape(-1, 1, 1) for name, s in scales.items()}
 
 
 def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,6 +125,8 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
         return {f"{module}.weight": quantized.codes, **tensors}
     tensors[f"{module}.weight_packed"] = quantized.codes
     tensors[f"{module}.weight_shape"] = torch.tensor([quantized.rows, quantized.cols], dtype=torch.int64)
+    if quantized.g_idx is not None:
+        tensors[f"{module}.weight_g_idx"] = quantized.g_idx
     if quantized.zero_point is not None:
         tensors[f"{module}.weight_zero_point"] = ops.pack_zero_points(quantized.zero_point, args.num_bits)
     return tensors
@@ -116,27 +140,33 @@ def pack_activations(module: str, scale: Tensor, zero_point: Tensor | None) -> d
     return tensors
 
 
-def config_block(scheme: QuantizationScheme, ignore: Sequence[str], user_ignore: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` for config.json. `ignore` holds the full names of every Linear that is not quantized;
-    `user_ignore` is what the user wrote, kept under `ignored_layers` for tools that show it.
+def config_block(
+    groups: Sequence[SchemeGroup],
+    ignore: Sequence[str],
+    user_ignore: Sequence[str],
+    kv_cache: QuantizationArgs | None = None,
+) -> dict[str, Any]:
+    """`quantization_config` for config.json: `groups` have targets as servers match them. `ignore`
+    holds the full names of every Linear that is not quantized; `user_ignore` is what the user wrote, kept under
+    `ignored_layers` for tools that show it.
     """
-    name = format_of(scheme)
-    activations = scheme.input_activations
+    formats = list(dict.fromkeys(format_of(group.scheme) for group in groups))
     return {
         "config_groups": {
-            "group_0": {
-                "format": name,
-                "input_activations": _entry(activations) if activations else None,
+            f"group_{i}": {
+                "format": format_of(group.scheme),
+                "input_activations": _entry(group.scheme.input_activations) if group.scheme.input_activations else None,
                 "output_activations": None,
-                "targets": ["Linear"],
-                "weights": _entry(scheme.weights),
+                "targets": list(group.targets),
+                "weights": _entry(group.scheme.weights),
             }
+            for i, group in enumerate(groups)
         },
-        "format": name,
+        "format": formats[0] if len(formats) == 1 else (MIXED if formats else "dense"),
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "ignored_layers": list(user_ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else _entry(kv_cache),
         "quant_method": NAME,
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -163,28 +193,59 @@ def _entry(args: QuantizationArgs) -> dict[str, Any]:
     }
 
 
-def read_scheme(block: Mapping[str, Any]) -> QuantizationScheme:
-    """The scheme in a `quantization_config` with one group, as this file writes it."""
-    groups = block.get("config_groups") or {}
-    if len(groups) != 1:
-        raise CheckpointError(f"quantization_config: {len(groups)} config_groups; quantkit reads checkpoints with one")
-    group = next(iter(groups.values()))
+def read_schemes(block: Mapping[str, Any]) -> Schemes:
+    """The scheme of each module, by the `quantization_config` as this file writes it."""
+    groups = []
+    for key, group in (block.get("config_groups") or {}).items():
+        weights = _args(f"config_groups.{key}.weights", group.get("weights"))
+        if weights is None:
+            raise CheckpointError(f"quantization_config: config_groups.{key} has no weights")
+        inputs = _args(f"config_groups.{key}.input_activations", group.get("input_activations"))
+        name = str(group.get("format") or block.get("format"))
+        groups.append((QuantizationScheme(name, weights, inputs), list(group.get("targets") or ())))
+    return Schemes(groups)
+
+
+def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
+    """How the block says that keys and values are cached, None for 16 bit."""
+    return _args("kv_cache_scheme", block.get("kv_cache_scheme"))
+
+
+def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
+    if entry is None:
+        return None
     fields = QuantizationArgs.__dataclass_fields__
-
-    def args(entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
-        if entry is None:
-            return None
-        known = {k: v for k, v in entry.items() if k in fields and v is not None}
-        if "block_structure" in known:
-            known["block_structure"] = tuple(known["block_structure"])
-        if known.get("dynamic"):
-            known.pop("observer", None)
+    known = {k: v for k, v in entry.items() if k in fields and v is not None}
+    if "block_structure" in known:
+        known["block_structure"] = tuple(known["block_structure"])
+    if known.get("dynamic"):
+        known.pop("observer", None)
+    try:
         return QuantizationArgs(**known)
+    except ConfigError as error:
+        raise CheckpointError(f"quantization_config: {key}: {error}") from None
 
-    weights = args(group.get("weights"))
-    if weights is None:
-        raise CheckpointError("quantization_config: the config group has no weights")
-    return QuantizationScheme(str(block.get("format")), weights, args(group.get("input_activations")))
+
+class Schemes:
+    """The scheme of a module by its name, as servers find it: full names go before patterns, those before the class."""
+
+    def __init__(self, groups: Sequence[tuple[QuantizationScheme, Sequence[str]]]) -> None:
+        self.schemes = tuple(scheme for scheme, _ in groups)
+        self.names = {target: scheme for scheme, targets in groups for target in targets}
+        self.patterns = [(re.compile(t[3:]), scheme) for t, scheme in self.names.items() if t.startswith("re:")]
+
+    def __call__(self, module: str) -> QuantizationScheme:
+        """CheckpointError if no group takes `module`."""
+        if module in self.names:
+            return self.names[module]
+        for pattern, scheme in self.patterns:
+            if pattern.match(module):
+                return scheme
+        if "Linear" in self.names:
+            return self.names["Linear"]
+        raise CheckpointError(
+            f"quantization_config: {module} has quantized tensors, and no config group's targets match it"
+        )
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:
@@ -208,4 +269,5 @@ def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, co
     zero_point = None
     if not args.symmetric:
         zero_point = ops.unpack_zero_points(get(f"{module}.weight_zero_point"), args.num_bits, rows)
-    return QuantizedTensor(codes, scale, zero_point, args, rows, cols, packed)
+    g_idx = get(f"{module}.weight_g_idx") if packed and args.actorder == "group" else None
+    return QuantizedTensor(codes, scale, zero_point, args, rows, cols, packed, g_idx)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint.reader import Checkpoint
-from ..config.schemes import QuantizationArgs
+from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
 from . import format_of_checkpoint
 
@@ -25,6 +25,7 @@ PARTS = (
     "weight_scale",
     "weight_shape",
     "weight_zero_point",
+    "weight_g_idx",
     "input_scale",
     "input_zero_point",
 )
@@ -39,15 +40,16 @@ class WeightSource:
         self.checkpoint = checkpoint
         self.format = format_of_checkpoint(checkpoint.config)
         self.modules: set[str] = set()
+        self.schemes: dict[str, QuantizationScheme] = {}
         self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.format is None:
             return
-        self.scheme = self.format.read_scheme(checkpoint.config["quantization_config"])
-        self.modules = set(self.format.quantized_modules(checkpoint.tensors))
-        activations = self.scheme.input_activations
-        if activations is not None:
-            for module in self.modules:
-                self.input_quantizers[module] = self._input_quantizer(module, activations)
+        schemes = self.format.read_schemes(checkpoint.config["quantization_config"])
+        self.schemes = {module: schemes(module) for module in self.format.quantized_modules(checkpoint.tensors)}
+        self.modules = set(self.schemes)
+        for module, scheme in self.schemes.items():
+            if scheme.input_activations is not None:
+                self.input_quantizers[module] = self._input_quantizer(module, scheme.input_activations)
 
     def module_of(self, name: str) -> str | None:
         """The quantized module whose weight `name` is in a plain checkpoint; None for whatever is not quantized."""
@@ -78,7 +80,7 @@ class WeightSource:
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
         rows, cols = self._shape(module)
-        return self.format.load_weight(module, self.scheme, self.checkpoint.tensor, rows, cols)
+        return self.format.load_weight(module, self.schemes[module], self.checkpoint.tensor, rows, cols)
 
     def scale_dtype(self, module: str) -> str:
         """What `module`'s weight scale is stored in, as safetensors names it."""

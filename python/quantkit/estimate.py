@@ -1,0 +1,142 @@
+"""What a run takes: bytes on disk, bits per weight, and memory at its peak, all from headers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config.recipe import AWQModifier
+from .models.families import text_config
+
+if TYPE_CHECKING:
+    from .checkpoint.reader import Checkpoint
+    from .config.run_config import RunConfig
+    from .models.families import Family
+    from .models.mappings import Smoothing
+    from .plan import PlannedModule
+
+# Room for tokenizer and other side files, and what the process itself takes (torch, threads, queues).
+SIDE_FILES, PROCESS = 64 << 20, 300 << 20
+# num_samples: -1 means all there are, which the plan does not count.
+UNLIMITED_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes: what the output takes, what the run needs at its peak, and what this machine has. `gram_bytes`: those of
+    `memory_bytes` that the Gram matrices of one layer's inputs take.
+    """
+
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    memory_bytes: int
+    gram_bytes: int
+    memory_available: int | None
+    disk_available: int
+
+
+def estimate(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    family: Family,
+    modules: Mapping[str, PlannedModule],
+    smoothings: Mapping[int, tuple[Smoothing, ...]],
+    *,
+    stored_bytes: int,
+    output_bytes: int,
+) -> Estimate:
+    """`stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all weight files."""
+    weights = sum(m.rows * m.cols for m in modules.values())
+    grams = gram_bytes(config, family, modules, smoothings)
+    if config.recipe.needs_data:
+        memory = _calibrated(config, checkpoint, family, modules, smoothed=bool(smoothings)) + grams
+    else:
+        memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
+    parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
+    return Estimate(
+        source_bytes=checkpoint.total_bytes,
+        output_bytes=output_bytes,
+        bits_per_weight=8 * stored_bytes / weights if weights else 0.0,
+        memory_bytes=memory,
+        gram_bytes=grams,
+        memory_available=_memory_available(),
+        disk_available=shutil.disk_usage(parent).free,
+    )
+
+
+def _calibrated(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    family: Family,
+    modules: Mapping[str, PlannedModule],
+    *,
+    smoothed: bool,
+) -> int:
+    """A layer as it lies in the file, in the forward and in the output, the hidden states of all tokens, and room for
+    one GPTQ factor and its work. Smoothing holds a layer's weights in fp32 besides.
+    """
+    layers: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        layers[str(family.layer_of(name))] += info.nbytes
+    tokens = 0
+    if config.dataset is not None:
+        samples = config.dataset.num_samples if config.dataset.num_samples > 0 else UNLIMITED_SAMPLES
+        tokens = samples * config.dataset.max_seq_length
+    hidden = int(text_config(checkpoint.config).get("hidden_size", 0))
+    widest = max((m.cols for m in modules.values() if m.modifier.kind == "gptq"), default=0)
+    return PROCESS + (5 if smoothed else 3) * max(layers.values()) + tokens * hidden * 2 + 2 * 4 * widest**2
+
+
+def gram_bytes(
+    config: RunConfig,
+    family: Family,
+    modules: Mapping[str, PlannedModule],
+    smoothings: Mapping[int, tuple[Smoothing, ...]],
+) -> int:
+    """fp32 [in, in] for each distinct input of the layer that has most of them: GPTQ's, and AWQ's where its loss is the
+    Gram matrix's. Linears that read one input share it; each expert sees its own tokens.
+    """
+    needed = [m.name for m in modules.values() if m.modifier.kind == "gptq"]
+    for index, places in smoothings.items():
+        modifier = config.recipe.modifiers[index]
+        if isinstance(modifier, AWQModifier) and modifier.loss == "gram":
+            needed += [m for p in places for m in p.balance if m in modules and modules[m].scheme.weights.type == "int"]
+    first = {member: members[0] for members in family.fused_sets(modules) for member in members}
+    inputs = {first.get(name, name): modules[name].cols for name in needed}
+    layers: Counter[int | None] = Counter()
+    for name, cols in inputs.items():
+        layers[family.layer_of(f"{name}.weight")] += 4 * cols * cols
+    return max(layers.values(), default=0)
+
+
+def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
+    """What this machine lacks for the run, and what to do about it."""
+    needed = found.output_bytes + SIDE_FILES
+    if found.disk_available < needed:
+        yield (
+            f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB and only "
+            f"{found.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
+        )
+    if found.memory_available is not None and found.memory_available < found.memory_bytes:
+        grams = f" ({found.gram_bytes / 1e9:.1f} GB of it for Gram matrices)" if found.gram_bytes else ""
+        yield (
+            f"the run needs about {found.memory_bytes / 1e9:.1f} GB of memory{grams} and "
+            f"{found.memory_available / 1e9:.1f} GB are available; lower dataset.num_samples or max_seq_length, "
+            "or close other programs"
+        )
+
+
+def _memory_available() -> int | None:
+    """MemAvailable of this machine in bytes, None where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(found.group(1)) * 1024 if found else None
