@@ -1,4 +1,5 @@
 // Every family's table for the instruction set that dispatch.h chose.
+#include "cpu/awq.h"
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
 #include "cpu/gptq.h"
@@ -52,5 +53,6 @@ QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
 QK_FAMILY(GptqKernels, gptq)
 QK_FAMILY(GramKernels, gram)
+QK_FAMILY(AwqKernels, awq)
 
 }  // namespace qk
