@@ -1,6 +1,8 @@
 // Every family's table for the instruction set that dispatch.h chose.
+#include "cpu/awq.h"
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
+#include "cpu/factor.h"
 #include "cpu/gptq.h"
 #include "cpu/gram.h"
 #include "cpu/pack.h"
@@ -50,7 +52,9 @@ QK_FAMILY(QuantizeKernels, quantize)
 QK_FAMILY(PackKernels, pack)
 QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
+QK_FAMILY(FactorKernels, factor)
 QK_FAMILY(GptqKernels, gptq)
 QK_FAMILY(GramKernels, gram)
+QK_FAMILY(AwqKernels, awq)
 
 }  // namespace qk

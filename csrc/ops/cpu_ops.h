@@ -1,6 +1,8 @@
 // The CPU ops, as functions that other ops call, and how work is spread over threads.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -36,6 +38,17 @@ void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
   current_isa();  // a wrong QUANTKIT_ISA is said here; thrown in the loop, torch would lose the
                   // words
   torch::stable::parallel_for(0, rows, cols >= kElements ? 1 : kElements / (cols + 1) + 1, body);
+}
+
+// f(i) for i in [0, n), each taken by the next thread that is free, in this order: for work in
+// uneven pieces. Inside another parallel loop it runs in the calling thread.
+template <typename Body>
+void parallel_queue(int64_t n, const Body& body) {
+  std::atomic<int64_t> next = 0;
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < n; i = next++) body(i);
+  });
 }
 
 template <typename T>

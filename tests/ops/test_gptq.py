@@ -10,6 +10,8 @@ from torch import Tensor
 
 import quantkit.ops as ops
 
+from .cpu_cases import check_refused
+
 # Not 7.5 and 127.5, which would put the largest weight of every group on a tie.
 RANGES = {4: (-8, 7, 7.3), 8: (-128, 127, 127.3)}
 
@@ -168,13 +170,60 @@ def test_threads_leave_no_trace() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("cols", [1, 5, 300, 700])
+FACTOR_COLS = (1, 5, 16, 47, 96, 97, 300, 700)
+
+
+@pytest.mark.parametrize("cols", FACTOR_COLS)
 def test_factor(cols: int) -> None:
     _, g = problem(1, cols)
+    exact = textbook_factor(g, 0.01)
     u, dead = ops.gptq_factor(g.double(), 0.01)
     assert not dead.any()
-    torch.testing.assert_close(u, textbook_factor(g, 0.01), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(u, exact, rtol=1e-8, atol=1e-12)
     assert torch.equal(u, u.triu())
+    u, dead = ops.gptq_factor(g, 0.01)
+    assert not dead.any()
+    assert torch.equal(u, u.triu())
+    plain = ops._library.REFERENCES["gptq_factor"](g, 0.01)[0]
+    assert (u - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("cols", FACTOR_COLS)
+def test_factors_of_a_batch_are_those_one_by_one(cols: int) -> None:
+    wide = torch.stack([problem(seed, cols)[1] for seed in (1, 2, 3)])
+    g = torch.zeros(3, cols + 2, cols + 5)[:, 1:-1, 2 : cols + 2].copy_(wide)
+    u, dead = ops.gptq_factor(g, 0.02)
+    for b in range(3):
+        assert torch.equal(u[b], ops.gptq_factor(wide[b], 0.02)[0])
+    assert (u.shape, dead.shape, dead.any().item()) == ((3, cols, cols), (3, cols), False)
+    reference = ops._library.REFERENCES["gptq_factor"](g, 0.02)
+    torch.testing.assert_close(u, reference[0], rtol=1e-3, atol=1e-4 * float(u.abs().max()))
+    assert torch.equal(dead, reference[1])
+
+
+def test_factor_threads_leave_no_trace() -> None:
+    _, g = problem(1, 500)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(ops.gptq_factor(g)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("minor", [2, 3, 60, 150, 200])
+def test_which_minor_is_not_positive(minor: int) -> None:
+    g = torch.eye(200)
+    g[200 - minor, 200 - minor] = 0.5
+    g[-1, 200 - minor] = g[200 - minor, -1] = 1.0
+    for function in (ops.gptq_factor, ops._library.REFERENCES["gptq_factor"]):
+        with pytest.raises(torch.linalg.LinAlgError, match=rf"not positive definite \(minor {minor} of 200\)"):
+            function(g, 0.0)
+        with pytest.raises(torch.linalg.LinAlgError, match=rf"g\[1\] \+ 0 .* \(minor {minor} of 200\)"):
+            function(torch.stack([torch.eye(200), g]), 0.0)
 
 
 def test_dead_columns_are_rounded_alone() -> None:
@@ -214,8 +263,18 @@ def test_refuses() -> None:
             ops.gptq_sweep(bad, u, **common)
         bad = g.clone()
         bad[3, 3] = value
-        with pytest.raises(RuntimeError, match="the first at column 3: look for NaN in the activations"):
+        with pytest.raises(RuntimeError, match=r"of g are NaN.* the first at column 3: look for NaN in the activations"):
             ops.gptq_factor(bad)
+        with pytest.raises(RuntimeError, match=r"1 of 8 diagonal elements of g\[1\] are NaN"):
+            ops.gptq_factor(torch.stack([g, bad]))
+    with pytest.raises(torch.linalg.LinAlgError):
+        bad = g.clone()
+        bad[3, 1] = bad[1, 3] = float("nan")
+        ops.gptq_factor(bad)
+    check_refused(
+        "gptq_factor", r"g must be float32 \[K, K\] or \[B, K, K\], got torch.float32 \[8, 7\]", g[:, :7], 0.01
+    )
+    check_refused("gptq_factor", r"dampening must be >= 0, got -1", g, -1.0)
     with pytest.raises(RuntimeError, match="u's diagonal must be positive and finite"):
         ops.gptq_sweep(w, torch.zeros(8, 8), **common)
     bad = u.clone()
@@ -235,6 +294,9 @@ def test_refuses() -> None:
 def test_empty() -> None:
     codes, scale, _, loss = ops.gptq_sweep(torch.zeros(0, 8), torch.eye(8), q_min=-8, q_max=7, divisor=7.5)
     assert (codes.shape, scale.shape, loss.shape) == ((0, 8), (0, 1), (0,))
+    for shape in ((0, 0), (0, 3, 3), (2, 0, 0)):
+        u, dead = ops.gptq_factor(torch.zeros(shape))
+        assert (u.shape, dead.shape) == (shape, shape[:-1])
 
 
 def test_compiles() -> None:
@@ -245,3 +307,4 @@ def test_compiles() -> None:
     torch.library.opcheck(sweep, (w, u, None, None, 8, -8, 7, False, 7.5, torch.float32, None))
     torch.library.opcheck(sweep, (w, u, scale, None, 8, -8, 7, True, 7.5, torch.float32, None))
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g, 0.01))
+    torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g.expand(2, 20, 20), 0.01))

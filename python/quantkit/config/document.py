@@ -20,9 +20,9 @@ class Document:
 
     def where(self, path: str) -> str:
         """`label:line: path`, with the line of the nearest enclosing key for a path that the text does not have."""
-        at = path.partition("[")[0]
+        at = path
         while at and at not in self.lines:
-            at = at.rpartition(".")[0]
+            at = at[: max(at.rfind("."), at.rfind("["), 0)]
         place = f"{self.label}:{self.lines[at]}" if at else self.label
         return f"{place}: {path}"
 

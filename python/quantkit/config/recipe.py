@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError, nearest
+from .arguments import Checked
 from .fields import FieldError, require
 from .observers import INPUT_OBSERVERS, WEIGHT_OBSERVERS, observer
 from .presets import preset
@@ -39,11 +40,12 @@ class SchemeGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Modifier:
-    """Base of all modifiers."""
+class Modifier(metaclass=Checked):
+    """Base of all modifiers. `idle`: the arguments it was given that have no effect."""
 
     kind: ClassVar[str]
     transforms: ClassVar[bool] = False
+    idle: ClassVar[tuple[str, ...]] = ()
 
     @property
     def groups(self) -> tuple[SchemeGroup, ...]:
@@ -219,7 +221,7 @@ class SmoothQuantModifier(Modifier):
 
     smoothing_strength: float = 0.5
     mappings: Sequence[Any] | None = None
-    ignore: str | Sequence[str] = ()
+    ignore: str | Sequence[str] | None = ()
     algorithm: Literal["smoothquant", "log_equalization"] = "smoothquant"
 
     def __post_init__(self) -> None:
@@ -323,6 +325,11 @@ class Recipe:
         return next((m.kv_cache for m in self.quantizers if m.kv_cache is not None), None)
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Arguments that were given and have no effect, as `GPTQModifier.block_size`."""
+        return tuple(dict.fromkeys(f"{type(m).__name__}.{name}" for m in self.modifiers for name in m.idle))
+
+    @property
     def needs_data(self) -> bool:
         """Whether anything in it looks at activations."""
         return (
@@ -348,7 +355,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types that `recipe_of` reads back as the same recipe."""
-        return {"quant_stage": {"quant_modifiers": {type(m).__name__: _arguments(m) for m in self.modifiers}}}
+        entries = [{type(m).__name__: _arguments(m)} for m in self.modifiers]
+        names = {name for entry in entries for name in entry}
+        if len(names) < len(entries):  # a mapping could hold only one modifier of a kind
+            return {"quant_stage": {"quant_modifiers": entries}}
+        return {"quant_stage": {"quant_modifiers": {name: entry[name] for entry in entries for name in entry}}}
 
 
 def names(key: str, value: object) -> tuple[str, ...]:
@@ -460,11 +471,15 @@ def _arguments(modifier: Modifier) -> dict[str, Any]:
     found = {}
     for f in fields(modifier):
         value = getattr(modifier, f.name)
-        if value is not None and value != f.default:
+        if value != f.default:
             found[f.name] = plain(value)
-    if isinstance(modifier, QuantizationModifier) and isinstance(modifier.scheme, QuantizationScheme):
-        del found["scheme"]
-        found["config_groups"] = {g.scheme.name: _group_entry(g) for g in modifier.groups}
+    if isinstance(modifier, QuantizationModifier) and (
+        isinstance(modifier.scheme, QuantizationScheme) or modifier.config_groups is not None
+    ):
+        found.pop("scheme", None)
+        schemes = [g.scheme.name for g in modifier.groups]
+        keys = schemes if len(set(schemes)) == len(schemes) else [f"group_{i}" for i in range(len(schemes))]
+        found["config_groups"] = dict(zip(keys, map(_group_entry, modifier.groups), strict=True))
         found.pop("targets", None)
     return found
 

@@ -98,7 +98,7 @@ def smoothings(
         layer = family.layer_of(name)
         if layer is not None and name.endswith(".weight"):
             modules.setdefault(layer, []).append(name.removesuffix(".weight"))
-    skip = {m for names in modules.values() for m in names if any(matches(p, m) for p in modifier.ignore)}
+    skip = {m for names in modules.values() for m in names if any(matches(p, m) for p in modifier.ignore or ())}
     found: list[Smoothing] = []
     notes: dict[str, int] = {}
     for layer, members in sorted(modules.items()):

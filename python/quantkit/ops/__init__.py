@@ -1,6 +1,7 @@
 """quantkit's ops: `torch.ops.quantkit.*` with documented Python wrappers. Imports nothing else of quantkit."""
 
 from . import _load
+from .awq import awq_search
 from .error import quantization_error
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
 from .gram import gram_accumulate
@@ -17,6 +18,7 @@ __all__ = [
     "MIN_SCALE",
     "absmax",
     "asymmetric_scale",
+    "awq_search",
     "dequantize",
     "factor_with_retry",
     "fp8_quant_per_token",

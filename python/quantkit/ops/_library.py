@@ -32,10 +32,12 @@ def declare(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     kernels: tuple[str, ...] = ("CPU", "CUDA"),
+    cuda_by_reference: bool = False,
 ) -> torch._ops.OpOverload:
     """Define `quantkit::<schema>` with its fake and its reference kernel; gives back the callable overload.
 
     `kernels` are the devices that the compiled libraries have one for: both, ("CPU",), or () where torch's ops do it.
+    `cuda_by_reference`: of the CPU's alone, but torch's ops do it well on CUDA.
     """
     name = schema[: schema.index("(")]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,7 +45,7 @@ def declare(
     _LIB.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
     _KERNELS[name] = kernels
-    if kernels == ("CPU",):
+    if kernels == ("CPU",) and not cuda_by_reference:
         _LIB.impl(name, _refuse_cuda(name), "CUDA")
     return getattr(torch.ops.quantkit, name).default
 

@@ -14,20 +14,21 @@ from ._library import check_code_range, declare, grid
 from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
 
 _LEAF = 256  # triangles up to this size are inverted by substitution, larger ones by matrix products
+_INDEFINITE = "not positive definite"
 
 
 def _check_factor(g: Tensor, dampening: float) -> None:
     op = "gptq_factor"
     torch._check(
-        g.dim() == 2 and g.shape[0] == g.shape[1] and g.dtype in (torch.float32, torch.float64),
-        lambda: f"quantkit::{op}: g must be float32 or float64 [K, K], got {g.dtype} {list(g.shape)}",
+        g.dim() in (2, 3) and g.shape[-1] == g.shape[-2] and g.dtype in (torch.float32, torch.float64),
+        lambda: f"quantkit::{op}: g must be float32 [K, K] or [B, K, K], got {g.dtype} {list(g.shape)}",
     )
     torch._check(dampening >= 0, lambda: f"quantkit::{op}: dampening must be >= 0, got {dampening}")
 
 
 def _factor_fake(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     _check_factor(g, dampening)
-    return g.new_empty(g.shape), g.new_empty((g.shape[0],), dtype=torch.bool)
+    return g.new_empty(g.shape), g.new_empty(g.shape[:-1], dtype=torch.bool)
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
@@ -44,14 +45,13 @@ def _invert_lower(lower: Tensor) -> Tensor:
     return lower
 
 
-def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
-    _check_factor(g, dampening)
+def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
     diagonal = g.diagonal()
     unusable = ~(diagonal.isfinite() & (diagonal >= 0))
     if bool(unusable.any()):
         raise RuntimeError(
-            f"quantkit::gptq_factor: {int(unusable.sum())} of {g.shape[0]} diagonal elements of g are NaN, infinite or "
-            f"negative, the first at column {int(unusable.nonzero()[0])}: look for NaN in the activations"
+            f"quantkit::gptq_factor: {int(unusable.sum())} of {g.shape[0]} diagonal elements of {name} are NaN, "
+            f"infinite or negative, the first at column {int(unusable.nonzero()[0])}: look for NaN in the activations"
         )
     dead = diagonal == 0
     h = g.flip(0, 1)
@@ -61,11 +61,21 @@ def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(h)
     if int(info) != 0:
         raise LinAlgError(
-            f"quantkit::gptq_factor: g + {dampening:g} * mean(diag(g)) is not positive definite (minor {int(info)} of "
-            f"{g.shape[0]}): raise the dampening, or give more calibration tokens"
+            f"quantkit::gptq_factor: {name} + {dampening:g} * mean(diag({name})) is {_INDEFINITE} (minor {int(info)} "
+            f"of {g.shape[0]}): raise the dampening, or give more calibration tokens"
         )
     # With J the reversal, J chol(J H J)^-1 J is the upper Cholesky factor of H^-1: no inverse, one factorization.
     return _invert_lower(lower.contiguous()).flip(0, 1), dead
+
+
+def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    _check_factor(g, dampening)
+    if g.dim() == 2:
+        return _factor_one(g, dampening, "g")
+    u, dead = _factor_fake(g, dampening)
+    for b, matrix in enumerate(g):
+        u[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
+    return u, dead
 
 
 def _check_sweep(
@@ -204,7 +214,8 @@ _factor = declare(
     "gptq_factor(Tensor g, float dampening) -> (Tensor, Tensor)",
     fake=_factor_fake,
     reference=_factor_reference,
-    kernels=(),
+    kernels=("CPU",),
+    cuda_by_reference=True,
 )
 _sweep = declare(
     "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
@@ -216,14 +227,21 @@ _sweep = declare(
 
 
 def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
-    """u and the dead columns of a Gram matrix g [K, K], fp32 or fp64.
+    """u and the dead columns of a Gram matrix g [K, K], or of one per expert [B, K, K], fp32.
 
-    u is the upper Cholesky factor of (g + dampening * mean(diag(g)) * I)^-1. Dead columns, bool [K], are those whose
-    input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError if g's
-    diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not
-    positive definite.
+    u is the upper Cholesky factor of (g + dampening * mean(diag(g)) * I)^-1. Dead columns, bool [K] or [B, K], are
+    those whose input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError
+    if g's diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
+    definite. fp64 is served too, by the reference.
     """
-    return _factor(g, dampening)
+    if g.dtype == torch.float64:
+        return _factor_reference(g, dampening)
+    try:
+        return _factor(g, dampening)
+    except RuntimeError as error:
+        if _INDEFINITE in str(error) and not isinstance(error, LinAlgError):
+            raise LinAlgError(str(error)) from None  # the compiled kernel knows no such type
+        raise
 
 
 def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) -> tuple[Tensor, Tensor, float]:

@@ -1,0 +1,9 @@
+// The table of factor.h for one ISA.
+#include "cpu/factor_impl.h"
+
+namespace qk::QK_ISA {
+
+extern const FactorKernels factor;
+const FactorKernels factor = {kWidth, kRows, product, triangle, diagonal};
+
+}  // namespace qk::QK_ISA

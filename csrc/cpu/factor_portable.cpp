@@ -1,0 +1,11 @@
+// The kernels of factor.h for any CPU.
+#include "cpu/simd_portable.h"
+
+namespace qk::portable {
+namespace {
+// The baseline may have no more than 16 registers of four lanes.
+constexpr int kRows = 2, kVectors = 1;
+}  // namespace
+}  // namespace qk::portable
+
+#include "cpu/factor.inl"
