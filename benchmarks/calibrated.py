@@ -98,14 +98,9 @@ def report(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
         if figures:
             print(f"  {who + ', peak RSS':<26} {max(f['peak_rss_mb'] for f in figures):7d} MB")
     if theirs:
-        ratios = [
-            statistics.median(t[key] / o[key] for o, t in zip(ours, theirs, strict=True))
-            for key in ("whole", "quantize")
-        ]
-        print(
-            f"  ratio {ratios[0]:.2f} for whole processes, {ratios[1]:.2f} for quantization alone (median of the turns)",
-            flush=True,
-        )
+        for key, what in (("whole", "whole processes"), ("quantize", "quantization alone")):
+            ratio = statistics.median(t[key] / o[key] for o, t in zip(ours, theirs, strict=True))
+            print(f"  ratio {ratio:.2f} for {what} (median of the turns)", flush=True)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,9 @@ def test_refuses() -> None:
             ops.gptq_sweep(bad, u, **common)
         bad = g.clone()
         bad[3, 3] = value
-        with pytest.raises(RuntimeError, match=r"of g are NaN.* the first at column 3: look for NaN in the activations"):
+        with pytest.raises(
+            RuntimeError, match=r"of g are NaN.* the first at column 3: look for NaN in the activations"
+        ):
             ops.gptq_factor(bad)
         with pytest.raises(RuntimeError, match=r"1 of 8 diagonal elements of g\[1\] are NaN"):
             ops.gptq_factor(torch.stack([g, bad]))

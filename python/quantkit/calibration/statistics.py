@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -118,8 +118,15 @@ class Statistics:
             return None if x is None else x.clone()
 
         histogram = self.histogram and Histogram(self.histogram.counts.clone(), self.histogram.span.clone())
-        fields = {"min": self.min.clone(), "max": self.max.clone(), "absum": clone(self.absum)}
-        return replace(self, **fields, gram=clone(self.gram), histogram=histogram, averages=clone(self.averages))
+        return Statistics(
+            self.count,
+            self.min.clone(),
+            self.max.clone(),
+            clone(self.absum),
+            clone(self.gram),
+            histogram,
+            clone(self.averages),
+        )
 
     def divide(self, s: Tensor) -> None:
         """What the statistics are once channel k of the input is divided by s[k] > 0 (fp32 [channels])."""

@@ -68,11 +68,11 @@ def quantize(
         key = (id(seen), modules[name].scheme.weights, scale_dtypes[name])
         inputs.setdefault(key, (seen, []))[1].append(name)
     factors: dict[int, Factor] = {}
-    for (key, args, dtype), (seen, members) in inputs.items():
-        if key not in factors:
+    for (identity, args, dtype), (seen, members) in inputs.items():
+        if identity not in factors:
             factors.clear()  # readers of one input follow one another; no more than one factor is held
-            factors[key] = factor(modifier, seen, members[0])
-        found.update(_sweep(modifier, members, working, args, dtype, packs, factors[key], seen))
+            factors[identity] = factor(modifier, seen, members[0])
+        found.update(_sweep(modifier, members, working, args, dtype, packs, factors[identity], seen))
     return found
 
 

@@ -21,8 +21,8 @@ def scales(modifier: SmoothQuantModifier, place: Smoothing, working: Working) ->
     activation = torch.stack(inputs).amax(0)
     if place.repeat > 1:
         raise CalibrationError(
-            f"{place.smooth}: its heads are shared by several query heads (grouped-query attention); SmoothQuant smooths "
-            "norms, leave this mapping out"
+            f"{place.smooth}: its heads are shared by several query heads (grouped-query attention); SmoothQuant "
+            "smooths norms, leave this mapping out"
         )
     if modifier.algorithm == "log_equalization":
         found = activation / torch.log2(2 + activation)

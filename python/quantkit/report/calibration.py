@@ -15,8 +15,8 @@ SHOWN = 12
 @dataclass(frozen=True)
 class ModuleReport:
     """One Linear. `loss`: mean squared change of its output per token and channel, `relative`: as a share of the
-    output's mean square; None where no Gram matrix was at hand. `dampening`: what made it positive definite. `floored`: scales
-    at their smallest value, since a group is all zero. `seconds`: its share of the layer's quantization.
+    output's mean square; None where no Gram matrix was at hand. `dampening`: what made it positive definite.
+    `floored`: scales at their smallest value, since a group is all zero. `seconds`: its share of the layer's time.
     """
 
     name: str
