@@ -178,7 +178,10 @@ def calibrate(
 
     report = CalibrationReport()
     pipeline = Pipeline(plan, sink, scale_dtype=lambda module: scale_dtype(plan, module), report=report)
-    seen = sweep(skeleton, source, batches(rows), pipeline, progress=progress, all_experts=plan.recipe.all_experts)
+    with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
+        report.listener = bar.note
+        seen = sweep(skeleton, source, batches(rows), pipeline, progress=bar, all_experts=plan.recipe.all_experts)
+        report.listener = None
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
     report.silent_experts = seen.silent_experts
     return report

@@ -74,7 +74,7 @@ def modules_of(skeleton: Skeleton, source: FileSource) -> list[str]:
 
 def run(folder: Path, data: list[Batch], visitor: Any, modules: list[str] | None = None) -> SweepReport:
     skeleton, source = opened(folder)
-    return sweep(skeleton, source, data, visitor.want(modules or modules_of(skeleton, source)), progress=False)
+    return sweep(skeleton, source, data, visitor.want(modules or modules_of(skeleton, source)))
 
 
 def streamed(skeleton: Skeleton, source: FileSource, data: list[Batch]) -> list[Tensor]:
@@ -184,7 +184,7 @@ def test_layers_are_dropped_and_their_tensors_released(tmp_path: Path) -> None:
         def observe(self, *_: Any) -> None:
             alive.append(sum(any(not p.is_meta for p in each.parameters()) for each in skeleton.layers))
 
-    sweep(skeleton, source, batches(rows([8])), Watcher().want(modules_of(skeleton, source)), progress=False)
+    sweep(skeleton, source, batches(rows([8])), Watcher().want(modules_of(skeleton, source)))
     assert alive == [1, 1, 1]
     assert all(p.is_meta for p in skeleton.model.parameters())
     assert set(source.released) == source.names() - {"lm_head.weight"}
@@ -296,8 +296,8 @@ def test_all_tokens_go_to_every_expert_if_asked_for(tmp_path: Path) -> None:
     modules = modules_of(skeleton, source)
     data = batches(rows([24, 20]), 48)
     routed, everyone = Recorder(second_forward=True), Recorder(second_forward=True)
-    sweep(skeleton, source, data, routed.want(modules), progress=False)
-    sweep(skeleton, source, data, everyone.want(modules), progress=False, all_experts=True)
+    sweep(skeleton, source, data, routed.want(modules))
+    sweep(skeleton, source, data, everyone.want(modules), all_experts=True)
     experts = [name for name in modules if ".experts." in name]
     assert {everyone.found[name].count for name in experts} == {44}
     assert {routed.found[name].count for name in experts} != {44}
@@ -432,8 +432,10 @@ def test_activations_that_are_not_finite_name_layer_and_batch(value: float, tmp_
         tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = value
 
     broken(tmp_path, spoil)
-    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.self_attn\.o_proj, batch 0: NaN or Inf"):
-        run(tmp_path, batches(rows([8])), Recorder())
+    with pytest.raises(
+        CalibrationError, match=r"model\.layers\.1\.self_attn\.o_proj, calibration samples 0, 1: NaN or Inf"
+    ):
+        run(tmp_path, batches(rows([8, 8])), Recorder())
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -502,7 +504,7 @@ def test_bf16_statistics_are_near_those_of_fp32(model_type: str, tmp_path: Path)
     skeleton, source = opened(tmp_path)
     visitor = Recorder()
     names = [name for name in modules_of(skeleton, source) if ".experts." not in name]
-    sweep(skeleton, source, data, visitor.want(names), progress=False)
+    sweep(skeleton, source, data, visitor.want(names))
     expected = input_ranges(tmp_path, data)
     for name, statistics in visitor.found.items():
         exact = torch.maximum(expected[name][0].abs(), expected[name][1].abs()).max()

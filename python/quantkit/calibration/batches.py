@@ -13,10 +13,13 @@ from ..errors import CalibrationError
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids [rows, tokens]; `mask` is 1 for real tokens and None if all are. Pads stand at the end."""
+    """Rows of token ids [rows, tokens]; `mask` is 1 for real tokens and None if all are. Pads stand at the end.
+    `index`: which of all rows these are.
+    """
 
     input_ids: Tensor
     mask: Tensor | None
+    index: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -43,18 +46,18 @@ def batches(rows: Sequence[Sequence[int]], max_tokens: int = 1024, pad_id: int =
             groups[-1].append(index)
             continue
         groups.append([index])
-    return [_batch([rows[i] for i in group], pad_id) for group in groups]
+    return [_batch([rows[i] for i in group], pad_id, tuple(group)) for group in groups]
 
 
-def _batch(rows: list[Sequence[int]], pad_id: int) -> Batch:
+def _batch(rows: list[Sequence[int]], pad_id: int, index: tuple[int, ...]) -> Batch:
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     if all(len(row) == length for row in rows):
-        return Batch(input_ids, None)
+        return Batch(input_ids, None, index)
     lengths = torch.tensor([len(row) for row in rows])
-    return Batch(input_ids, (torch.arange(length) < lengths[:, None]).to(torch.int64))
+    return Batch(input_ids, (torch.arange(length) < lengths[:, None]).to(torch.int64), index)
 
 
 class HiddenStates:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..models.experts import Experts
+from .batches import Batch
 from .statistics import Statistics, Wants
 
 
@@ -33,7 +34,7 @@ class InputHooks:
         self._routed = {module for group in experts for module in group.modules()}
         self._leader: dict[str, str] = {}
         self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
-        self._batch = 0
+        self._batch = Batch(torch.empty(0, 0), None)
         self._rows: Tensor | None = None
         self._positions = 0
         self._last: str | None = None
@@ -47,7 +48,7 @@ class InputHooks:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, batch: int, mask: Tensor | None) -> None:
+    def begin(self, batch: Batch, mask: Tensor | None) -> None:
         """Announce the next batch; `mask` (bool, one per position) keeps padding out."""
         self._batch = batch
         self._live.clear()
@@ -73,8 +74,8 @@ class InputHooks:
         leader = self._sharing(x) or name
         if self._leader.setdefault(name, leader) != leader:
             raise CalibrationError(
-                f"{name}: shared its input with {self._leader[name]} in one batch and not in batch {self._batch}; "
-                "statistics cannot be attributed"
+                f"{name}: shared its input with {self._leader[name]} in one batch and not in another; statistics "
+                "cannot be attributed"
             )
         if leader != name:
             self.statistics[name] = self.statistics[leader]
@@ -93,7 +94,16 @@ class InputHooks:
             return
         if name not in self.statistics:
             self.statistics[name] = Statistics.empty(rows.shape[1], self.wants[name])
-        self.statistics[name].update(rows, f"{name}, batch {self._batch}")
+        self.statistics[name].update(rows, lambda: f"{name}, {self._samples(x)}")
+
+    def _samples(self, x: Tensor) -> str:
+        """Which calibration rows of the batch make `x` not finite, as far as x tells them apart."""
+        index = self._batch.index
+        if x.dim() == 3 and x.shape[0] == len(index):
+            bad = ~torch.isfinite(x).flatten(1).all(1)
+            index = tuple(i for i, wrong in zip(index, bad.tolist(), strict=True) if wrong)
+        shown = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
+        return f"calibration sample{'s' if len(index) > 1 else ''} {shown}"
 
     def _sharing(self, x: Tensor) -> str | None:
         for reference, version, name in self._live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,15 +72,16 @@ class Statistics:
         found.update(x, where)
         return found
 
-    def update(self, x: Tensor, where: str) -> None:
+    def update(self, x: Tensor, where: str | Callable[[], str]) -> None:
         """Take in x [tokens, channels]; CalibrationError for NaN and Inf, naming `where` and the channels."""
         low, high = (extreme.reshape(-1) for extreme in ops.minmax(x, [-1, 1]))
         # NaN and Inf survive min and max, so looking at these is enough.
         bad = ~(torch.isfinite(low) & torch.isfinite(high))
         if bool(bad.any()):
             channels = bad.nonzero().flatten().tolist()
+            place = where if isinstance(where, str) else where()
             raise CalibrationError(
-                f"{where}: NaN or Inf in {len(channels)} of {x.shape[1]} input channels (first: {channels[0]}); the "
+                f"{place}: NaN or Inf in {len(channels)} of {x.shape[1]} input channels (first: {channels[0]}); the "
                 "model does not run in this dtype, or its checkpoint is damaged"
             )
         self.count += x.shape[0]

@@ -92,7 +92,7 @@ def sweep(
     batches: Sequence[Batch],
     visitor: Visitor,
     *,
-    progress: bool = True,
+    progress: Progress | None = None,
     all_experts: bool = False,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
@@ -113,7 +113,9 @@ def sweep(
     if not needed:
         return report
     stop = needed[-1] + 1
-    with torch.no_grad(), Progress("calibrate", total=stop, unit="layer", enabled=progress) as bar:
+    if progress is not None:
+        progress.expect(stop)
+    with torch.no_grad():
         hidden, calls = embed(skeleton, source, batches)
         for index in range(stop):
             skeleton.materialize(index, source)
@@ -132,7 +134,8 @@ def sweep(
                 seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
                 visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
-            bar.advance(1)
+            if progress is not None:
+                progress.advance(1)
     return report
 
 
@@ -279,7 +282,7 @@ def forward(
             for experts in skeleton.experts[index]:
                 experts.token_mask = mask
             if hooks is not None:
-                hooks.begin(number, mask)
+                hooks.begin(batch, mask)
             if cache is not None:
                 cache.mask = None if batch.mask is None else batch.mask.bool()
             try:

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A context in which `advance` is called with the amount done; `unit` "B" counts bytes."""
+    """A context in which `advance` is called with the amount done; `unit` "B" counts bytes. A total that is not known
+    at first (0) comes with `expect`.
+    """
 
     def __init__(self, title: str, *, total: int, unit: str, enabled: bool = True) -> None:
         self._bar = tqdm(
@@ -24,8 +26,16 @@ class Progress:
             dynamic_ncols=True,
         )
 
+    def expect(self, total: int) -> None:
+        """How much there is to do."""
+        self._bar.reset(total)
+
     def advance(self, amount: int) -> None:
         self._bar.update(amount)
+
+    def note(self, text: str) -> None:
+        """What was done last, behind the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
 
     def __enter__(self) -> Progress:
         return self
