@@ -212,9 +212,7 @@ def test_refuses() -> None:
     check_refused(
         "awq_search", r"\[q_min, q_max\] must fit int8", w, g, scales, [1.0], 8, -8, 700, True, 7.5, torch.float32
     )
-    check_refused(
-        "awq_search", "scale_dtype must be float32", w, g, scales, [1.0], 8, -8, 7, True, 7.5, torch.float64
-    )
+    check_refused("awq_search", "scale_dtype must be float32", w, g, scales, [1.0], 8, -8, 7, True, 7.5, torch.float64)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
