@@ -1,7 +1,7 @@
 """Writes configs/: one YAML file for each model and algorithm below. `--check` only compares, as a test does.
 
 The files of a family differ in one line, so they are made from a table and cannot drift apart. Folder and file names
-are AngelSlim's: `<family>/<algorithm>/<model>-<size>_<algorithm>.yaml`.
+are AngelSlim's: `<family>/<algorithm>/<model>-<size>_<algorithm>.yaml`; `smooth_int8` holds `..._int8_dynamic_smooth`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class Algorithm(NamedTuple):
-    """What stands in the files of one algorithm: a comment, the lines that differ, and whether data is needed."""
+    """What stands in the files of one algorithm: a comment, the lines that differ, and how many samples of data are
+    needed. `name`: what it is called in the file, if not as the key; `ending`: what the file's name has for it.
+    """
 
     comment: str
     lines: str
-    data: bool = False
+    samples: int = 0
+    name: str = ""
+    ending: str = ""
 
 
 ALGORITHMS = {
@@ -49,7 +53,7 @@ ALGORITHMS = {
       weight: "per-tensor"
       activation: "per-tensor"
 """,
-        data=True,
+        samples=64,
     ),
     "int4": Algorithm(
         "W4A16: int4 weights rounded to nearest in groups of {group_size}, activations in 16 bit. Needs no data.",
@@ -59,6 +63,42 @@ ALGORITHMS = {
       weight: "per-group"
       group_size: {group_size}
 """,
+    ),
+    "int4_gptq": Algorithm(
+        "W4A16 by GPTQ: int4 weights in groups of {group_size}, each column's error taken off those still to come.",
+        """\
+    bits: 4
+    quant_method:
+      weight: "per-group"
+      group_size: {group_size}
+""",
+        samples=128,
+    ),
+    "int4_awq": Algorithm(
+        "W4A16 by AWQ: asymmetric int4 weights in groups of {group_size}, smoothed so that outputs change least.",
+        """\
+    bits: 4
+    quant_method:
+      weight: "per-group"
+      group_size: {group_size}
+      zero_point: true
+      mse_range: false
+""",
+        samples=256,
+    ),
+    "smooth_int8": Algorithm(
+        "W8A8 after SmoothQuant: outliers go from activations into weights, then as int8_dynamic.",
+        """\
+    bits: 8
+    quant_method:
+      weight: "per-channel"
+      activation: "per-token"
+    quant_helpers: ["smooth"]
+    smooth_alpha: 0.5
+""",
+        samples=64,
+        name="int8_dynamic",
+        ending="int8_dynamic_smooth",
     ),
 }
 
@@ -132,7 +172,7 @@ dataset:
   name: TextDataset
   data_path: ./examples/data/calibration.jsonl  # better: some hundred texts like those the model will see
   max_seq_length: 4096
-  num_samples: 64
+  num_samples: {samples}
 """
 
 
@@ -142,14 +182,16 @@ def files() -> dict[str, str]:
     for family, (prefix, sizes) in MODELS.items():
         for name, algorithm in ALGORITHMS.items():
             for size, model in sizes.items():
-                stem = f"{prefix}-{size}_{name}"
+                stem = f"{prefix}-{size}_{algorithm.ending or name}"
                 lines = algorithm.lines
                 low_memory = f"{stem}_low_memory" == LOW_MEMORY
                 if low_memory:
                     stem, lines = LOW_MEMORY, LOW_MEMORY_LINE + lines
-                text = TEMPLATE.format(comment=algorithm.comment, model=model, algorithm=name, lines=lines)
+                text = TEMPLATE.format(
+                    comment=algorithm.comment, model=model, algorithm=algorithm.name or name, lines=lines
+                )
                 text = text.replace("{group_size}", str(GROUP_SIZES.get(family, 128)))
-                text += DATASET if algorithm.data else ""
+                text += DATASET.format(samples=algorithm.samples) if algorithm.samples else ""
                 result[f"{family}/{name}/{stem}.yaml"] = text
                 if low_memory:
                     comment = f"# The same as {LOW_MEMORY}.yaml, under a name that documents misspell.\n"

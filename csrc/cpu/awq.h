@@ -14,14 +14,13 @@
 
 namespace qk {
 
-constexpr int kAwqFactors = 32;  // columns of V
-
 struct AwqGram {
   bool pairs;  // words are two bf16 numbers, of consecutive rows, instead of one fp32 number
   int64_t cols;
   int64_t padded;         // columns, rounded up to tile_cols
-  const float* factors;   // V [cols][kAwqFactors]; null without pairs
-  const float* across;    // V transposed, [kAwqFactors][padded]
+  int factor_cols;        // of V, 0, 16 or 32
+  const float* factors;   // V [cols][factor_cols]
+  const float* across;    // V transposed, [factor_cols][padded]
   const float* diagonal;  // of g - V V^T
   void* words;            // stripes of tile_cols columns: awq_words_before
 };

@@ -33,11 +33,9 @@ QK_INLINE F32 upper(const AwqGram& gram, const float* g, int64_t stride, int64_t
   if (i >= gram.cols || n <= 0) return broadcast(0.0f);
   const float* row = g + i * stride + first;
   F32 x = n >= kLanes ? load(row, Full{}) : load(row, Part(n));
-  if (gram.factors) {
-    for (int f = 0; f < kAwqFactors; ++f) {
-      x = x - broadcast(gram.factors[i * kAwqFactors + f]) *
-                  load(gram.across + f * gram.padded + first, Full{});
-    }
+  for (int f = 0; f < gram.factor_cols; ++f) {
+    x = x - broadcast(gram.factors[i * gram.factor_cols + f]) *
+                load(gram.across + f * gram.padded + first, Full{});
   }
   x = x + x;
   if (i < first) return x;
@@ -128,9 +126,9 @@ void make_errors(const AwqGram& gram, const AwqQuantizer& how, const AwqRows& ro
   }
 }
 
-// Adds the squares of values * V to the sums of kRows rows.
-QK_INLINE void add_factors(const AwqGram& gram, const float* values, float* sums) {
-  constexpr int kCount = kAwqFactors / kLanes;
+// Adds the squares of values * V to the sums of kRows rows; V has kCount vectors of columns.
+template <int kCount>
+void add_factors(const AwqGram& gram, const float* values, float* sums) {
   F32 sum[kRows][kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -138,7 +136,7 @@ QK_INLINE void add_factors(const AwqGram& gram, const float* values, float* sums
     for (int v = 0; v < kCount; ++v) sum[i][v] = broadcast(0.0f);
   }
   const float* factors = gram.factors;
-  for (int64_t k = 0; k < gram.cols; ++k, factors += kAwqFactors) {
+  for (int64_t k = 0; k < gram.cols; ++k, factors += kCount * kLanes) {
     F32 right[kCount];
 #pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v) right[v] = load(factors + v * kLanes, Full{});
@@ -219,7 +217,9 @@ double block_loss(const AwqGram& gram, const AwqQuantizer& how, const AwqRows& r
     const int64_t n = kRows < rows.rows - r ? kRows : rows.rows - r;
     visit_float(rows.dtype,
                 [&]<class T>(T) { make_errors<Words, T>(gram, how, rows, r, n, scratch); });
-    if (gram.factors) add_factors(gram, scratch.values, scratch.sums + r * kLanes);
+    float* const sums = scratch.sums + r * kLanes;
+    if (gram.factor_cols == kLanes) add_factors<1>(gram, scratch.values, sums);
+    if (gram.factor_cols == 2 * kLanes) add_factors<2>(gram, scratch.values, sums);
   }
   add_stripes<Words>(gram, rows.rows, scratch);
   double loss = 0.0;

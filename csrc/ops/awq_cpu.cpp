@@ -12,8 +12,8 @@ namespace {
 
 constexpr auto kOp = "awq_search";
 constexpr int64_t kErrors = 128 * 1024;  // of a block of rows: they stay in the L2 cache
-// A weight of fewer rows has too few errors for those of bf16 to cancel out, and little work.
-constexpr int64_t kPairRows = 64;
+// The more rows, the better the errors of bf16 cancel out. A weight of fewer has little work, too.
+constexpr int64_t kPairRows = 64, kManyRows = 512;
 
 using Clips = std::vector<double>;
 
@@ -47,10 +47,10 @@ const float* row_of(const Tensor& x, int64_t row) {
 // The first steps of a pivoted Cholesky factorization of g, each on the column whose diagonal is
 // the largest left: V as AwqGram has it. A g that is no Gram matrix may end it early, and is split
 // no less exactly.
-void split(const Tensor& g, std::vector<float>& factors, std::vector<float>& across, int64_t padded,
-           std::vector<float>& diagonal) {
+void split(const Tensor& g, int factor_cols, std::vector<float>& factors,
+           std::vector<float>& across, int64_t padded, std::vector<float>& diagonal) {
   const int64_t cols = g.size(0);
-  for (int f = 0; f < kAwqFactors; ++f) {
+  for (int f = 0; f < factor_cols; ++f) {
     int64_t pivot = -1;
     float most = 0.0f;
     for (int64_t i = 0; i < cols; ++i) {
@@ -66,7 +66,7 @@ void split(const Tensor& g, std::vector<float>& factors, std::vector<float>& acr
     const float inverse = 1.0f / std::sqrt(most);
     for (int64_t i = 0; i < cols; ++i) {
       v[i] *= inverse;
-      factors[i * kAwqFactors + f] = v[i];
+      factors[i * factor_cols + f] = v[i];
       diagonal[i] -= v[i] * v[i];
     }
   }
@@ -90,19 +90,13 @@ Tensor awq_search(const Tensor& w, const Tensor& g, const Tensor& scales, const 
   const bool pairs = kernels.pairs && rows >= kPairRows;
   std::vector<float> diagonal(cols), factors, across;
   for (int64_t i = 0; i < cols; ++i) diagonal[i] = row_of(g, i)[i];
-  if (pairs) {
-    factors.resize(cols * kAwqFactors);
-    across.resize(padded * kAwqFactors);
-    split(g, factors, across, padded, diagonal);
-  }
+  const int factor_cols = !pairs ? 0 : rows < kManyRows ? 32 : 16;
+  factors.resize(cols * factor_cols);
+  across.resize(padded * factor_cols);
+  split(g, factor_cols, factors, across, padded, diagonal);
   Tensor words = output(w, {awq_words_before(stripes, tile, pairs)}, ScalarType::Float);
-  const AwqGram gram = {pairs,
-                        cols,
-                        padded,
-                        pairs ? factors.data() : nullptr,
-                        across.data(),
-                        diagonal.data(),
-                        data<void>(words)};
+  const AwqGram gram = {pairs,          cols,          padded,          factor_cols,
+                        factors.data(), across.data(), diagonal.data(), data<void>(words)};
   torch::stable::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) kernels.pack(gram, row_of(g, 0), g.stride(0), s * tile);
   });

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .checkpoint.reader import Checkpoint
     from .config.run_config import RunConfig
     from .models.families import Family
-    from .models.mappings import Smoothing
     from .plan import PlannedModule
 
 # Room for tokenizer and other side files, and what the process itself takes (torch, threads, queues).
@@ -46,16 +45,16 @@ def estimate(
     checkpoint: Checkpoint,
     family: Family,
     modules: Mapping[str, PlannedModule],
-    smoothings: Mapping[int, tuple[Smoothing, ...]],
     *,
+    smoothed: bool,
     stored_bytes: int,
     output_bytes: int,
 ) -> Estimate:
     """`stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all weight files."""
     weights = sum(m.rows * m.cols for m in modules.values())
-    grams = gram_bytes(config, family, modules, smoothings)
+    grams = gram_bytes(config, family, modules)
     if config.recipe.needs_data:
-        memory = _calibrated(config, checkpoint, family, modules, smoothed=bool(smoothings)) + grams
+        memory = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams
     else:
         memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
@@ -93,20 +92,12 @@ def _calibrated(
     return PROCESS + (5 if smoothed else 3) * max(layers.values()) + tokens * hidden * 2 + 2 * 4 * widest**2
 
 
-def gram_bytes(
-    config: RunConfig,
-    family: Family,
-    modules: Mapping[str, PlannedModule],
-    smoothings: Mapping[int, tuple[Smoothing, ...]],
-) -> int:
-    """fp32 [in, in] for each distinct input of the layer that has most of them: GPTQ's, and AWQ's where its loss is the
-    Gram matrix's. Linears that read one input share it; each expert sees its own tokens.
+def gram_bytes(config: RunConfig, family: Family, modules: Mapping[str, PlannedModule]) -> int:
+    """fp32 [in, in] for each distinct input of the layer that has most of them: all that GPTQ quantizes, and with AWQ
+    all that become integers. Linears that read one input share it; each expert sees its own tokens.
     """
-    needed = [m.name for m in modules.values() if m.modifier.kind == "gptq"]
-    for index, places in smoothings.items():
-        modifier = config.recipe.modifiers[index]
-        if isinstance(modifier, AWQModifier) and modifier.loss == "gram":
-            needed += [m for p in places for m in p.balance if m in modules and modules[m].scheme.weights.type == "int"]
+    awq = any(isinstance(modifier, AWQModifier) for modifier in config.recipe.modifiers)
+    needed = [m.name for m in modules.values() if m.modifier.kind == "gptq" or (awq and m.scheme.weights.type == "int")]
     first = {member: members[0] for members in family.fused_sets(modules) for member in members}
     inputs = {first.get(name, name): modules[name].cols for name in needed}
     layers: Counter[int | None] = Counter()

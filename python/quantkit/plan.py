@@ -163,7 +163,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         checkpoint,
         family,
         modules,
-        places,
+        smoothed=any(places.values()),
         stored_bytes=stored_bytes,
         output_bytes=layout.file_bytes,
     )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -18,7 +18,15 @@ import yaml
 from quantkit.config.algorithms import ALGORITHMS, STRATEGY_OF, QuantMethod
 from quantkit.config.dialect import NOT_SUPPORTED, WITHOUT_EFFECT
 from quantkit.config.fields import type_name
-from quantkit.config.presets import PRESETS
+from quantkit.config.presets import LLM_COMPRESSOR, PRESETS
+from quantkit.config.recipe import (
+    AWQModifier,
+    GPTQModifier,
+    QuantizationModifier,
+    Recipe,
+    SmoothQuantModifier,
+)
+from quantkit.config.recipe_file import recipe_of
 from quantkit.config.run_config import SECTIONS, GlobalConfig, QuantizationConfig, RunConfig
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
 from quantkit.config.yaml_file import load_run_config
@@ -100,6 +108,11 @@ def refused(text: str, *overrides: str, model: str | None = "org/model") -> str:
     return str(caught.value)
 
 
+def scheme_of(config: RunConfig) -> QuantizationScheme:
+    (group,) = config.recipe.groups
+    return group.scheme
+
+
 def quantization(body: str, more: str = "") -> str:
     return f"compression: {{name: PTQ, quantization: {{{body}}}}}\n{more}"
 
@@ -116,17 +129,16 @@ def calibration_text() -> None:
 def test_int8_dynamic_runs_as_written() -> None:
     config = load(INT8_DYNAMIC, name="qwen3-0_6b_int8_dynamic.yaml")
     assert config.algorithm == "int8_dynamic"
-    assert config.scheme.weights == QuantizationArgs(8, "int", strategy="channel", observer="minmax")
-    assert config.scheme.input_activations == QuantizationArgs(8, "int", strategy="token", dynamic=True)
+    assert scheme_of(config).weights == QuantizationArgs(8, "int", strategy="channel", observer="minmax")
+    assert scheme_of(config).input_activations == QuantizationArgs(8, "int", strategy="token", dynamic=True)
     assert config.ignore == ("lm_head", "model.embed_tokens")
     assert config.output_dir == Path("output/qwen3-0_6b_int8_dynamic")
     assert config.model.model_path == "org/model" and config.model.trust_remote_code is False
-    assert config.dataset is None and config.notes == () and config.unavailable is None
-    config.require_available()
+    assert config.dataset is None and config.notes == () and not config.recipe.needs_data
 
 
 def test_fp8_dynamic_runs_as_written() -> None:
-    scheme = load(FP8_DYNAMIC).scheme
+    scheme = scheme_of(load(FP8_DYNAMIC))
     assert scheme.weights == QuantizationArgs(8, "float", strategy="tensor", observer="minmax")
     assert scheme.input_activations == QuantizationArgs(8, "float", strategy="tensor", dynamic=True)
     assert not scheme.needs_calibration
@@ -135,9 +147,9 @@ def test_fp8_dynamic_runs_as_written() -> None:
 def test_fp8_static_low_memory_runs_as_written() -> None:
     calibration_text()
     config = load(FP8_STATIC_LOW_MEMORY + DATASET)
-    inputs = config.scheme.input_activations
+    inputs = scheme_of(config).input_activations
     assert inputs == QuantizationArgs(8, "float", strategy="tensor", observer="static_minmax")
-    assert config.scheme.needs_calibration
+    assert config.recipe.needs_data
     assert config.dataset is not None
     assert (config.dataset.max_seq_length, config.dataset.num_samples) == (4096, 256)
     assert config.notes == (f"accepted, without effect: {Q}.low_memory, dataset.batch_size",)
@@ -228,14 +240,24 @@ def test_activation_per_channel_is_refused_here_not_in_the_forward() -> None:
     assert "'per-channel' does not go with fp8_dynamic; use one of per-tensor, per-token" in message
 
 
-def test_kv_cache_is_not_written_without_being_done() -> None:
+def test_kv_cache() -> None:
+    def of(name: str, granularity: str) -> QuantizationArgs | None:
+        config = load(quantization(f"name: {name}, quant_method: {{kv_cache: {granularity}}}", DATASET))
+        assert config.recipe.needs_data
+        return config.recipe.kv_cache
+
+    calibration_text()
+    assert of("fp8_dynamic", "per-tensor") == of("int4", "per-tensor") == QuantizationArgs(8, "float")
+    assert of("int8_dynamic", "per-head") == QuantizationArgs(8, "int", strategy="attn_head")
+    message = refused(quantization("name: fp8_dynamic, quant_method: {kv_cache: per-channel}", DATASET))
+    assert f"{Q}.quant_method.kv_cache: 'per-channel': servers hold" in message and "per-tensor, per-head" in message
     message = refused(quantization("name: fp8_dynamic, quant_method: {kv_cache: per-tensor}"))
-    assert f"{Q}.quant_method.kv_cache: quantizing the KV cache is not supported" in message
+    assert "dataset: fp8_dynamic looks at activations, and there is no such section" in message
 
 
 def test_static_without_dataset_says_what_to_add() -> None:
     message = refused(FP8_STATIC_LOW_MEMORY)
-    assert "job.yaml: dataset: fp8_static takes activation scales from data" in message
+    assert "job.yaml: dataset: fp8_static looks at activations" in message
     example = yaml.safe_load(message.partition("add:\n")[2])
     assert set(example["dataset"]) <= {f.name for f in dataclasses.fields(SECTIONS["dataset"])}
 
@@ -428,8 +450,14 @@ def test_what_has_no_effect_is_checked_and_said(path: str) -> None:
         ("name: int8, quant_method: {group_size: 64}", "set quant_method.weight to per-group"),
         ("name: int4, quant_method: {group_size: 12}", "12 must be a multiple of 8"),
         ("name: int4, quant_method: {activation: per-token}", "int4 quantizes weights only"),
-        ("name: int8_dynamic, quant_method: {zero_point: true}", "asymmetric ones come with int4, int8, W4A16_ASYM"),
-        ("scheme: W4A16_ASYM, quant_method: {zero_point: false}", "symmetric ones come with int4, int8, W4A16, W8A16"),
+        (
+            "name: int8_dynamic, quant_method: {zero_point: true}",
+            "asymmetric ones come with int4, int8,",
+        ),
+        (
+            "scheme: W4A16_ASYM, quant_method: {zero_point: false}",
+            "symmetric ones come with int4, int8,",
+        ),
         ("scheme: W4A16, quant_method: {weight: per-channel}", "it takes per-group"),
         ("name: int4, quant_method: {block_size: [128, 128]}", "block_size: goes with weight: per-block"),
         ("name: fp8_blockwise, quant_method: {block_size: [64, 64]}", "is read by no server; use [128, 128]"),
@@ -444,7 +472,7 @@ def test_granularities_that_do_not_go_together(body: str, expected: str) -> None
 
 def test_group_sizes() -> None:
     def of(body: str) -> QuantizationArgs:
-        return load(quantization(body)).scheme.weights
+        return scheme_of(load(quantization(body))).weights
 
     assert (of("name: int4").strategy, of("name: int4").group_size, of("name: int4").symmetric) == ("group", 128, True)
     assert of("name: int4, quant_method: {group_size: -1}").group_size == 128
@@ -487,28 +515,87 @@ def test_schemes_that_cannot_be(make: Any) -> None:
         make()
 
 
-# ---- algorithms that are not there yet
+# ---- calibrated algorithms, and recipes
 
 GPTQ = "name: int4_gptq, bits: 4, quant_method: {weight: per-group, group_size: 128}"
 AWQ = "name: int4_awq, bits: 4, quant_method: {weight: per-group, group_size: 128, zero_point: true, mse_range: false}"
 SMOOTH = "name: int8_dynamic, quant_helpers: [smooth], smooth_alpha: 0.6"
 
 
+def test_calibrated_algorithms_are_modifiers() -> None:
+    calibration_text()
+
+    def of(body: str) -> tuple[Any, ...]:
+        config = load(quantization(f"{body}, ignore_layers: [lm_head]", DATASET))
+        assert config.recipe.needs_data
+        return config.recipe.modifiers
+
+    (gptq,) = of(GPTQ)
+    assert isinstance(gptq, GPTQModifier) and gptq.ignore == ("lm_head",)
+    # AngelSlim's order of columns leaves no g_idx.
+    assert gptq.actorder == "weight" and gptq.groups[0].scheme.weights.actorder is None
+    assert of("name: int4_gptq, quant_method: {actorder: false}")[0].actorder is None
+    (awq,) = of(AWQ)
+    assert isinstance(awq, AWQModifier) and not awq.clip and not awq.groups[0].scheme.weights.symmetric
+    assert of(AWQ.replace("mse_range: false", "mse_range: true"))[0].clip
+    smooth, rtn = of(SMOOTH)
+    assert isinstance(smooth, SmoothQuantModifier) and smooth.smoothing_strength == 0.6
+    assert type(rtn) is QuantizationModifier
+    message = refused(quantization(GPTQ))
+    assert "dataset: int4_gptq looks at activations, and there is no such section" in message
+
+
+RECIPE = """\
+compression:
+  recipe:
+    quant_stage:
+      quant_modifiers:
+        SmoothQuantModifier: {smoothing_strength: 0.8}
+        GPTQModifier:
+          config_groups:
+            attention: {targets: ['re:.*self_attn.*'], weights: {num_bits: 8, strategy: channel}}
+            mlp: {targets: ['re:.*mlp.*'], weights: {num_bits: 4, group_size: 64, actorder: static}}
+          ignore: [lm_head]
+          kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor}
+"""
+
+
+def test_a_recipe_in_yaml() -> None:
+    calibration_text()
+    config = load(RECIPE + DATASET)
+    smooth, gptq = config.recipe.modifiers
+    assert isinstance(smooth, SmoothQuantModifier) and isinstance(gptq, GPTQModifier)
+    assert [group.scheme.name for group in config.recipe.groups] == ["attention", "mlp"]
+    assert config.algorithm == "SmoothQuant + GPTQ attention / mlp / KV FP8" and config.ignore == ("lm_head",)
+    assert load(yaml.safe_dump(config.to_dict(), sort_keys=False), model=None).recipe == config.recipe
+    message = refused(RECIPE + "  quantization: {name: int4}\n")
+    assert "compression.recipe: and quantization both given; use one of them" in message
+
+
+def test_a_recipe_with_one_modifier_twice_is_written_and_read() -> None:
+    made = Recipe(
+        (
+            QuantizationModifier(scheme="FP8_DYNAMIC", targets="re:.*mlp.*"),
+            QuantizationModifier(scheme="W8A16", targets="re:.*self_attn.*"),
+            GPTQModifier(scheme="W4A16", targets="model.layers.0.mlp.up_proj"),
+        )
+    )
+    assert recipe_of(made.to_dict()) == made
+
+
 @pytest.mark.parametrize(
-    ("body", "sentence"),
+    ("change", "expected"),
     [
-        (GPTQ, "int4_gptq comes with the calibrated algorithms, "),
-        (AWQ, "int4_awq comes with the calibrated algorithms, "),
-        (SMOOTH, "quant_helpers: [smooth] (SmoothQuant) comes with the calibrated algorithms, "),
+        (("SmoothQuantModifier", "SmoothQaunt"), "no such modifier (did you mean 'SmoothQuant"),
+        (("smoothing_strength", "strength"), "SmoothQuantModifier.strength: unknown (did you mean"),
+        (("actorder: static", "actorder: up"), "actorder: 'up' is not 'group', 'weight' or null"),
+        (("actorder: static", "actorder: group"), "actorder 'group' in some groups only"),
     ],
 )
-def test_calibrated_algorithms_parse_and_say_that_they_come(body: str, sentence: str) -> None:
-    config = load(quantization(body, DATASET))
-    assert config.unavailable is not None and config.unavailable.startswith(sentence)
-    assert config.notes == ("accepted, without effect: dataset.batch_size",)
-    with pytest.raises(ConfigError) as caught:
-        config.require_available()
-    assert str(caught.value) == f"job.yaml: {config.unavailable}"
+def test_wrong_recipes(change: tuple[str, str], expected: str) -> None:
+    message = refused(RECIPE.replace(*change) + DATASET)
+    assert message.startswith("job.yaml") and "compression.recipe.quant_stage.quant_modifiers" in message
+    assert expected in message
 
 
 def test_smooth_alpha_alone_has_no_effect() -> None:
@@ -535,7 +622,7 @@ def test_an_override_makes_the_section_it_needs() -> None:
     assert config.dataset is not None and config.dataset.num_samples == 256
     sets = [f"{Q}.quant_method.group_size=64", f"{Q}.ignore_layers=['re:.*o_proj', \"a=b\"]"]
     config = load(quantization("name: int4"), *sets)
-    assert config.scheme.weights.group_size == 64
+    assert scheme_of(config).weights.group_size == 64
     assert config.ignore == ("re:.*o_proj", "a=b")
 
 
@@ -613,7 +700,8 @@ def test_shard_sizes(size: int | str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [INT8_DYNAMIC, FP8_DYNAMIC, quantization(GPTQ), quantization(AWQ), quantization("name: int4_rtn")]
+    [INT8_DYNAMIC, FP8_DYNAMIC, quantization("name: int4_rtn")]
+    + [quantization(body, "dataset: {data_path: a.txt}") for body in (GPTQ, AWQ, SMOOTH)]
     + [quantization(f"scheme: {name.lower()}", "dataset: {data_path: a.txt}") for name in PRESETS],
 )
 def test_the_resolved_configuration_reads_as_itself(text: str, here: Path) -> None:
@@ -623,7 +711,7 @@ def test_the_resolved_configuration_reads_as_itself(text: str, here: Path) -> No
     assert json.loads(json.dumps(plain)) == plain
     again = load(yaml.safe_dump(plain), model=None)
     assert again.to_dict() == plain
-    assert again.scheme == config.scheme and again.compression == config.compression
+    assert again.recipe == config.recipe and again.compression == config.compression
 
 
 def test_made_in_python() -> None:
@@ -633,7 +721,7 @@ def test_made_in_python() -> None:
         QuantizationConfig(name="int4", bits=8)
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_PER_TENSOR_DYNAMIC"}))
+@pytest.mark.parametrize("name", LLM_COMPRESSOR)
 def test_presets_are_those_of_llm_compressor(name: str) -> None:
     library = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     theirs = library.preset_name_to_scheme(name, ["Linear"])
@@ -667,10 +755,11 @@ def test_ready_files_are_those_of_the_script() -> None:
 def test_ready_files_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = load_run_config(path)
-    config.require_available()
-    algorithm = path.parent.name
+    algorithm = "int8_dynamic" if path.parent.name == "smooth_int8" else path.parent.name
     assert config.algorithm == algorithm and algorithm in path.stem
-    assert config.scheme == ALGORITHMS[algorithm].resolve(QuantMethod(group_size=config.scheme.weights.group_size))[1]
+    scheme = scheme_of(config)
+    assert scheme == ALGORITHMS[algorithm].resolve(QuantMethod(group_size=scheme.weights.group_size))[1]
+    assert (config.recipe.modifiers[0].kind == "smoothquant") == ("smooth" in path.stem)
     assert not [note for note in config.notes if "low_memory" not in note]
 
 
@@ -711,9 +800,9 @@ def test_reference_has_every_key_with_type_and_default() -> None:
         for field in dataclasses.fields(cls):
             hint = hints[field.name]
             assert rows[field.name][1] == type_name(hint), f"{path}.{field.name}"
-            nested = dataclasses.is_dataclass(hint)
-            if nested:
-                check(hint, f"{path}.{field.name}")  # type: ignore[arg-type]
+            for option in {hint, *get_args(hint)} - {Recipe}:
+                if dataclasses.is_dataclass(option):
+                    check(option, f"{path}.{field.name}")  # type: ignore[arg-type]
             if field.default is not dataclasses.MISSING:
                 default = field.default if isinstance(field.default, str) else json.dumps(field.default)
             else:
@@ -733,7 +822,8 @@ def test_reference_has_every_algorithm_and_scheme() -> None:
         assert re.findall(r"per-\w+", weights) == list(algorithm.weights)
         assert re.findall(r"per-\w+", activations) == list(algorithm.activations)
         assert asymmetric.startswith("yes") == (True in algorithm.zero_point)
-        assert (data == "yes") == (algorithm.scheme.needs_calibration or algorithm.unavailable is not None)
+        calibrated = algorithm.modifier is not QuantizationModifier
+        assert (data == "yes") == (algorithm.scheme.needs_calibration or calibrated)
     schemes = {name.strip("`"): row for row in tables["Schemes"] for name in row[0].split(", ")}
     assert set(schemes) == set(PRESETS)
     for name, scheme in PRESETS.items():

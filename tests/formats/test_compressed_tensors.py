@@ -87,8 +87,10 @@ def test_stored_bytes_mean_the_quantized_weight(preset: str, dtype: str) -> None
     meaning = decode(tensors, scheme.weights, rows, cols)
     again = ct.load_weight("m", scheme, tensors.__getitem__, rows, cols).dequantize()
     assert np.array_equal(meaning.astype(np.float32), again.numpy())
-    limit = (0.5 if scheme.weights.type == "int" else 16) * float(tensors["m.weight_scale"].float().max())
-    assert np.abs(meaning - weight.double().numpy()).max() <= limit * (1 + 1e-6)
+    limit = 0.5 if scheme.weights.type == "int" else 16
+    # A scale that its dtype rounds down leaves the extremes of 8 bit asymmetric codes that much further away.
+    limit += 2**scheme.weights.num_bits * torch.finfo(scale_dtype).eps / 4
+    assert np.abs(meaning - weight.double().numpy()).max() <= limit * float(tensors["m.weight_scale"].float().max())
 
 
 def test_packing_is_the_librarys() -> None:

@@ -10,7 +10,7 @@ from ..errors import ConfigError, nearest
 from . import presets
 from .fields import FieldError, require
 from .recipe import AWQModifier, GPTQModifier, QuantizationModifier
-from .schemes import QuantizationArgs, QuantizationScheme
+from .schemes import QuantizationArgs, QuantizationScheme, Strategy
 
 # quant_method's words for compressed-tensors' strategies.
 STRATEGY_OF = {
@@ -22,6 +22,8 @@ STRATEGY_OF = {
 }
 GRANULARITY_OF = {strategy: granularity for granularity, strategy in STRATEGY_OF.items()}
 GROUP_SIZE = 128
+# quant_method.kv_cache; AngelSlim's per-channel is read by no server.
+KV_STRATEGY_OF: dict[str, Strategy] = {"per-tensor": "tensor", "per-head": "attn_head"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class QuantMethod:
     """`quant_method`: granularities and what goes with them. None: the algorithm's default, which is then filled in.
 
     `group_size` -1 is the default too, as AngelSlim writes it. `zero_point`: asymmetric weights. `block_size`: of
-    per-block weights. `actorder` belongs to int4_gptq and `mse_range` to int4_awq.
+    per-block weights. `actorder` belongs to int4_gptq and `mse_range` to int4_awq. `kv_cache`: granularity of the KV
+    cache's scales; None keeps it in 16 bit.
     """
 
     weight: str | None = None
@@ -48,6 +51,12 @@ class QuantMethod:
                 raise FieldError(
                     key, f"'{value}' is no granularity{nearest(value, STRATEGY_OF)}; {_one_of(STRATEGY_OF)}"
                 )
+        cache = self.kv_cache
+        if cache is not None and cache not in KV_STRATEGY_OF:
+            raise FieldError(
+                "kv_cache",
+                f"'{cache}': servers hold the cache with a scale per tensor or per head; {_one_of(KV_STRATEGY_OF)}",
+            )
         size = self.group_size
         require(
             size is None or size == -1 or (size > 0 and size % 8 == 0),
@@ -94,7 +103,14 @@ class Algorithm:
         group_size = self._group_size(method.group_size, weight)
         block = self._block_size(method.block_size, weight)
         resolved = replace(
-            method, weight=weight, activation=activation, group_size=group_size, zero_point=zero_point, block_size=block
+            method,
+            weight=weight,
+            activation=activation,
+            group_size=group_size,
+            zero_point=zero_point,
+            block_size=block,
+            actorder=True if "actorder" in self.options and method.actorder is None else method.actorder,
+            mse_range=False if "mse_range" in self.options and method.mse_range is None else method.mse_range,
         )
         weights = _weights(self.scheme.weights, str(weight), group_size, block, zero_point)
         inputs = self.scheme.input_activations

@@ -78,7 +78,6 @@ NOT_SUPPORTED: dict[str, Refused] = {
     "compression.quantization.quantization_method": Refused(_DAQ),
     "compression.quantization.scale_search": Refused(_DAQ),
     "compression.quantization.quant_method.dequant_to_bf16": Refused("fake-quantized output is not supported", _OFF),
-    "compression.quantization.quant_method.kv_cache": Refused("quantizing the KV cache is not supported"),
     "compression.quantization.quant_method.share_gate_up_weight_scale_2": Refused("NVFP4 is not supported"),
     "dataset.inference_settings": Refused("only text is calibrated with", (None, {})),
 }

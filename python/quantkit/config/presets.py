@@ -23,6 +23,7 @@ FP8_CHANNEL_WEIGHTS = QuantizationArgs(8, "float", strategy="channel", observer=
 FP8_BLOCK_WEIGHTS = QuantizationArgs(8, "float", strategy="block", block_structure=(128, 128), observer=WEIGHTS)
 
 INT8_TOKEN = QuantizationArgs(8, "int", strategy="token", dynamic=True)
+INT8_TOKEN_ASYM = QuantizationArgs(8, "int", symmetric=False, strategy="token", dynamic=True)
 INT8_STATIC = QuantizationArgs(8, "int", strategy="tensor", observer=STATIC)
 INT8_STATIC_ASYM = QuantizationArgs(8, "int", symmetric=False, strategy="tensor", observer=STATIC)
 FP8_TOKEN = QuantizationArgs(8, "float", strategy="token", dynamic=True)
@@ -42,12 +43,20 @@ PRESETS: dict[str, QuantizationScheme] = {
         QuantizationScheme("FP8", FP8_TENSOR_WEIGHTS, FP8_STATIC),
         QuantizationScheme("FP8_DYNAMIC", FP8_CHANNEL_WEIGHTS, FP8_TOKEN),
         QuantizationScheme("FP8_BLOCK", FP8_BLOCK_WEIGHTS, FP8_GROUP),
-        # Not in llm-compressor, where static INT8 activations have to be spelled out as config groups.
+        # Not in llm-compressor, where these have to be spelled out as config groups.
+        QuantizationScheme("W8A8_ASYM", int_weights(8), INT8_TOKEN_ASYM),
         QuantizationScheme("W8A8_STATIC", int_weights(8), INT8_STATIC),
         QuantizationScheme("W8A8_STATIC_ASYM", int_weights(8), INT8_STATIC_ASYM),
+        QuantizationScheme("W4A16_CHANNEL", int_weights(4)),
+        QuantizationScheme("W4A16_CHANNEL_ASYM", int_weights(4, symmetric=False)),
+        QuantizationScheme("W8A16_ASYM", int_weights(8, 128, symmetric=False)),
+        QuantizationScheme("W8A16_CHANNEL", int_weights(8)),
+        QuantizationScheme("W8A16_CHANNEL_ASYM", int_weights(8, symmetric=False)),
         QuantizationScheme("FP8_PER_TENSOR_DYNAMIC", FP8_TENSOR_WEIGHTS, FP8_TENSOR),
     )
 }
+
+LLM_COMPRESSOR = ("W8A8", "INT8", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")
 
 # llm-compressor has these; a did-you-mean would send their users to something else.
 NOT_SUPPORTED = re.compile(r"NVFP4(A16)?|MXFP[468](A8|A16|XFP8)?|W4AFP8|W[2-8]A(4|8|16)|UNQUANTIZED")

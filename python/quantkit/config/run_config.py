@@ -9,12 +9,13 @@ import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import nearest
-from .algorithms import PRESETS, Algorithm, QuantMethod, algorithm_of
+from .algorithms import KV_STRATEGY_OF, PRESETS, Algorithm, QuantMethod, algorithm_of
 from .fields import FieldError, require
 from .recipe import AWQModifier, GPTQModifier, Modifier, Recipe, SmoothQuantModifier
+from .schemes import QuantizationArgs
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base ** (i + 1) for kind, base in (("B", 1000), ("iB", 1024)) for i, prefix in enumerate("KMGT")
@@ -124,10 +125,16 @@ class QuantizationConfig:
     def recipe(self) -> Recipe:
         """What AngelSlim's words mean as modifiers: smoothing first if asked for, then the algorithm."""
         method, scheme = self.algorithm.resolve(self.quant_method)
-        common: dict[str, Any] = {"scheme": scheme, "ignore": self.ignore_layers, "kv_cache_scheme": method.kv_cache}
+        common: dict[str, Any] = {"scheme": scheme, "ignore": self.ignore_layers}
+        if method.kv_cache is not None:
+            inputs = scheme.input_activations
+            # FP8 is what servers read; an int8 cache goes with int8 activations only, as in AngelSlim.
+            kind: Literal["int", "float"] = "int" if inputs is not None and inputs.type == "int" else "float"
+            common["kv_cache_scheme"] = QuantizationArgs(8, kind, strategy=KV_STRATEGY_OF[method.kv_cache])
         quantizer: Modifier
         if self.algorithm.modifier is GPTQModifier:
-            quantizer = GPTQModifier(**common, actorder="group" if method.actorder else "weight")
+            # AngelSlim's order of columns leaves groups where they are, so no g_idx is written.
+            quantizer = GPTQModifier(**common, actorder="weight" if method.actorder else None)
         elif self.algorithm.modifier is AWQModifier:
             quantizer = AWQModifier(**common, clip=bool(method.mse_range))
         else:

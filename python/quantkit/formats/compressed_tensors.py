@@ -125,8 +125,9 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
         return {f"{module}.weight": quantized.codes, **tensors}
     tensors[f"{module}.weight_packed"] = quantized.codes
     tensors[f"{module}.weight_shape"] = torch.tensor([quantized.rows, quantized.cols], dtype=torch.int64)
-    if quantized.g_idx is not None:
-        tensors[f"{module}.weight_g_idx"] = quantized.g_idx
+    if args.actorder == "group":
+        natural = torch.arange(quantized.cols, dtype=torch.int32) // (args.group_size or 1)
+        tensors[f"{module}.weight_g_idx"] = natural if quantized.g_idx is None else quantized.g_idx
     if quantized.zero_point is not None:
         tensors[f"{module}.weight_zero_point"] = ops.pack_zero_points(quantized.zero_point, args.num_bits)
     return tensors
