@@ -82,6 +82,9 @@ class QuantizationModifier(Modifier):
         require(bool(self.targets), "targets", "is empty; use Linear, names, or re: and a pattern")
         require(self.scheme is None or self.config_groups is None, "scheme", "and config_groups both given; use one")
         object.__setattr__(self, "_groups", self._ordered(self._with_observers(self._resolve())))
+        if self.config_groups is not None:  # spelled one way, so that equal recipes are equal
+            spelled = {g.scheme.name: _group_entry(g) for g in self.groups}
+            object.__setattr__(self, "config_groups", spelled)
         object.__setattr__(self, "_kv_cache", kv_cache_args(self.kv_cache_scheme))
         self._require_something()
 
