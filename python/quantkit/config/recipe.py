@@ -82,11 +82,14 @@ class QuantizationModifier(Modifier):
         require(bool(self.targets), "targets", "is empty; use Linear, names, or re: and a pattern")
         require(self.scheme is None or self.config_groups is None, "scheme", "and config_groups both given; use one")
         object.__setattr__(self, "_groups", self._ordered(self._with_observers(self._resolve())))
-        if self.config_groups is not None:  # spelled one way, so that equal recipes are equal
-            spelled = {g.scheme.name: _group_entry(g) for g in self.groups}
-            object.__setattr__(self, "config_groups", spelled)
+        self._spell_groups()
         object.__setattr__(self, "_kv_cache", kv_cache_args(self.kv_cache_scheme))
         self._require_something()
+
+    def _spell_groups(self) -> None:
+        """`config_groups` in one way, so that equal recipes are equal."""
+        if self.config_groups is not None:
+            object.__setattr__(self, "config_groups", {g.scheme.name: _group_entry(g) for g in self.groups})
 
     def _require_something(self) -> None:
         require(
@@ -197,6 +200,7 @@ class GPTQModifier(QuantizationModifier):
         _check_low_data(self)
         order: Literal["group"] | None = "group" if self.actorder == "group" else None
         object.__setattr__(self, "_groups", tuple(_with_actorder(group, order) for group in self.groups))
+        self._spell_groups()
         for group in self.groups:
             weights = group.scheme.weights
             require(
