@@ -99,7 +99,7 @@ def _check_sweep(
         w.dim() in (2, 3) and w.dtype == torch.float32,
         lambda: f"quantkit::{op}: w must be torch.float32 [rows, K] or [B, rows, K], got {w.dtype} {list(w.shape)}",
     )
-    rows, cols = w.shape[-2:]
+    cols = w.shape[-1]
     own = w.dim() == 3 and tuple(u.shape) == (w.shape[0], cols, cols)
     torch._check(
         (own or tuple(u.shape) == (cols, cols)) and u.dtype == w.dtype,
@@ -196,7 +196,7 @@ class _Rounding:
         return _asymmetric_reference(low, high, self.q_min, self.q_max, self.scale_dtype)
 
     def fit(self, group: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point per row: of the shrunk ranges the one with the least weighed error, the first on ties."""
+        """Scale and zero point per row, of the shrunk range with the least weighed error, the first of equals."""
         scale, zero = self.range_scale(group, self.shrinks[0])
         if len(self.shrinks) == 1:
             return scale, zero
