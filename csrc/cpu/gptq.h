@@ -17,6 +17,9 @@ struct GptqStripe {
   const int32_t* group;  // the group of each of these columns
   // Whether the stripe is a group that gets its scale here, from its weights as updated so far.
   bool fit, symmetric;
+  // What a range is shrunk by to find the scale with the least error: the first is 1.
+  const float* shrink;
+  int shrinks;
   float divisor;
   DType scale_dtype;
   int q_min, q_max;
@@ -38,6 +41,8 @@ struct GptqKernels {
   // Columns [first, first + width) of u's rows [begin, end), as GptqStripe::u, which has `depth`.
   void (*pack)(const float* u, int64_t stride, int64_t first, int64_t width, int64_t begin,
                int64_t end, int64_t depth, float* packed);
+  // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
+  void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
   // `scratch` has panel_rows * width bytes.
   void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* scratch);
 };

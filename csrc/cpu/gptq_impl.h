@@ -54,29 +54,75 @@ QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
   }
 }
 
-inline void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
-  float low[kPanel], high[kPanel];
+// The numbers w by `scale` and `zero`, as codes less the zero point.
+QK_INLINE I32 code_of(const GptqStripe& stripe, F32 w, F32 scale, F32 zero) {
+  const F32 low = broadcast(static_cast<float>(stripe.q_min));
+  const F32 high = broadcast(static_cast<float>(stripe.q_max));
+  return round(max(low - zero, min(high - zero, w * (broadcast(1.0f) / scale))));
+}
+
+// Per row, the sum over the stripe's columns of ((q - w) / the factor's diagonal)^2.
+QK_INLINE F32 rounding_error(const GptqStripe& stripe, const float* values, F32 scale, F32 zero) {
+  F32 sum = broadcast(0.0f);
+  const F32 inverse = broadcast(1.0f) / scale;
+  const F32 low = broadcast(static_cast<float>(stripe.q_min)) - zero;
+  const F32 high = broadcast(static_cast<float>(stripe.q_max)) - zero;
+  for (int64_t c = 0; c < stripe.width; ++c) {
+    const F32 w = load(values + c * kPanel, Full{});
+    const I32 code = round(max(low, min(high, w * inverse)));
+    const F32 error = (to_float(code) * scale - w) * broadcast(stripe.inverse[c]);
+    sum = sum + error * error;
+  }
+  return sum;
+}
+
+void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
+  float low[kPanel], high[kPanel], least[kPanel], most[kPanel], found[kPanel], error[kPanel];
+  const float* const values = panel.values + stripe.first * kPanel;
   for (int v = 0; v < kPanel; v += kLanes) {
-    F32 least = broadcast(0.0f), most = least;
-    for (int64_t c = stripe.first; c < stripe.first + stripe.width; ++c) {
-      const F32 w = load(panel.values + c * kPanel + v, Full{});
-      least = min(least, w);
-      most = max(most, w);
+    F32 lowest = broadcast(0.0f), highest = lowest;
+    for (int64_t c = 0; c < stripe.width; ++c) {
+      const F32 w = load(values + c * kPanel + v, Full{});
+      lowest = min(lowest, w);
+      highest = max(highest, w);
     }
-    if (stripe.symmetric) most = max(most, broadcast(0.0f) - least);
-    store(low + v, least, Full{});
-    store(high + v, most, Full{});
+    if (stripe.symmetric) highest = max(highest, broadcast(0.0f) - lowest);
+    store(low + v, lowest, Full{});
+    store(high + v, highest, Full{});
+    store(error + v, from_bits(broadcast(0x7f800000)), Full{});
   }
   float* const scale = panel.scale + stripe.group[0] * kPanel;
   float* const zero = panel.zero + stripe.group[0] * kPanel;
-  int8_t code[kPanel] = {};
-  if (stripe.symmetric) {
-    symmetric_scales(high, kPanel, stripe.divisor, stripe.scale_dtype, scale);
-  } else {
-    asymmetric_scales(low, high, kPanel, stripe.q_min, stripe.q_max, stripe.scale_dtype, scale,
-                      code);
+  for (int i = 0; i < stripe.shrinks; ++i) {
+    int8_t code[kPanel] = {};
+    for (int r = 0; r < kPanel; ++r) {
+      least[r] = low[r] * stripe.shrink[i];
+      most[r] = high[r] * stripe.shrink[i];
+    }
+    if (stripe.symmetric) {
+      symmetric_scales(most, kPanel, stripe.divisor, stripe.scale_dtype, found);
+    } else {
+      asymmetric_scales(least, most, kPanel, stripe.q_min, stripe.q_max, stripe.scale_dtype, found,
+                        code);
+    }
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const F32 step = load(found + v, Full{}), offset = to_float(load_signed(code + v, Full{}));
+      if (i == 0) {
+        store(scale + v, step, Full{});
+        store(zero + v, offset, Full{});
+      }
+      if (stripe.shrinks == 1) continue;
+      const F32 best = load(error + v, Full{});
+      const F32 less = min(rounding_error(stripe, values + v, step, offset), best);
+      const Mask old = equal(bits(less), bits(best));
+      const auto keep_if_old = [&](float* p, F32 x) {
+        store(p, from_bits(select(old, bits(load(p, Full{})), bits(x))), Full{});
+      };
+      store(error + v, less, Full{});
+      keep_if_old(scale + v, step);
+      keep_if_old(zero + v, offset);
+    }
   }
-  for (int r = 0; r < kPanel; ++r) zero[r] = static_cast<float>(code[r]);
 }
 
 // Rounds one column and takes its error off the next `rest` ones, whose factors are at u.
@@ -84,13 +130,10 @@ QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, in
                             int rest, const float* u, int8_t* codes) {
   float* const column = panel.values + (stripe.first + index) * kPanel;
   const int64_t group = stripe.group[index] * kPanel;
-  const F32 low = broadcast(static_cast<float>(stripe.q_min));
-  const F32 high = broadcast(static_cast<float>(stripe.q_max));
   for (int v = 0; v < kPanel; v += kLanes) {
     const F32 w = load(column + v, Full{}), step = load(panel.scale + group + v, Full{});
     const F32 zero = load(panel.zero + group + v, Full{});
-    const F32 scaled = w * (broadcast(1.0f) / step);
-    const I32 code = round(max(low - zero, min(high - zero, scaled)));
+    const I32 code = code_of(stripe, w, step, zero);
     store_bytes(codes + v, code + round(zero), Full{});
     const F32 minus = (to_float(code) * step - w) * broadcast(stripe.inverse[index]);
     store(column + v, minus, Full{});

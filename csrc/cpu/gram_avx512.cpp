@@ -15,19 +15,44 @@ struct PairWords {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(*a), (__m512bh)b.v)};
   }
   static QK_INLINE I32 load_vector(const Word* p) { return {_mm512_loadu_si512(p)}; }
+  static QK_INLINE void store_words(Word* p, const F32* tokens) {
+    const I32 pairs = shift_right<16>(bits(tokens[0])) | bits(tokens[1]);
+    _mm512_storeu_si512(p, pairs.v);
+  }
 };
 
-inline void pack_pairs(const BFloat16* x, int64_t stride, int64_t tokens, int64_t first,
-                       int64_t cols, int32_t* packed) {
-  const __mmask16 mask = Part(cols - first < kLanes ? cols - first : kLanes).mask;
-  for (int64_t t = 0; t < tokens; t += 2) {
-    const BFloat16* row = x + t * stride + first;
-    const __m256i even = _mm256_maskz_loadu_epi16(mask, row);
-    const __m256i odd =
-        _mm256_maskz_loadu_epi16(t + 1 < tokens ? mask : 0, t + 1 < tokens ? row + stride : row);
-    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-    _mm512_storeu_si512(packed + t / 2 * kLanes, pairs);
+// out[i][j] = x[j][i] for 16 x 16 numbers: within groups of four by four, then the groups.
+// The masks, of all lanes, keep GCC 12 from warning of undefined registers inside its intrinsics.
+inline void transpose(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(x + i * x_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_maskz_unpacklo_ps(0xffff, a[i], a[i + 1]);
+    b[i + 1] = _mm512_maskz_unpackhi_ps(0xffff, a[i], a[i + 1]);
+  }
+  // a[4 * i + j]: column j of each group of rows 4 * i...
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_maskz_shuffle_f32x4(0xffff, a[j], a[4 + j], 0x88);
+    const __m512 odd = _mm512_maskz_shuffle_f32x4(0xffff, a[j], a[4 + j], 0xdd);
+    const __m512 last_even = _mm512_maskz_shuffle_f32x4(0xffff, a[8 + j], a[12 + j], 0x88);
+    const __m512 last_odd = _mm512_maskz_shuffle_f32x4(0xffff, a[8 + j], a[12 + j], 0xdd);
+    float* const p = out + j * out_stride;
+    _mm512_storeu_ps(p, _mm512_maskz_shuffle_f32x4(0xffff, even, last_even, 0x88));
+    _mm512_storeu_ps(p + 4 * out_stride, _mm512_maskz_shuffle_f32x4(0xffff, odd, last_odd, 0x88));
+    _mm512_storeu_ps(p + 8 * out_stride, _mm512_maskz_shuffle_f32x4(0xffff, even, last_even, 0xdd));
+    _mm512_storeu_ps(p + 12 * out_stride, _mm512_maskz_shuffle_f32x4(0xffff, odd, last_odd, 0xdd));
   }
 }
 
@@ -35,4 +60,5 @@ inline void pack_pairs(const BFloat16* x, int64_t stride, int64_t tokens, int64_
 }  // namespace qk::avx512
 
 #define QK_PAIRS
+#define QK_TRANSPOSE
 #include "cpu/gram.inl"

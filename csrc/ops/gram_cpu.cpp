@@ -8,67 +8,81 @@
 namespace qk::cpu {
 namespace {
 
-constexpr int64_t kTokens = 256;  // at a time: a stripe of so many stays in the L1 cache
-constexpr int64_t kPanel = 16, kSquare = 64;
+constexpr int64_t kTokens = 1024;  // at a time: a stripe of so many stays in the L2 cache
 
-// The upper half of g onto the lower, square by square.
-void mirror(float* g, int64_t n) {
-  torch::stable::parallel_for(0, (n + kSquare - 1) / kSquare, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kSquare; i < std::min(n, end * kSquare); i += kSquare) {
-      for (int64_t j = 0; j <= i; j += kSquare) {
-        for (int64_t r = i; r < std::min(n, i + kSquare); ++r) {
-          for (int64_t c = j; c < std::min(r, j + kSquare); ++c) g[r * n + c] = g[c * n + r];
-        }
-      }
+using Optional = std::optional<Tensor>;
+
+void check_arguments(const char* op, const Tensor& x, const Optional& mask, const Tensor& g,
+                     const Optional& channels) {
+  check(x.dim() == 2, op, "x must be 2-D [tokens, columns], got ", x.dim(), "-D");
+  check_float(op, "x", x);
+  check_rows(op, "x", x);
+  const int64_t tokens = x.size(0), cols = x.size(1);
+  check(g.dim() == 2 && g.size(0) == cols && g.size(1) == cols &&
+            g.scalar_type() == ScalarType::Float,
+        op, "g must be torch.float32 [", cols, ", ", cols, "], x's columns squared, got ",
+        name_of(g.scalar_type()), " ", text_of(g.sizes()));
+  check(g.is_contiguous(), op, "g must be contiguous, got strides ", text_of(g.strides()));
+  if (mask) {
+    check(mask->dim() == 1 && mask->size(0) == tokens && mask->scalar_type() == ScalarType::Bool,
+          op, "mask must be torch.bool [", tokens, "], a number per token, got ",
+          name_of(mask->scalar_type()), " ", text_of(mask->sizes()));
+  }
+  if (channels) {
+    check(channels->dim() == 2 && channels->size(0) == 3 && channels->size(1) == cols &&
+              channels->scalar_type() == ScalarType::Float,
+          op, "channels must be torch.float32 [3, ", cols, "], got ",
+          name_of(channels->scalar_type()), " ", text_of(channels->sizes()));
+    check(channels->is_contiguous(), op, "channels must be contiguous, got strides ",
+          text_of(channels->strides()));
+  }
+}
+
+// The tokens that count.
+std::vector<int64_t> tokens_of(int64_t n, const Optional& mask) {
+  std::vector<int64_t> tokens;
+  tokens.reserve(n);
+  for (int64_t t = 0; t < n; ++t) {
+    if (!mask || *reinterpret_cast<const bool*>(element(*mask, t * mask->stride(0)))) {
+      tokens.push_back(t);
     }
-  });
+  }
+  return tokens;
 }
 
 }  // namespace
 
-void gram_accumulate(const Tensor& x, const Tensor& g) {
+void gram_accumulate(const Tensor& x, const Optional& mask, const Tensor& g,
+                     const Optional& channels) {
   constexpr auto kOp = "gram_accumulate";
-  check(x.dim() == 2, kOp, "x must be 2-D [tokens, columns], got ", x.dim(), "-D");
-  check_float(kOp, "x", x);
-  check_rows(kOp, "x", x);
-  const int64_t tokens = x.size(0), cols = x.size(1);
-  check(g.dim() == 2 && g.size(0) == cols && g.size(1) == cols &&
-            g.scalar_type() == ScalarType::Float,
-        kOp, "g must be torch.float32 [", cols, ", ", cols, "], x's columns squared, got ",
-        name_of(g.scalar_type()), " ", text_of(g.sizes()));
-  check(g.is_contiguous(), kOp, "g must be contiguous, got strides ", text_of(g.strides()));
-  if (tokens == 0 || cols == 0) return;
+  check_arguments(kOp, x, mask, g, channels);
+  const std::vector<int64_t> tokens = tokens_of(x.size(0), mask);
+  const int64_t count = static_cast<int64_t>(tokens.size()), cols = x.size(1);
+  if (count == 0 || cols == 0) return;
 
   const GramKernels& kernels = gram_kernels();
-  const DType dtype = dtype_of(kOp, x.scalar_type());
-  const int64_t stripes = (cols + kernels.tile_cols - 1) / kernels.tile_cols;
-  const int64_t panels = stripes * kernels.tile_cols / kPanel, words = kPanel * kTokens;
-  Tensor packed = output(x, {panels, words}, ScalarType::Float);
-  float* const words_of = data<float>(packed);
-  for (int64_t t = 0; t < tokens; t += kTokens) {
-    const int64_t n = std::min(kTokens, tokens - t);
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        if (p * kPanel < cols) {
-          kernels.pack(dtype, element(x, t * x.stride(0)), x.stride(0), n, p * kPanel, cols,
-                       words_of + p * words);
-        } else {
-          std::fill_n(words_of + p * words, words, 0.0f);
-        }
-      }
+  const GramInput input = {dtype_of(kOp, x.scalar_type()), element(x, 0), x.stride(0), cols,
+                           tokens.data()};
+  const int64_t width = kernels.width, stripes = (cols + width - 1) / width;
+  const int64_t words = width * std::min(kTokens, (count + 1) / 2 * 2);
+  Tensor packed = output(x, {stripes, words}, ScalarType::Float);
+  float* const first = data<float>(packed);
+  for (int64_t t = 0; t < count; t += kTokens) {
+    const int64_t end = std::min(count, t + kTokens);
+    parallel_queue(stripes, [&](int64_t s) {
+      kernels.pack(input, t, end, s * width, first + s * words,
+                   channels ? data<float>(*channels) : nullptr);
     });
-    // A stripe has the more rows the further right it is: each task gets one from either end.
-    torch::stable::parallel_for(0, (stripes + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-      const auto stripe = [&](int64_t s) {
-        kernels.stripe(dtype, words_of, words, n, s * kernels.tile_cols, cols, data<float>(g));
-      };
-      for (int64_t s = begin; s < end; ++s) {
-        stripe(s);
-        if (stripes - 1 - s != s) stripe(stripes - 1 - s);
-      }
+    // A stripe has the more rows the further right it is: those go first.
+    parallel_queue(stripes, [&](int64_t i) {
+      const int64_t s = stripes - 1 - i;
+      kernels.multiply(input.dtype, first, words, end - t, s * width, cols, data<float>(g));
     });
   }
-  mirror(data<float>(g), cols);
+  const int64_t squares = (cols + kMirrorRows - 1) / kMirrorRows;
+  parallel_queue(squares, [&](int64_t i) {
+    kernels.mirror(data<float>(g), cols, (squares - 1 - i) * kMirrorRows);
+  });
 }
 
 }  // namespace qk::cpu

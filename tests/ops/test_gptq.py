@@ -44,8 +44,18 @@ def textbook(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     g_idx: Tensor | None = None,
+    shrinks: tuple[float, ...] = (1.0,),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, zero points, loss, and how far each weight was from a tie, all in fp64."""
+
+    def range_scale(group: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+        if symmetric:
+            found = group.abs().amax(1) * shrink / divisor
+            return found, torch.zeros_like(found)
+        low, high = group.amin(1).clamp(max=0) * shrink, group.amax(1).clamp(min=0) * shrink
+        found = (high - low) / (q_max - q_min)
+        return found, (q_min - torch.round(low / found)).clamp(q_min, q_max)
+
     w, u = w.double().clone(), u.double()
     rows, cols = w.shape
     size = cols if group_size == -1 else group_size
@@ -57,15 +67,22 @@ def textbook(
         g = c // size if g_idx is None else int(g_idx[c])
         if scale is None and c % size == 0:
             group = w[:, c : c + size]
-            if symmetric:
-                scales[:, g] = group.abs().amax(1) / divisor
-            else:
-                low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
-                scales[:, g] = (high - low) / (q_max - q_min)
-                zeros[:, g] = (q_min - torch.round(low / scales[:, g])).clamp(q_min, q_max)
+            errors = []
+            for shrink in shrinks:
+                step, zero = (t[:, None] for t in range_scale(group, shrink))
+                rounded = (torch.round((group / step + zero).clamp(q_min, q_max)) - zero) * step
+                errors.append(((group - rounded) / u.diagonal()[c : c + size]).square().sum(1))
+            order = torch.stack(errors).sort(0)
+            for row, i in enumerate(order.indices[0].tolist()):
+                found = range_scale(group[row : row + 1], shrinks[i])
+                scales[row, g], zeros[row, g] = found[0][0], found[1][0]
+            if len(shrinks) > 1:  # two candidates as good as one another are a tie
+                even = order.values[1] - order.values[0] <= 1e-3 * order.values[0]
         exact = w[:, c] / scales[:, g] + zeros[:, g]
         codes[:, c] = torch.round(exact.clamp(q_min, q_max))
         ties[:, c] = (exact - exact.floor() - 0.5).abs()
+        if scale is None and c % size == 0 and len(shrinks) > 1:
+            ties[even, c] = 0.0
         error = (w[:, c] - (codes[:, c] - zeros[:, g]) * scales[:, g]) / u[c, c]
         loss += error.square() / 2
         w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
@@ -103,13 +120,64 @@ def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: 
     before = w.clone()
     q_min, q_max, divisor = RANGES[bits]
     u, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None)
+    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
     assert torch.equal(w, before)
     wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor)
     if rows * bits > 8:  # of a single row, a tie may be all there is
         compare(got, wanted, symmetric)
     else:
         assert (got[0].double() - wanted[0]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(60, 70, 24), (49, 131, 32), (97, 300, 128), (64, 64, -1)])
+def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, symmetric: bool) -> None:
+    w, g = problem(rows, cols)
+    q_min, q_max, divisor = RANGES[bits]
+    u, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.4, 5)
+    shrinks = tuple(1 - 0.4 * i / 5 for i in range(6))
+    wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor, shrinks=shrinks)
+    compare(got, wanted, symmetric)
+    plain = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
+    assert not torch.equal(plain[1], got[1]) or bits == 8
+    none = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
+
+
+@pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
+@pytest.mark.parametrize("own", [True, False], ids=["own factors", "shared factor"])
+@pytest.mark.parametrize("given", [True, False], ids=["given scales", "found scales"])
+@pytest.mark.parametrize(("rows", "group"), [(7, 32), (49, 32), (20, -1)])
+def test_batch_is_one_by_one(kernel: Any, own: bool, given: bool, rows: int, group: int) -> None:
+    both = [problem(rows + i, 100) for i in range(3)]
+    w = torch.stack([w[:rows] for w, _ in both])[:, :, :100]
+    u = torch.stack([ops.gptq_factor(g)[0] for _, g in both])
+    zero = None
+    found = ops.asymmetric_scale(*ops.minmax(w.view(-1, 100), [1, group]), -8, 7)
+    scale, zero = (t.view(3, rows, -1) if given else None for t in found)
+    arguments = (-8, 7, False, 7.5, torch.float32, None, 0.3, 4)
+    got = kernel(w, u if own else u[1], scale, zero, group, *arguments)
+    for b in range(3):
+        one = kernel(
+            w[b], u[b if own else 1], scale[b] if given else None, zero[b] if given else None, group, *arguments
+        )
+        assert all(torch.equal(x[b], y) for x, y in zip(got, one, strict=True))
+
+
+def test_search_leaves_less_error() -> None:
+    w, g = problem(64, 256)
+    u, _ = ops.gptq_factor(g, 0.01)
+    common: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5, "group_size": 64}
+    plain = ops.gptq_sweep(w, u, **common)[3]
+    assert ops.gptq_sweep(w, u, **common, search_range=0.5, search_steps=20)[3].sum() < 0.95 * plain.sum()
+    # A row of zeros has candidates without error: the first one counts.
+    w[3] = 0.0
+    codes, scale, _, loss = ops.gptq_sweep(w, u, **common, search_range=0.5, search_steps=20)
+    assert (codes[3].any().item(), loss[3].item()) == (False, 0.0)
+    assert torch.equal(scale[3], ops.gptq_sweep(w, u, **common)[1][3])
 
 
 @pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
@@ -125,7 +193,7 @@ def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
         scale, zero_point = ops.asymmetric_scale(*ops.minmax(w, [1, 32]), -8, 7)
     w, g = w[:, order].contiguous(), g[order][:, order].contiguous()
     u, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, u, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx)
+    got = kernel(w, u, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx, 0.0, 0)
     u64 = textbook_factor(g, 0.01)
     compare(got, textbook(w, u64, 32, -8, 7, symmetric, 7.5, scale, zero_point, g_idx), symmetric)
     assert torch.equal(got[1], scale)
@@ -289,6 +357,10 @@ def test_refuses() -> None:
         ops.gptq_sweep(w, u, g_idx=torch.zeros(8, dtype=torch.int32), **common)
     with pytest.raises(RuntimeError, match=r"g_idx must lie in \[0, 1\)"):
         ops.gptq_sweep(w, u, scale=torch.ones(4, 1), g_idx=torch.ones(8, dtype=torch.int32), **common)
+    with pytest.raises(RuntimeError, match=r"or as many as w has matrices"):
+        ops.gptq_sweep(w.expand(3, 4, 8), u.expand(2, 8, 8), **common)
+    with pytest.raises(RuntimeError, match=r"search_range in \[0, 1\), got 3 and 1"):
+        ops.gptq_sweep(w, u, **common, search_range=1.0, search_steps=3)
     with pytest.raises(RuntimeError, match="scale must be"):
         ops.gptq_sweep(w, u, scale=torch.ones(4, 2), **common)
 
@@ -296,6 +368,8 @@ def test_refuses() -> None:
 def test_empty() -> None:
     codes, scale, _, loss = ops.gptq_sweep(torch.zeros(0, 8), torch.eye(8), q_min=-8, q_max=7, divisor=7.5)
     assert (codes.shape, scale.shape, loss.shape) == ((0, 8), (0, 1), (0,))
+    codes, scale, _, loss = ops.gptq_sweep(torch.zeros(0, 3, 8), torch.eye(8), q_min=-8, q_max=7, divisor=7.5)
+    assert (codes.shape, scale.shape, loss.shape) == ((0, 3, 8), (0, 3, 1), (0, 3))
     for shape in ((0, 0), (0, 3, 3), (2, 0, 0)):
         u, dead = ops.gptq_factor(torch.zeros(shape))
         assert (u.shape, dead.shape) == (shape, shape[:-1])
@@ -306,7 +380,9 @@ def test_compiles() -> None:
     u, _ = ops.gptq_factor(g)
     scale = ops.symmetric_scale(ops.absmax(w, [1, 8]), 7.5)
     sweep = torch.ops.quantkit.gptq_sweep.default
-    torch.library.opcheck(sweep, (w, u, None, None, 8, -8, 7, False, 7.5, torch.float32, None))
-    torch.library.opcheck(sweep, (w, u, scale, None, 8, -8, 7, True, 7.5, torch.float32, None))
+    torch.library.opcheck(sweep, (w, u, None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.0, 0))
+    torch.library.opcheck(sweep, (w, u, scale, None, 8, -8, 7, True, 7.5, torch.float32, None, 0.0, 0))
+    batch = (w.view(2, 3, 20), u.expand(2, 20, 20), None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.2, 3)
+    torch.library.opcheck(sweep, batch)
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g, 0.01))
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g.expand(2, 20, 20), 0.01))

@@ -9,7 +9,7 @@ import quantkit.ops as ops
 
 from .cpu_cases import FLOATS, check_refused
 
-SHAPES = ((1, 1), (3, 5), (2, 16), (255, 17), (256, 48), (257, 100), (600, 130))
+SHAPES = ((1, 1), (3, 5), (2, 16), (255, 17), (256, 48), (257, 100), (600, 130), (1030, 49))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -25,7 +25,7 @@ def test_like_fp64(tokens: int, cols: int, dtype: torch.dtype) -> None:
     sizes = exact.diagonal().sqrt()
     assert ((g - exact).abs() <= 2e-6 * sizes[:, None] * sizes).all()
     reference = torch.zeros(cols, cols)
-    ops._library.REFERENCES["gram_accumulate"](x, reference)
+    ops._library.REFERENCES["gram_accumulate"](x, None, reference, None)
     assert ((reference - x.double().T @ x.double()).abs() <= 2e-6 * sizes[:, None] * sizes).all()
 
 
@@ -54,19 +54,70 @@ def test_nan_and_infinity_show_on_the_diagonal(dtype: torch.dtype) -> None:
         ops.gptq_factor(g)
 
 
+def start(cols: int) -> torch.Tensor:
+    return torch.tensor([float("inf"), -float("inf"), 0.0])[:, None].repeat(1, cols)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "cols"), SHAPES)
+def test_mask_and_channels(tokens: int, cols: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, cols + 3).to(dtype)[:, 1 : cols + 1]
+    mask = torch.rand(tokens, 2)[:, 0] < 0.6
+    mask[-1] = True
+    g, kept, channels = torch.zeros(cols, cols), torch.zeros(cols, cols), start(cols)
+    ops.gram_accumulate(x, g, mask=mask, channels=channels)
+    ops.gram_accumulate(x[mask], kept)
+    assert torch.equal(g, kept)
+    low, high, total = x[mask].amin(0), x[mask].amax(0), x[mask].double().abs().sum(0)
+    assert torch.equal(channels[0], low.float())
+    assert torch.equal(channels[1], high.float())
+    torch.testing.assert_close(channels[2].double(), total, rtol=2e-5, atol=0)
+    # More data changes what is there; the reference agrees.
+    other = channels.clone()
+    ops.gram_accumulate(2 * x, g, channels=channels)
+    ops._library.REFERENCES["gram_accumulate"](2 * x, None, kept, other)
+    assert torch.equal(channels[:2], other[:2])
+    torch.testing.assert_close(channels[2], other[2], rtol=2e-5, atol=0)
+    assert torch.equal(g, g.T)
+
+
+def test_mask_hides_nan() -> None:
+    x = torch.randn(6, 20)
+    x[2, 3], x[4, 7] = float("nan"), float("inf")
+    g, channels = torch.zeros(20, 20), start(20)
+    ops.gram_accumulate(x, g, channels=channels)
+    assert channels[:, 3].isnan().all()
+    assert channels.isnan().sum() == 3
+    assert channels[1:, 7].isinf().all()
+    mask = torch.tensor([True, True, False, True, False, True])
+    g, channels = torch.zeros(20, 20), start(20)
+    ops.gram_accumulate(x, g, mask=mask, channels=channels)
+    assert g.isfinite().all()
+    assert channels.isfinite().all()
+
+
 def test_no_tokens() -> None:
-    g = torch.ones(4, 4)
-    ops.gram_accumulate(torch.zeros(0, 4), g)
+    g, channels = torch.ones(4, 4), start(4)
+    ops.gram_accumulate(torch.zeros(0, 4), g, channels=channels)
+    ops.gram_accumulate(torch.ones(2, 4), g, mask=torch.zeros(2, dtype=torch.bool), channels=channels)
     assert g.eq(1).all()
+    assert torch.equal(channels, start(4))
 
 
 def test_refuses() -> None:
     x, g = torch.ones(2, 4), torch.zeros(4, 4)
-    check_refused("gram_accumulate", r"g must be torch.float32 \[4, 4\]", x, g[:3])
-    check_refused("gram_accumulate", "x must be float32, float16 or bfloat16", x.int(), g)
-    check_refused("gram_accumulate", "x must be 2-D", x[0], g)
-    check_refused("gram_accumulate", "g must be contiguous", x, torch.zeros(4, 8)[:, :4])
+    check_refused("gram_accumulate", r"g must be torch.float32 \[4, 4\]", x, None, g[:3], None)
+    check_refused("gram_accumulate", "x must be float32, float16 or bfloat16", x.int(), None, g, None)
+    check_refused("gram_accumulate", "x must be 2-D", x[0], None, g, None)
+    check_refused("gram_accumulate", r"mask must be torch.bool \[2\]", x, torch.ones(3, dtype=torch.bool), g, None)
+    check_refused("gram_accumulate", r"channels must be torch.float32 \[3, 4\]", x, None, g, torch.ones(3, 5))
+    check_refused("gram_accumulate", "channels must be contiguous", x, None, g, torch.ones(4, 3).T)
+    check_refused("gram_accumulate", "g must be contiguous", x, None, torch.zeros(4, 8)[:, :4], None)
 
 
 def test_compiles() -> None:
-    torch.library.opcheck(torch.ops.quantkit.gram_accumulate.default, (torch.ones(2, 4), torch.zeros(4, 4)))
+    torch.library.opcheck(torch.ops.quantkit.gram_accumulate.default, (torch.ones(2, 4), None, torch.zeros(4, 4), None))
+    mask = torch.tensor([True, False])
+    torch.library.opcheck(
+        torch.ops.quantkit.gram_accumulate.default, (torch.ones(2, 4), mask, torch.zeros(4, 4), start(4))
+    )

@@ -6,11 +6,13 @@ to come. The factor belongs to the input alone: Linears that share an input shar
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ._library import check_code_range, declare, grid
+from ._library import check_code_range, declare
 from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
 
 _LEAF = 256  # triangles up to this size are inverted by substitution, larger ones by matrix products
@@ -88,17 +90,23 @@ def _check_sweep(
     q_max: int,
     scale_dtype: torch.dtype,
     g_idx: Tensor | None,
-) -> tuple[int, int]:
+    search_range: float,
+    search_steps: int,
+) -> tuple[int, ...]:
     """Shape of the scales; says what is wrong with the arguments in the words of the compiled kernel."""
     op = "gptq_sweep"
     torch._check(
-        w.dim() == 2 and w.dtype == torch.float32,
-        lambda: f"quantkit::{op}: w must be torch.float32 [rows, K], got {w.dtype} {list(w.shape)}",
+        w.dim() in (2, 3) and w.dtype == torch.float32,
+        lambda: f"quantkit::{op}: w must be torch.float32 [rows, K] or [B, rows, K], got {w.dtype} {list(w.shape)}",
     )
-    rows, cols = w.shape
+    cols = w.shape[-1]
+    own = w.dim() == 3 and tuple(u.shape) == (w.shape[0], cols, cols)
     torch._check(
-        tuple(u.shape) == (cols, cols) and u.dtype == w.dtype,
-        lambda: f"quantkit::{op}: u must be torch.float32 [{cols}, {cols}], got {u.dtype} {list(u.shape)}",
+        (own or tuple(u.shape) == (cols, cols)) and u.dtype == w.dtype,
+        lambda: (
+            f"quantkit::{op}: u must be torch.float32 [{cols}, {cols}], or as many as w has matrices, "
+            f"got {u.dtype} {list(u.shape)}"
+        ),
     )
     torch._check(
         group_size == -1 or group_size > 0,
@@ -106,7 +114,15 @@ def _check_sweep(
     )
     check_code_range(op, q_min, q_max)
     _check_scale_dtype(op, scale_dtype)
-    shape = grid(rows, cols, [1, group_size])
+    torch._check(
+        search_steps >= 0 and 0 <= search_range < 1,
+        lambda: (
+            f"quantkit::{op}: search_steps must be >= 0 and search_range in [0, 1), "
+            f"got {search_steps} and {search_range:g}"
+        ),
+    )
+    size = max(cols, 1) if group_size == -1 else group_size
+    shape = (*w.shape[:-1], -(-cols // size))
     if scale is not None:
         torch._check(
             tuple(scale.shape) == shape and scale.dtype == torch.float32,
@@ -142,25 +158,76 @@ def _sweep_fake(
     divisor: float,
     scale_dtype: torch.dtype,
     g_idx: Tensor | None,
+    search_range: float,
+    search_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = _check_sweep(w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx)
+    shape = _check_sweep(
+        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+    )
     without = symmetric if scale is None else zero_point is None
     return (
         w.new_empty(w.shape, dtype=torch.int8),
         w.new_empty(shape),
         w.new_empty((0,) if without else shape, dtype=torch.int8),
-        w.new_empty((w.shape[0],)),
+        w.new_empty(w.shape[:-1]),
     )
 
 
-def _group_scale(
-    group: Tensor, q_min: int, q_max: int, symmetric: bool, divisor: float, scale_dtype: torch.dtype
+@dataclasses.dataclass(frozen=True)
+class _Rounding:
+    """How the sweep's reference finds a group's scale, and the codes with it."""
+
+    q_min: int
+    q_max: int
+    symmetric: bool
+    divisor: float
+    scale_dtype: torch.dtype
+    shrinks: tuple[float, ...]
+
+    def codes(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        # As quantize_int: the inverse of the scale, clamped before it is rounded. Less the zero point.
+        return torch.round((w * (1.0 / scale)).clamp(self.q_min - zero, self.q_max - zero))
+
+    def range_scale(self, group: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            scale = _symmetric_reference(group.abs().amax(1) * shrink, self.divisor, self.scale_dtype)
+            return scale, torch.zeros_like(scale, dtype=torch.int8)
+        low, high = group.amin(1).clamp(max=0.0) * shrink, group.amax(1).clamp(min=0.0) * shrink
+        return _asymmetric_reference(low, high, self.q_min, self.q_max, self.scale_dtype)
+
+    def fit(self, group: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point per row, of the shrunk range with the least weighed error, the first of equals."""
+        scale, zero = self.range_scale(group, self.shrinks[0])
+        if len(self.shrinks) == 1:
+            return scale, zero
+        best = torch.full_like(scale, torch.inf)
+        for shrink in self.shrinks:
+            step, offset = self.range_scale(group, shrink)
+            rounded = self.codes(group, step[:, None], offset[:, None].float()) * step[:, None]
+            error = ((rounded - group) * (1.0 / diagonal)).square().sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, step, scale), torch.where(better, offset, zero)
+        return scale, zero
+
+
+def _sweep_one(
+    w: Tensor, u: Tensor, size: int, rounding: _Rounding, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, fit: bool
 ) -> tuple[Tensor, Tensor]:
-    group = group.float()
-    if symmetric:
-        scale = _symmetric_reference(group.abs().amax(1), divisor, scale_dtype)
-        return scale, torch.zeros_like(scale, dtype=torch.int8)
-    return _asymmetric_reference(group.amin(1), group.amax(1), q_min, q_max, scale_dtype)
+    """Codes and loss; fills in the scales and zero points if they are to be found."""
+    codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
+    loss = w.new_zeros(w.shape[0])
+    for c in range(w.shape[1]):
+        g = c // size if g_idx is None else int(g_idx[c])
+        if fit and c % size == 0:
+            scales[:, g], zeros[:, g] = rounding.fit(w[:, c : c + size], u.diagonal()[c : c + size])
+        step, zero = scales[:, g], zeros[:, g].float()
+        code = rounding.codes(w[:, c], step, zero)
+        codes[:, c] = (code + zero).to(torch.int8)
+        error = (w[:, c] - code * step) * (1.0 / u[c, c])
+        loss += 0.5 * error * error
+        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+    return codes, loss
 
 
 def _sweep_reference(
@@ -175,29 +242,32 @@ def _sweep_reference(
     divisor: float,
     scale_dtype: torch.dtype,
     g_idx: Tensor | None,
+    search_range: float,
+    search_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = _check_sweep(w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx)
-    _check_values(w, g_idx, shape[1])
-    cols = w.shape[1]
+    shape = _check_sweep(
+        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+    )
+    _check_values(w, g_idx, shape[-1])
     without = symmetric if scale is None else zero_point is None
-    size = max(cols, 1) if group_size == -1 else group_size
+    size = max(w.shape[-1], 1) if group_size == -1 else group_size
+    shrinks = tuple(1.0 - search_range * i / search_steps if i else 1.0 for i in range(search_steps + 1))
+    rounding = _Rounding(q_min, q_max, symmetric, divisor, scale_dtype, shrinks)
     scales = w.new_empty(shape) if scale is None else scale.clone()
     zeros = torch.zeros(shape, dtype=torch.int8, device=w.device) if zero_point is None else zero_point.clone()
-    w = w.clone()
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
-    loss = w.new_zeros(w.shape[0])
-    for c in range(cols):
-        g = c // size if g_idx is None else int(g_idx[c])
-        if scale is None and c % size == 0:
-            found = _group_scale(w[:, c : c + size], q_min, q_max, symmetric, divisor, scale_dtype)
-            scales[:, g], zeros[:, g] = found
-        step, zero = scales[:, g], zeros[:, g].float()
-        # As quantize_int: the inverse of the scale, clamped before it is rounded.
-        code = torch.round((w[:, c] * (1.0 / step)).clamp(q_min - zero, q_max - zero))
-        codes[:, c] = (code + zero).to(torch.int8)
-        error = (w[:, c] - code * step) * (1.0 / u[c, c])
-        loss += 0.5 * error * error
-        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+    loss = w.new_zeros(w.shape[:-1])
+
+    def sweep(w: Tensor, u: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
+        found = _sweep_one(w.clone(), u, size, rounding, scales, zeros, g_idx, scale is None)
+        codes.copy_(found[0])
+        loss.copy_(found[1])
+
+    if w.dim() == 2:
+        sweep(w, u, scales, zeros, codes, loss)
+    else:
+        for b in range(w.shape[0]):
+            sweep(w[b], u[b] if u.dim() == 3 else u, scales[b], zeros[b], codes[b], loss[b])
     if not bool(loss.isfinite().all()):
         raise RuntimeError("quantkit::gptq_sweep: the loss is not finite: u holds NaN or infinities, or a scale does")
     return codes, scales, w.new_empty((0,), dtype=torch.int8) if without else zeros, loss
@@ -219,7 +289,8 @@ _factor = declare(
 )
 _sweep = declare(
     "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
-    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
     kernels=("CPU",),
@@ -268,6 +339,8 @@ def gptq_sweep(
     divisor: float = 0.0,
     scale_dtype: torch.dtype = torch.float32,
     g_idx: Tensor | None = None,
+    search_range: float = 0.0,
+    search_steps: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
 
@@ -276,5 +349,24 @@ def gptq_sweep(
     `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used, and
     `g_idx` int32 [K] names each column's group: for columns in another order, permute w and u's g and pass it. `loss`
     is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
+
+    With `search_steps` n > 0, a scale that is computed here is the best of n + 1: those of the group's range times
+    1 - search_range * i / n, i = 0 to n. The best has the least sum over the group's columns of ((w - q) / u_cc)^2,
+    the first of equals. w may also be [B, R, K], say experts of one shape, with u [B, K, K], or [K, K] for all of them;
+    all results then have B in front.
     """
-    return _sweep(w, u, scale, zero_point, group_size, q_min, q_max, symmetric, divisor, scale_dtype, g_idx)
+    return _sweep(
+        w,
+        u,
+        scale,
+        zero_point,
+        group_size,
+        q_min,
+        q_max,
+        symmetric,
+        divisor,
+        scale_dtype,
+        g_idx,
+        search_range,
+        search_steps,
+    )

@@ -8,40 +8,71 @@ from torch import Tensor
 from ._library import check_float, declare
 
 
-def _check(x: Tensor, g: Tensor) -> None:
+def _check(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | None) -> None:
     op = "gram_accumulate"
     torch._check(x.dim() == 2, lambda: f"quantkit::{op}: x must be 2-D [tokens, columns], got {x.dim()}-D")
     check_float(op, "x", x)
+    tokens, cols = x.shape
     torch._check(
-        g.dtype == torch.float32 and tuple(g.shape) == (x.shape[1], x.shape[1]),
+        g.dtype == torch.float32 and tuple(g.shape) == (cols, cols),
         lambda: (
-            f"quantkit::{op}: g must be torch.float32 [{x.shape[1]}, {x.shape[1]}], x's columns squared, "
+            f"quantkit::{op}: g must be torch.float32 [{cols}, {cols}], x's columns squared, "
             f"got {g.dtype} {list(g.shape)}"
         ),
     )
     torch._check(g.is_contiguous(), lambda: f"quantkit::{op}: g must be contiguous, got strides {list(g.stride())}")
+    if mask is not None:
+        torch._check(
+            mask.dtype == torch.bool and tuple(mask.shape) == (tokens,),
+            lambda: (
+                f"quantkit::{op}: mask must be torch.bool [{tokens}], a number per token, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            ),
+        )
+    if channels is not None:
+        torch._check(
+            channels.dtype == torch.float32 and tuple(channels.shape) == (3, cols),
+            lambda: (
+                f"quantkit::{op}: channels must be torch.float32 [3, {cols}], "
+                f"got {channels.dtype} {list(channels.shape)}"
+            ),
+        )
+        torch._check(
+            channels.is_contiguous(),
+            lambda: f"quantkit::{op}: channels must be contiguous, got strides {list(channels.stride())}",
+        )
 
 
-def _fake(x: Tensor, g: Tensor) -> None:
-    _check(x, g)
+def _fake(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | None) -> None:
+    _check(x, mask, g, channels)
 
 
-def _reference(x: Tensor, g: Tensor) -> None:
-    _check(x, g)
-    wide = x.float()
+def _reference(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | None) -> None:
+    _check(x, mask, g, channels)
+    wide = x.float() if mask is None else x[mask].float()
     g.addmm_(wide.T, wide)
+    if channels is not None and len(wide):
+        torch.minimum(channels[0], wide.amin(0), out=channels[0])
+        torch.maximum(channels[1], wide.amax(0), out=channels[1])
+        channels[2] += wide.abs().sum(0)
 
 
 _accumulate = declare(
-    "gram_accumulate(Tensor x, Tensor(a!) g) -> ()", fake=_fake, reference=_reference, kernels=("CPU",)
+    "gram_accumulate(Tensor x, Tensor? mask, Tensor(a!) g, Tensor(b!)? channels) -> ()",
+    fake=_fake,
+    reference=_reference,
+    kernels=("CPU",),
 )
 
 
-def gram_accumulate(x: Tensor, g: Tensor) -> None:
+def gram_accumulate(x: Tensor, g: Tensor, *, mask: Tensor | None = None, channels: Tensor | None = None) -> None:
     """g += x^T x, in place. x [tokens, K] fp32, fp16 or bf16; g fp32 [K, K], symmetric.
 
+    `mask` bool [tokens] says which tokens count (True); without one, all do. `channels` fp32 [3, K] takes in, in the
+    same pass over x, each column's least and greatest number and the sum of its magnitudes: it starts as inf, -inf, 0.
+
     Products and sums are fp32. Only the upper half is computed and then mirrored: all of g is valid on return, and
-    exactly symmetric. NaN and infinities in column k of x make g[k, k] NaN or infinite. bf16 numbers below 2^-126
-    may count as zero.
+    exactly symmetric. NaN and infinities in column k of x make g[k, k] NaN or infinite, and NaN all three of its
+    channels. bf16 numbers below 2^-126 may count as zero.
     """
-    _accumulate(x, g)
+    _accumulate(x, mask, g, channels)
