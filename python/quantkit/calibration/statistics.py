@@ -51,14 +51,17 @@ class Statistics:
     gram: Tensor | None = None
     histogram: Histogram | None = None
     averages: Tensor | None = None
+    _channels: Tensor | None = None
 
     @classmethod
     def empty(cls, channels: int, wants: Wants) -> Statistics:
         """Of nothing yet."""
         found = cls(0, torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf))
         if wants.gram:
-            found.absum = torch.zeros(channels)
-            found.gram = torch.zeros(channels, channels)
+            # One buffer, as the op that makes the Gram matrix fills it in the same pass.
+            rows = torch.stack((found.min, found.max, torch.zeros(channels)))
+            found.min, found.max, found.absum = rows
+            found.gram, found._channels = torch.zeros(channels, channels), rows
         if wants.histogram:
             found.histogram = Histogram(torch.zeros(HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1))
         if wants.averages:
@@ -74,7 +77,11 @@ class Statistics:
 
     def update(self, x: Tensor, where: str | Callable[[], str]) -> None:
         """Take in x [tokens, channels]; CalibrationError for NaN and Inf, naming `where` and the channels."""
-        low, high = (extreme.reshape(-1) for extreme in ops.minmax(x, [-1, 1]))
+        if self.gram is not None and self._channels is not None:
+            ops.gram_accumulate(x, self.gram, channels=self._channels)
+            low, high = self.min, self.max
+        else:
+            low, high = (extreme.reshape(-1) for extreme in ops.minmax(x, [-1, 1]))
         # NaN and Inf survive min and max, so looking at these is enough.
         bad = ~(torch.isfinite(low) & torch.isfinite(high))
         if bool(bad.any()):
@@ -87,9 +94,6 @@ class Statistics:
         self.count += x.shape[0]
         torch.minimum(self.min, low, out=self.min)
         torch.maximum(self.max, high, out=self.max)
-        if self.gram is not None and self.absum is not None:
-            ops.gram_accumulate(x, self.gram)
-            self.absum += x.abs().sum(0, dtype=torch.float32)
         if self.histogram is not None:
             ops.histogram_accumulate(x, self.histogram.counts, self.histogram.span)
         if self.averages is not None:
