@@ -10,7 +10,7 @@ namespace qk::QK_ISA {
 namespace {
 
 constexpr int kTile = kVectors * kLanes;
-constexpr int64_t kDepth = 128;  // words: a tile of g so deep stays in the L1 cache
+constexpr int64_t kDepth = 512;  // words: a tile of g so deep stays in the L2 cache
 
 struct FloatWords {
   using Word = float;

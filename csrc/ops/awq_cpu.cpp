@@ -13,7 +13,7 @@ namespace {
 constexpr auto kOp = "awq_search";
 constexpr int64_t kErrors = 128 * 1024;  // of a block of rows: they stay in the L2 cache
 // The more rows, the better the errors of bf16 cancel out. A weight of fewer has little work, too.
-constexpr int64_t kPairRows = 64, kManyRows = 512;
+constexpr int64_t kPairRows = 256, kManyRows = 512;
 
 using Clips = std::vector<double>;
 

@@ -99,14 +99,24 @@ def check(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("rows", "cols", "group"),
-    [(1, 1, -1), (5, 7, 3), (8, 48, 16), (63, 131, 32), (64, 131, 32), (70, 300, 128), (129, 97, -1), (66, 50, 1)],
+    [
+        (1, 1, -1),
+        (5, 7, 3),
+        (8, 48, 16),
+        (70, 131, 32),
+        (255, 131, 32),
+        (256, 131, 32),
+        (300, 300, 128),
+        (259, 97, -1),
+        (66, 50, 1),
+    ],
 )
 def test_like_fp64(implementation: str, rows: int, cols: int, group: int, bits: int, symmetric: bool) -> None:
     w, g, scales = problem(rows, cols)
     check(implementation, w, g, scales, [1.0, 0.9], group, bits, symmetric)
 
 
-@pytest.mark.parametrize("rows", [16, 64, 200])
+@pytest.mark.parametrize("rows", [16, 256, 600])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["plain", "correlated", "loud", "offset", "dead"])
 def test_whatever_the_input(kind: str, bits: int, rows: int) -> None:
@@ -116,7 +126,7 @@ def test_whatever_the_input(kind: str, bits: int, rows: int) -> None:
 
 
 def test_many_blocks_of_rows() -> None:
-    w, g, scales = problem(300, 1100, count=2)
+    w, g, scales = problem(500, 1100, count=2)
     check("kernel", w.bfloat16(), g, scales, [1.0], 128)
 
 
@@ -124,21 +134,21 @@ def test_many_blocks_of_rows() -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes(implementation: str, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    w, g, scales = problem(80, 160)
+    w, g, scales = problem(260, 160)
     check(implementation, w.to(dtype), g, scales, [1.0], 32, 4, True, scale_dtype)
     check(implementation, w.to(dtype), g, scales, [1.0], 32, 8, False, scale_dtype)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_strides(implementation: str) -> None:
-    w, g, scales = problem(70, 90)
+    w, g, scales = problem(260, 90)
     wide = [torch.full((len(x) + 1, x.shape[1] + 5), float("nan")) for x in (w, g, scales)]
     parts = [x[: len(y), 3 : 3 + y.shape[1]].copy_(y) for x, y in zip(wide, (w, g, scales), strict=True)]
     check(implementation, *parts, [1.0], 32)
 
 
 def test_no_smoothing_is_rounding_to_nearest() -> None:
-    w, g, _ = problem(100, 256)
+    w, g, _ = problem(300, 256)
     codes, step, _ = ops.rtn_int(w, [1, 64], q_min=-8, q_max=7, divisor=7.5)
     error = ops.dequantize(codes, step, None, [1, 64]).double() - w.double()
     got = ops.awq_search(w, g, torch.ones(1, 256), group_size=64, q_min=-8, q_max=7, divisor=7.5)
@@ -150,7 +160,7 @@ def test_no_smoothing_is_rounding_to_nearest() -> None:
 
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rows", [10, 70])
+@pytest.mark.parametrize("rows", [10, 300])
 def test_what_is_not_finite_never_wins(implementation: str, rows: int, symmetric: bool) -> None:
     w, g, scales = problem(rows, 100, count=6)
     scales[1, 40], scales[2, 41], scales[3, 42], scales[4, 99] = float("nan"), INF, 0.0, -INF
@@ -172,7 +182,7 @@ def test_what_is_not_finite_never_wins(implementation: str, rows: int, symmetric
 
 
 def test_zeros() -> None:
-    w, g, scales = problem(70, 64)
+    w, g, scales = problem(270, 64)
     assert ops.awq_search(torch.zeros_like(w), g, scales, group_size=32, q_min=-8, q_max=7, divisor=7.5).eq(0).all()
     assert ops.awq_search(w, torch.zeros_like(g), scales, group_size=32, q_min=-8, q_max=7, divisor=7.5).eq(0).all()
 
@@ -217,7 +227,7 @@ def test_refuses() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compiles(symmetric: bool) -> None:
-    w, g, scales = problem(70, 60)
+    w, g, scales = problem(270, 60)
     arguments = (w, g, scales, [1.0, 0.9], 32, -8, 7, symmetric, 7.5, torch.float32)
     torch.library.opcheck(torch.ops.quantkit.awq_search.default, arguments)
 

@@ -127,7 +127,9 @@ def awq_search(
 
     w [R, K] fp32, fp16 or bf16; g fp32 [K, K], symmetric, `gram_accumulate`'s; scales fp32 [S, K]. Q is the rounding
     of `rtn_int` in groups of `group_size` columns (-1: the row; the last group may be shorter) and back, with the
-    extremes of each group times the clip ratio, in (0, 1]. Errors are relative 1e-4 at most, mostly far less. A loss
-    that is not finite, as from NaN in w, a zero or NaN in a candidate, or overflow, is +inf: it never is the least.
+    extremes of each group times the clip ratio, in (0, 1]. On bf16 units the products of a large weight are bf16, with
+    what matters most in fp32: errors are some 1e-5 of the loss, and below 1e-4. A loss that is not finite, as from NaN
+    in w, a zero or NaN in a candidate, or overflow, is +inf: it never is the least. Numbers of a candidate below 2^-126
+    may count as zero.
     """
     return _search(w, g, scales, list(clip), group_size, q_min, q_max, symmetric, divisor, scale_dtype)
