@@ -63,12 +63,12 @@ class WeightError:
 
 @dataclass(frozen=True)
 class Record:
-    """How an output was made: each Linear's method, those whose weight a transform rescaled, and the other tensors that
-    it changed. Without a record everything was rounded to nearest and nothing else changed.
+    """How an output was made: each Linear's method, what a transform rescaled of those it changed ("columns", "rows",
+    "columns and rows"), and the other tensors that it changed. Without a record everything was rounded to nearest.
     """
 
     methods: Mapping[str, str] = field(default_factory=dict)
-    rescaled: frozenset[str] = frozenset()
+    rescaled: Mapping[str, str] = field(default_factory=dict)
     rewritten: frozenset[str] = frozenset()
 
     @classmethod
@@ -80,7 +80,7 @@ class Record:
         try:
             found = json.loads(path.read_bytes())
             methods, rescaled, rewritten = (found.get(key) or () for key in ("methods", "rescaled", "rewritten"))
-            return cls(dict(methods), frozenset(rescaled), frozenset(rewritten))
+            return cls(dict(methods), dict(rescaled), frozenset(rewritten))
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a record of quantkit ({error}); quantize again, or remove it") from None
 
@@ -229,7 +229,7 @@ def _check_weight(
     if record.is_rounded(module, weight.args):
         _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
     else:
-        _check_noise(module, original, weight, module in record.rescaled, result)
+        _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
     if f"{module}.input_scale" in quantized.checkpoint.tensors:
         _check_scale(f"{module}.input_scale", quantized.checkpoint, result)
     source.release(f"{module}.weight")
@@ -252,12 +252,12 @@ def _check_rounded(
         )
 
 
-def _check_noise(module: str, original: Tensor, weight: QuantizedTensor, rescaled: bool, result: AuditResult) -> None:
+def _check_noise(module: str, original: Tensor, weight: QuantizedTensor, rescaled: str, result: AuditResult) -> None:
     """The weight as a whole and each of its rows must be recognizable."""
     import torch
 
     found = weight.dequantize()
-    columns, rows = _rescaling(original, found) if rescaled else (torch.ones(weight.cols), torch.ones(weight.rows))
+    columns, rows = _rescaling(original, found, rescaled)
     signal, noise = torch.zeros(weight.rows), torch.zeros(weight.rows)
     largest = peak = 0.0
     for part in _parts(weight):
@@ -280,23 +280,25 @@ def _check_noise(module: str, original: Tensor, weight: QuantizedTensor, rescale
         result.problems.append(f"{module}: row{'s' if len(bad) > 1 else ''} {shown}: more noise than signal")
 
 
-def _rescaling(original: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """c [cols] and r [rows] for which r * original * c is nearest to `found`, by turns of least squares."""
+def _rescaling(original: Tensor, found: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """c [cols] and r [rows] for which r * original * c is nearest to `found`, by turns of least squares; 1 unless
+    `what` names them.
+    """
     import torch
 
     rows, cols = original.shape
     c, r = torch.ones(cols), torch.ones(rows)
-    for _ in range(3):
+    for _ in range(3 if " and " in what else 1):
         dot, square = torch.zeros(cols), torch.zeros(cols)
-        for part in _parts(found):
+        for part in _parts(found) if "columns" in what else ():
             scaled = original[part].float() * r[part, None]
             dot += (found[part] * scaled).sum(0)
             square += scaled.square().sum(0)
-        c = torch.where(square > 0, dot / square, torch.ones(()))
-        for part in _parts(found):
+        c = torch.where(square > 0, dot / square, c)
+        for part in _parts(found) if "rows" in what else ():
             scaled = original[part].float() * c
             over = scaled.square().sum(1)
-            r[part] = torch.where(over > 0, (found[part] * scaled).sum(1) / over, torch.ones(()))
+            r[part] = torch.where(over > 0, (found[part] * scaled).sum(1) / over, r[part])
     return c, r
 
 

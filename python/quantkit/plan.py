@@ -89,18 +89,20 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """What the audit has to know about how the output was made, in plain types: how each Linear was quantized
-        ("rtn", "gptq", "awq"), whose weights a transform rescaled, and which other tensors it changed.
+        ("rtn", "gptq", "awq"), whose weights a transform rescaled (columns, rows or both), and which other tensors it
+        changed.
         """
+        places = [place for group in self.smoothings.values() for place in group]
+        columns, rows = {m for place in places for m in place.balance}, {place.smooth for place in places}
+        rescaled = {
+            name: " and ".join(word for word, where in (("columns", columns), ("rows", rows)) if name in where)
+            for name in self.modules
+        }
         return {
             "methods": {name: module.modifier.kind for name, module in self.modules.items()},
-            "rescaled": [name for name in self.modules if name in self._smoothed],
+            "rescaled": {name: what for name, what in rescaled.items() if what},
             "rewritten": sorted(self.rewritten),
         }
-
-    @property
-    def _smoothed(self) -> set[str]:
-        places = [place for group in self.smoothings.values() for place in group]
-        return {module for place in places for module in (place.smooth, *place.balance)}
 
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:

@@ -7,6 +7,7 @@ rounded, that order decides a few codes that lie within an ulp of a tie.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,8 @@ def oracle(source: Path, output: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *RECIPES])
 def test_transformers_computes_what_the_codes_say(scheme: str, tmp_path: Path) -> None:
+    if scheme == "groups in order" and version("compressed-tensors") >= "0.19":
+        pytest.skip("compressed-tensors 0.19 and later refuse g_idx")
     source = EXAMPLES / "models" / "tiny-llama"
     if scheme in SCHEMES:
         output = quantize("tiny-llama", scheme, tmp_path)

@@ -162,7 +162,12 @@ def test_smoothing_rewrites_what_is_not_quantized(tmp_path: Path) -> None:
     assert made.rewritten == norms | {f"model.layers.{i}.mlp.gate.weight" for i in (0, 1)}
     assert not made.rewritten & set(made.carried) and "model.layers.2.input_layernorm.weight" in made.carried
     rescaled = made.record()["rescaled"]
-    assert "model.layers.0.mlp.experts.3.up_proj" in rescaled
+    expert = "model.layers.0.mlp.experts.3"
+    assert [rescaled[f"{expert}.{p}_proj"] for p in ("gate", "up", "down")] == [
+        "columns",
+        "columns and rows",
+        "columns",
+    ]
     assert not [name for name in rescaled if name.startswith("model.layers.2.")]
     # Two square inputs and that of each of 8 experts' two, fp32; q, k and v share one, and so do gate and up.
     assert made.estimate.gram_bytes == 4 * 128 * 128 * (2 + 2 * 8)
