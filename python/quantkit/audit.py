@@ -1,15 +1,19 @@
 """The audit: reopen what was written and compare it with the source, tensor by tensor.
 
-Structure is checked by the reader (headers, index, offsets) and against the plan's tensor list; values by
+Structure is checked by the reader (headers, index, offsets) and against what the config block implies; values by
 dequantizing every weight. A weight rounded to nearest cannot be further from its source than half a code
-(integers) or half a step at the top of the range (FP8): more is a defect, not an accuracy.
+(integers) or half a step at the top of the range (FP8): more is a defect, not an accuracy. Where data had a say (GPTQ,
+searched ranges) or smoothing rescaled a weight, as the output's record tells, it is the noise that must not be too
+much, after the rescaling of columns and rows that fits best.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +22,10 @@ from .checkpoint.layout import OutputTensor
 from .checkpoint.reader import Checkpoint
 from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
-from .plan import collapse
+from .models.families import family_of
+from .models.mappings import OFFSET_NORMS
+from .plan import attention_modules, collapse, kv_heads
+from .quantized import QuantizedTensor
 from .report.progress import Progress
 from .report.table import table
 
@@ -33,6 +40,15 @@ HALF_STEP = {"int": 0.5, "float": 16.0}
 # Half an ulp, relative: a scale stored rounded down makes the largest weight that much more than its last code. In
 # fp32 the slack also covers the rounding of 1/scale, of the product and of the dequantized value.
 HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 2.0**-22}
+# Least signal to noise in dB, by bits, of a weight that is not just rounded; rounding gives about 19 and 40.
+LEAST_SQNR = {4: 3.0, 8: 15.0}
+# A row of one that has more noise than this for each unit of signal holds other values than its source.
+MOST_ROW_NOISE = 1.5
+RECORD = "quantkit_config.json"
+SEARCHED = ("mse", "percentile")
+NORM = re.compile(r"norm\d*\.weight$")
+# Elements of a weight that are compared at a time in fp32.
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,35 @@ class WeightError:
     max_weight: float
 
 
+@dataclass(frozen=True)
+class Record:
+    """How an output was made: each Linear's method, what a transform rescaled of those it changed ("columns", "rows",
+    "columns and rows"), and the other tensors that it changed. Without a record everything was rounded to nearest.
+    """
+
+    methods: Mapping[str, str] = field(default_factory=dict)
+    rescaled: Mapping[str, str] = field(default_factory=dict)
+    rewritten: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, folder: Path) -> Record:
+        """That of the output in `folder`. CheckpointError if it is there and cannot be read."""
+        path = folder / RECORD
+        if not path.is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_bytes())
+            methods, rescaled, rewritten = (found.get(key) or () for key in ("methods", "rescaled", "rewritten"))
+            return cls(dict(methods), dict(rescaled), frozenset(rewritten))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a record of quantkit ({error}); quantize again, or remove it") from None
+
+    def is_rounded(self, module: str, args: QuantizationArgs) -> bool:
+        """Whether `module`'s codes are the nearest to its source's weight."""
+        plain = self.methods.get(module, "rtn") == "rtn" and module not in self.rescaled
+        return plain and args.observer not in SEARCHED
+
+
 @dataclass
 class AuditResult:
     """`ok` when nothing is wrong; `problems` say what and where; `weights` has one row per quantized Linear."""
@@ -52,6 +97,7 @@ class AuditResult:
     folder: str
     weights: list[WeightError] = field(default_factory=list)
     carried: int = 0
+    rewritten: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -77,7 +123,10 @@ class AuditResult:
         lines = [table(head, rows)] if rows else []
         lines += [f"  problem: {problem}" for problem in self.problems]
         verdict = "PASSED" if self.ok else f"FAILED with {len(self.problems)} problem(s)"
-        lines.append(f"audit {verdict}: {len(self.weights)} quantized weights, {self.carried} tensors carried over")
+        changed = f", {self.rewritten} rescaled in full precision" if self.rewritten else ""
+        lines.append(
+            f"audit {verdict}: {len(self.weights)} quantized weights, {self.carried} tensors carried over{changed}"
+        )
         return "\n".join(lines)
 
 
@@ -87,6 +136,7 @@ def audit(output: Path, source: Checkpoint, *, progress: bool = True) -> AuditRe
 
     result = AuditResult(str(output))
     try:
+        record = Record.of(output)
         written = Checkpoint(output)
     except CheckpointError as error:
         result.problems.append(str(error))
@@ -95,10 +145,14 @@ def audit(output: Path, source: Checkpoint, *, progress: bool = True) -> AuditRe
         if written.config.get("quantization_config") is None:
             result.problems.append(f"{output}/config.json: no quantization_config, so no server would dequantize it")
             return result
-        quantized = WeightSource(written)
+        try:
+            quantized = WeightSource(written)
+        except CheckpointError as error:
+            result.problems.append(str(error))
+            return result
         _check_structure(quantized, source, result)
         if result.ok:
-            _check_values(quantized, source, result, progress)
+            _check_values(quantized, source, record, result, progress)
         for path in source.side_files:
             if not (output / path.name).is_file():
                 result.problems.append(f"{path.name}: side file of the source is missing")
@@ -120,6 +174,10 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
             expected.update({t.name: t for t in stored})
         else:
             expected[name] = OutputTensor(name, info.dtype, info.shape)
+    if quantized.kv_cache is not None:
+        for attention in attention_modules(family_of(source.config), source.tensors):
+            stored = fmt.kv_tensors(attention, quantized.kv_cache, kv_heads(source.config) or 1)
+            expected.update({t.name: t for t in stored})
     for name in sorted(set(expected) - set(written.tensors)):
         result.problems.append(f"{name}: missing")
     for name in sorted(set(written.tensors) - set(expected)):
@@ -135,42 +193,154 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
         result.problems.append(f"{module}: quantized and in `ignore` at once")
 
 
-def _check_values(quantized: WeightSource, source: Checkpoint, result: AuditResult, show: bool) -> None:
+def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult, show: bool) -> None:
+    from .formats.source import CACHE_PARTS
+
+    family = family_of(source.config)
+    for attention in quantized.cache_quantizers:
+        for part in CACHE_PARTS:
+            _check_scale(f"{attention}.{part}", quantized.checkpoint, result)
     with Progress("audit", total=source.total_bytes, unit="B", enabled=show) as progress:
         for name, info in source.tensors.items():
             module = quantized.module_of(name)
             if module is not None:
-                _check_weight(module, quantized, source, result)
+                _check_weight(module, quantized, source, record, result)
+            elif name in record.rewritten:
+                _check_rewritten(name, quantized.checkpoint, source, family.model_type in OFFSET_NORMS, result)
             else:
                 _check_carried(name, quantized.checkpoint, source, result)
             progress.advance(info.nbytes)
 
 
-def _check_weight(module: str, quantized: WeightSource, source: Checkpoint, result: AuditResult) -> None:
-    from . import ops
-
+def _check_weight(
+    module: str, quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult
+) -> None:
     weight = quantized.quantized(module)
     original = source.tensor(f"{module}.weight")
     scale = weight.scale
     if not _usable(scale):
         result.problems.append(f"{module}.weight_scale: has values that are not finite and positive")
         return
-    figures = ops.quantization_error(original, weight.unpacked(), scale, weight.zero_point, weight.args.block)
+    if weight.g_idx is not None and not _even_groups(weight.g_idx, weight.args.group_size or 1):
+        result.problems.append(
+            f"{module}.weight_g_idx: does not put {weight.args.group_size} of {weight.cols} columns into each group"
+        )
+        return
+    if record.is_rounded(module, weight.args):
+        _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
+    else:
+        _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
+    if f"{module}.input_scale" in quantized.checkpoint.tensors:
+        _check_scale(f"{module}.input_scale", quantized.checkpoint, result)
+    source.release(f"{module}.weight")
+    quantized.release(f"{module}.weight")
+
+
+def _check_rounded(
+    module: str, original: Tensor, weight: QuantizedTensor, scale_dtype: str, result: AuditResult
+) -> None:
+    """No element may be further away than half a code."""
+    from . import ops
+
+    figures = ops.quantization_error(original, weight.unpacked(), weight.scale, weight.zero_point, weight.args.block)
     noise, signal, largest, peak = figures.tolist()
-    sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal > 0 else -math.inf)
-    result.weights.append(WeightError(module, sqnr, largest, peak))
-    limit = _error_limit(weight.args, float(scale.max()), quantized.scale_dtype(module))
+    result.weights.append(WeightError(module, _decibels(signal, noise), largest, peak))
+    limit = _error_limit(weight.args, float(weight.scale.max()), scale_dtype)
     if not largest <= limit:
         result.problems.append(
             f"{module}: max |error| {largest:.3e} is above {limit:.3e}, half a code at its largest scale"
         )
-    stored = f"{module}.input_scale"
-    if stored in quantized.checkpoint.tensors:
-        value = quantized.checkpoint.tensor(stored).float()
-        if not _usable(value):
-            result.problems.append(f"{stored}: {value.flatten().tolist()} is not finite and positive")
-    source.release(f"{module}.weight")
-    quantized.release(f"{module}.weight")
+
+
+def _check_noise(module: str, original: Tensor, weight: QuantizedTensor, rescaled: str, result: AuditResult) -> None:
+    """The weight as a whole and each of its rows must be recognizable."""
+    import torch
+
+    found = weight.dequantize()
+    columns, rows = _rescaling(original, found, rescaled)
+    signal, noise = torch.zeros(weight.rows), torch.zeros(weight.rows)
+    largest = peak = 0.0
+    for part in _parts(weight):
+        wanted = original[part].float() * columns * rows[part, None]
+        error = found[part] - wanted
+        signal[part], noise[part] = wanted.square().sum(1), error.square().sum(1)
+        largest, peak = max(largest, float(error.abs().max())), max(peak, float(wanted.abs().max()))
+    sqnr = _decibels(float(signal.double().sum()), float(noise.double().sum()))
+    result.weights.append(WeightError(module, sqnr, largest, peak))
+    least = LEAST_SQNR[weight.args.num_bits]
+    if not sqnr >= least:
+        result.problems.append(
+            f"{module}: {sqnr:.1f} dB of signal to noise, and {weight.args.num_bits} bits give at least {least:.0f}; "
+            "it does not hold its source's weight"
+        )
+        return
+    bad = ((noise > MOST_ROW_NOISE * signal) & (signal > 0)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        result.problems.append(f"{module}: row{'s' if len(bad) > 1 else ''} {shown}: more noise than signal")
+
+
+def _rescaling(original: Tensor, found: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """c [cols] and r [rows] for which r * original * c is nearest to `found`, by turns of least squares; 1 unless
+    `what` names them.
+    """
+    import torch
+
+    rows, cols = original.shape
+    c, r = torch.ones(cols), torch.ones(rows)
+    for _ in range(3 if " and " in what else 1):
+        dot, square = torch.zeros(cols), torch.zeros(cols)
+        for part in _parts(found) if "columns" in what else ():
+            scaled = original[part].float() * r[part, None]
+            dot += (found[part] * scaled).sum(0)
+            square += scaled.square().sum(0)
+        c = torch.where(square > 0, dot / square, c)
+        for part in _parts(found) if "rows" in what else ():
+            scaled = original[part].float() * c
+            over = scaled.square().sum(1)
+            r[part] = torch.where(over > 0, (found[part] * scaled).sum(1) / over, r[part])
+    return c, r
+
+
+def _parts(weight: Tensor | QuantizedTensor) -> Iterator[slice]:
+    """Rows of a weight, some at a time."""
+    rows, cols = (weight.rows, weight.cols) if isinstance(weight, QuantizedTensor) else weight.shape
+    step = max(1, CHUNK // max(1, cols))
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def _even_groups(g_idx: Tensor, size: int) -> bool:
+    """Whether each group has `size` columns."""
+    if g_idx.numel() == 0 or int(g_idx.min()) < 0:
+        return g_idx.numel() == 0
+    counts = g_idx.long().bincount()
+    return counts.numel() * size == g_idx.numel() and bool((counts == size).all())
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal > 0 else -math.inf)
+
+
+def _check_scale(name: str, written: Checkpoint, result: AuditResult) -> None:
+    value = written.tensor(name).float()
+    if not _usable(value):
+        result.problems.append(f"{name}: {value.flatten().tolist()[:8]} is not finite and positive")
+
+
+def _check_rewritten(
+    name: str, written: Checkpoint, source: Checkpoint, offset_norms: bool, result: AuditResult
+) -> None:
+    """Dtype and shape are those of the source; values are finite, and a norm has no zero that its source has not."""
+    import torch
+
+    value, original = written.tensor(name), source.tensor(name)
+    if not bool(torch.isfinite(value.float()).all()):
+        result.problems.append(f"{name}: rescaled, and has NaN or Inf")
+    elif NORM.search(name) and not offset_norms and bool(((value == 0) & (original != 0)).any()):
+        result.problems.append(f"{name}: rescaled, and has zeros that the source has not")
+    result.rewritten += 1
+    source.release(name)
+    written.release(name)
 
 
 def _usable(scale: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """What quantization costs: perplexity, KL divergence to a reference and top-1 agreement, layer by layer.
 
 Works for models larger than memory: one decoder layer is in memory at a time, logits are compared a few tokens at a
-time. All arithmetic is fp32 unless asked otherwise. A quantized folder is read dequantized, and its activations are
-quantized where its config says so.
+time. All arithmetic is fp32 unless asked otherwise. A quantized folder is read dequantized, and its activations and its
+KV cache are quantized where its config says so.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ LOGITS_BYTES = 256 << 20
 
 
 class Source(Protocol):
-    """A checkpoint to evaluate: weights by the names of a plain one, and what quantizes a Linear's input, by module."""
+    """A checkpoint to evaluate: weights by the names of a plain one, and what quantizes a Linear's input and an
+    attention's keys and values, by module.
+    """
 
     @property
     def input_quantizers(self) -> Mapping[str, Callable[[Tensor], Tensor]]: ...
+    @property
+    def cache_quantizers(self) -> Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]: ...
 
     def names(self) -> set[str]: ...
 
@@ -142,8 +146,14 @@ def compare(
 
 def _run(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Progress) -> HiddenStates:
     """What leaves the last decoder layer."""
+    from .calibration.hooks import CacheRounder
     from .calibration.sweep import embed, forward
 
+    caches = {
+        layer: CacheRounder(*quantizers)
+        for attention, quantizers in source.cache_quantizers.items()
+        if (layer := skeleton.family.layer_of(f"{attention}.weight")) is not None
+    }
     hidden, calls = embed(skeleton, source, grouped)
     for index in range(skeleton.num_layers):
         skeleton.materialize(index, source)
@@ -152,7 +162,7 @@ def _run(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Progress
             for name, linear in skeleton.linears(index).items()
             if name in source.input_quantizers
         ]
-        forward(skeleton, index, grouped, calls, hidden)
+        forward(skeleton, index, grouped, calls, hidden, cache=caches.get(index))
         for handle in handles:
             handle.remove()
         skeleton.drop(index, source)

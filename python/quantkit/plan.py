@@ -89,18 +89,20 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """What the audit has to know about how the output was made, in plain types: how each Linear was quantized
-        ("rtn", "gptq", "awq"), whose weights a transform rescaled, and which other tensors it changed.
+        ("rtn", "gptq", "awq"), whose weights a transform rescaled (columns, rows or both), and which other tensors it
+        changed.
         """
+        places = [place for group in self.smoothings.values() for place in group]
+        columns, rows = {m for place in places for m in place.balance}, {place.smooth for place in places}
+        rescaled = {
+            name: " and ".join(word for word, where in (("columns", columns), ("rows", rows)) if name in where)
+            for name in self.modules
+        }
         return {
             "methods": {name: module.modifier.kind for name, module in self.modules.items()},
-            "rescaled": [name for name in self.modules if name in self._smoothed],
+            "rescaled": {name: what for name, what in rescaled.items() if what},
             "rewritten": sorted(self.rewritten),
         }
-
-    @property
-    def _smoothed(self) -> set[str]:
-        places = [place for group in self.smoothings.values() for place in group]
-        return {module for place in places for module in (place.smooth, *place.balance)}
 
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
@@ -143,14 +145,19 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     places, notes = _smoothings(recipe, family, shapes, modules)
     warnings += notes
     rewritten = _rewritten(places, modules, shapes)
-    attentions, heads = _attentions(recipe, family, checkpoint, shapes)
+    attentions = _attentions(recipe, family, checkpoint, shapes)
     if recipe.kv_cache is not None and recipe.kv_cache.type == "int":
         warnings.append("an int8 KV cache: vLLM reads FP8 ones only, and refuses this model; Transformers reads it")
+    if any(m.scheme.weights.actorder == "group" for m in modules.values()):
+        warnings.append(
+            "actorder 'group': compressed-tensors from 0.19 on refuses it, and so do Transformers and servers that use "
+            "it; actorder 'weight' is about as good and read by all"
+        )
     ignore = _kept_linears(family, shapes, modules)
     outputs, carried, stored_bytes = _outputs(checkpoint, fmt, modules, rewritten)
     if recipe.kv_cache is not None:
         for attention in attentions:
-            outputs += fmt.kv_tensors(attention, recipe.kv_cache, heads)
+            outputs += fmt.kv_tensors(attention, recipe.kv_cache, kv_heads(checkpoint.config) or 1)
     clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
     if clashes:
         raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
@@ -234,27 +241,37 @@ def _rewritten(
     return frozenset(found)
 
 
+def attention_modules(family: Family, names: Iterable[str]) -> tuple[str, ...]:
+    """Of a checkpoint with these tensor names the modules that cache keys and values: those above what makes keys."""
+    modules = (name.removesuffix(".weight") for name in names if family.layer_of(name) is not None)
+    return tuple(dict.fromkeys(name[: match.start()] for name in modules if (match := KEYS.search(name))))
+
+
+def kv_heads(config: Mapping[str, Any]) -> int | None:
+    """How many heads keys and values have, None where config.json does not tell or they are not cached by head."""
+    text = text_config(config)
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    return heads if isinstance(heads, int) and not text.get("kv_lora_rank") else None
+
+
 def _attentions(
     recipe: Recipe, family: Family, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[str, ...], int]:
-    """The modules that get KV-cache scales, and how many heads their keys and values have."""
+) -> tuple[str, ...]:
+    """The modules that get KV-cache scales."""
     if recipe.kv_cache is None:
-        return (), 0
-    modules = (name.removesuffix(".weight") for name in shapes if family.layer_of(name) is not None)
-    found = tuple(dict.fromkeys(name[: match.start()] for name in modules if (match := KEYS.search(name))))
+        return ()
+    found = attention_modules(family, shapes)
     if not found:
         raise PlanError(
             f"kv_cache_scheme: no decoder layer of {checkpoint.folder} has a k_proj, qkv_proj or kv_b_proj, so it is "
             "not known which modules cache keys; leave kv_cache_scheme out"
         )
-    text = text_config(checkpoint.config)
-    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    if recipe.kv_cache.strategy == "attn_head" and (not isinstance(heads, int) or text.get("kv_lora_rank")):
+    if recipe.kv_cache.strategy == "attn_head" and kv_heads(checkpoint.config) is None:
         raise PlanError(
             "kv_cache_scheme: strategy attn_head needs num_key_value_heads in config.json and one cache entry a head, "
             f"which model_type '{family.model_type}' does not have; use strategy tensor"
         )
-    return found, heads if isinstance(heads, int) else 1
+    return found
 
 
 def _planned(

@@ -25,12 +25,37 @@ SCHEMES = {
     "W4A16_ASYM": "scheme: W4A16_ASYM",
     "W8A16": "scheme: W8A16",
     "W8A8_STATIC_ASYM": "scheme: W8A8_STATIC_ASYM",
+    "W8A8_ASYM": "scheme: W8A8_ASYM",
+    "W4A16_CHANNEL_ASYM": "scheme: W4A16_CHANNEL_ASYM",
+    "W8A16_ASYM": "scheme: W8A16_ASYM",
+}
+
+# name -> modifiers of a recipe with several schemes, or with a KV cache
+RECIPES = {
+    "attention W8A8, mlp W4A16": "{QuantizationModifier: {scheme: {W8A8: ['re:.*attn.*'], W4A16: ['re:.*mlp.*']}}}",
+    "fp8 and int4": "{QuantizationModifier: {scheme: {FP8_DYNAMIC: ['re:.*down_proj'], W4A16_ASYM: [Linear]}}}",
+    "one layer in W8A16": "{QuantizationModifier: {scheme: {W8A16: ['re:.*layers.1.mlp'], W8A8: [Linear]}}}",
+    "groups in order": "{GPTQModifier: {scheme: W4A16_ASYM, actorder: group}}",
+    "FP8 cache": "{QuantizationModifier: {kv_cache_scheme: fp8}}",
+    "FP8 cache per head": "{QuantizationModifier: {scheme: FP8_DYNAMIC, kv_cache_scheme: "
+    "{num_bits: 8, type: float, strategy: attn_head}}}",
+    "int8 cache": "{QuantizationModifier: {scheme: W8A8_STATIC, kv_cache_scheme: int8}}",
 }
 
 
 def quantize(model: str, scheme: str, folder: Path, *overrides: str) -> Path:
     """Run the job for SCHEMES[scheme] on `examples/models/<model>`; gives back the audited output."""
-    yaml = folder / f"{scheme}.yaml"
+    what = f'quantization: {{{SCHEMES[scheme]}, ignore_layers: ["lm_head"]}}'
+    return _run(model, scheme, what, folder, *overrides)
+
+
+def quantize_by(model: str, modifiers: str, folder: Path, *overrides: str) -> Path:
+    """Run a recipe, its modifiers as a YAML mapping, on `examples/models/<model>`; gives back the audited output."""
+    return _run(model, "recipe", f"recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}", folder, *overrides)
+
+
+def _run(model: str, name: str, what: str, folder: Path, *overrides: str) -> Path:
+    yaml = folder / f"{name}.yaml"
     yaml.write_text(
         f"""
 global:
@@ -39,9 +64,7 @@ model:
   model_path: {EXAMPLES / "models" / model}
 compression:
   name: PTQ
-  quantization:
-    {SCHEMES[scheme]}
-    ignore_layers: ["lm_head"]
+  {what}
 dataset:
   data_path: {EXAMPLES / "data" / "calibration.jsonl"}
   max_seq_length: 256

@@ -23,11 +23,20 @@ ROOT = Path(__file__).resolve().parents[2]
 MOE = ROOT / "examples" / "models" / "tiny-moe"
 
 
-def plan(model: Path, folder: Path, quantization: str, *ignore: str, dataset: str = "") -> Plan:
+def plan(model: Path, folder: Path, quantization: str, *ignore: str) -> Plan:
+    return build(model, folder, f"quantization: {{{quantization}, ignore_layers: [{', '.join(ignore)}]}}")
+
+
+def planned(model: Path, folder: Path, *modifiers: str) -> Plan:
+    """The plan of a recipe, its modifiers in YAML."""
+    return build(model, folder, f"recipe: {{quant_stage: {{quant_modifiers: [{', '.join(modifiers)}]}}}}")
+
+
+def build(model: Path, folder: Path, what: str) -> Plan:
     yaml = folder / "job.yaml"
     yaml.write_text(
         f"global: {{save_path: {folder}}}\nmodel: {{model_path: {model}}}\n"
-        f"compression: {{name: PTQ, quantization: {{{quantization}, ignore_layers: [{', '.join(ignore)}]}}}}\n{dataset}"
+        f"compression: {{name: PTQ, {what}}}\ndataset: {{data_path: job.yaml, max_seq_length: 64, num_samples: 4}}"
     )
     with Checkpoint(model) as checkpoint:
         return build_plan(load_run_config(yaml), checkpoint)
@@ -82,6 +91,95 @@ def test_refusals_name_what_and_what_to_do(
         plan(small, tmp_path, quantization, ignore)
     if "512" in quantization:
         assert "group_size to 128" in str(caught.value) and "in = 768) x3" in str(caught.value)
+
+
+def test_each_linear_gets_the_scheme_of_the_target_that_binds_strongest(small: Path, tmp_path: Path) -> None:
+    made = planned(
+        small,
+        tmp_path,
+        "{QuantizationModifier: {scheme: {W4A16: [Linear], FP8_DYNAMIC: ['re:.*down_proj']}, ignore: ['re:.*o_proj']}}",
+        "{GPTQModifier: {scheme: W8A16, targets: [model.layers.1.mlp.down_proj]}}",
+    )
+    of = {name: (module.modifier.kind, module.scheme.name) for name, module in made.modules.items()}
+    assert of["model.layers.0.mlp.up_proj"] == ("rtn", "W4A16")
+    assert of["model.layers.0.mlp.down_proj"] == ("rtn", "FP8_DYNAMIC")
+    assert of["model.layers.1.mlp.down_proj"] == ("gptq", "W8A16")
+    assert set(made.ignore) == {"lm_head", *(f"model.layers.{i}.self_attn.o_proj" for i in range(3))}
+    block = made.config_json["quantization_config"]
+    targets = {t: group["format"] for group in block["config_groups"].values() for t in group["targets"]}
+    assert block["format"] == "mixed-precision" and "Linear" not in targets
+    assert targets["re:.*layers\\.\\d+\\.mlp\\.up_proj$"] == targets["model.layers.1.mlp.down_proj"] == "pack-quantized"
+    assert targets["model.layers.0.mlp.down_proj"] == "float-quantized"
+    assert made.layout.tensors["model.layers.0.mlp.down_proj.weight"].dtype == "F8_E4M3"
+    assert made.record()["methods"]["model.layers.1.mlp.down_proj"] == "gptq"
+    text = render_plan(made)
+    assert "FP8_DYNAMIC: weights FP8 e4m3 per channel" in text and "gptq W8A16" in text
+
+
+def test_one_scheme_by_two_methods_is_one_group(tmp_path: Path) -> None:
+    gptq, rtn = "GPTQModifier: {scheme: W4A16, targets: 're:.*attn.*'}", "QuantizationModifier: {scheme: W4A16"
+    made = planned(MOE, tmp_path, f"{{{gptq}}}", f"{{{rtn}, targets: 're:.*experts.*'}}}}")
+    groups = made.config_json["quantization_config"]["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["Linear"]]
+    # Experts that differ by layer are found by a pattern for each layer.
+    one = "QuantizationModifier: {scheme: {W8A16: ['re:.*layers[.]0[.]mlp'], W4A16: ['re:.*layers[.][12][.]mlp']}}"
+    made = planned(MOE, tmp_path, f"{{{one}}}")
+    groups = made.config_json["quantization_config"]["config_groups"]
+    targets = next(group["targets"] for group in groups.values() if group["weights"]["num_bits"] == 8)
+    assert "re:.*layers\\.0\\.mlp\\.experts\\.\\d+\\.up_proj$" in targets and len(targets) == 3
+
+
+@pytest.mark.parametrize(
+    ("modifier", "message"),
+    [
+        ("scheme: W8A8, targets: up_proj", r"targets: 'up_proj' matches no Linear .*; did you mean 're:\.\*up_proj\$'"),
+        ("scheme: W8A8, targets: model.layers.0.mlp.up_prj", r"did you mean 'model.layers.0.mlp.up_proj'"),
+        ("scheme: W8A8, targets: 're:.*upproj'", r"matches no Linear .*did you mean 'up_proj'"),
+        ("scheme: W8A8, targets: lm_head", r"lm_head is the head, which stays in full precision"),
+        ("scheme: W8A8, ignore: lm_haed", r"^ignore: 'lm_haed' matches nothing"),
+        (
+            "scheme: {W8A8: [Linear], W8A16: ['re:.*k_proj']}",
+            r"q_proj has scheme W8A8 and .*k_proj has W8A16;",
+        ),
+        ("scheme: W8A8, targets: 're:.*gate_proj'", r"takes model.layers.0.mlp.up_proj out but leaves"),
+        ("scheme: W8A8}}, {GPTQModifier: {scheme: W8A8", r"QuantizationModifier \(target 'Linear'\) and GPTQModifier"),
+        (
+            "kv_cache_scheme: {num_bits: 8, type: float, strategy: attn_head}",
+            r"needs num_key_value_heads in config.json",
+        ),
+    ],
+)
+def test_what_a_recipe_may_not_say(small: Path, tmp_path: Path, modifier: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        planned(small, tmp_path, f"{{QuantizationModifier: {{{modifier}}}}}")
+
+
+def test_smoothing_rewrites_what_is_not_quantized(tmp_path: Path) -> None:
+    made = planned(MOE, tmp_path, "{AWQModifier: {}}", "{GPTQModifier: {scheme: W4A16, ignore: ['re:.*layers.2.*']}}")
+    assert [p.layer for p in made.smoothings[0]] == sorted(p.layer for p in made.smoothings[0])
+    assert {p.layer for p in made.smoothings[0]} == {0, 1}, "nothing is smoothed for layers that stay as they are"
+    norms = {f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")}
+    assert made.rewritten == norms | {f"model.layers.{i}.mlp.gate.weight" for i in (0, 1)}
+    assert not made.rewritten & set(made.carried) and "model.layers.2.input_layernorm.weight" in made.carried
+    rescaled = made.record()["rescaled"]
+    expert = "model.layers.0.mlp.experts.3"
+    assert [rescaled[f"{expert}.{p}_proj"] for p in ("gate", "up", "down")] == [
+        "columns",
+        "columns and rows",
+        "columns",
+    ]
+    assert not [name for name in rescaled if name.startswith("model.layers.2.")]
+    # Two square inputs and that of each of 8 experts' two, fp32; q, k and v share one, and so do gate and up.
+    assert made.estimate.gram_bytes == 4 * 128 * 128 * (2 + 2 * 8)
+    assert "of it for a layer's Gram matrices" in render_plan(made)
+
+
+def test_a_cache_gets_its_scales(tmp_path: Path) -> None:
+    made = planned(MOE, tmp_path, "{QuantizationModifier: {kv_cache_scheme: {num_bits: 8, strategy: attn_head}}}")
+    assert not made.modules and made.attentions == tuple(f"model.layers.{i}.self_attn" for i in range(3))
+    assert made.layout.tensors["model.layers.1.self_attn.v_scale"].shape == (2, 1, 1)
+    assert made.config_json["quantization_config"]["kv_cache_scheme"]["strategy"] == "attn_head"
+    assert "vLLM reads FP8 ones only" in made.warnings[0]
 
 
 def test_other_refusals(small: Path, tmp_path: Path) -> None:

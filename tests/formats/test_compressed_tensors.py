@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from quantkit import ops
 from quantkit.config.presets import PRESETS
 from quantkit.config.recipe import SchemeGroup
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
-from quantkit.errors import ConfigError
+from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import FORMATS, format_by_name
 from quantkit.formats import compressed_tensors as ct
 from quantkit.modifiers.rtn import quantize_weight
@@ -55,6 +57,8 @@ def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, 
                 at: tuple[int, ...] = (0,)
             elif args.strategy == "channel":
                 at = (r, 0)
+            elif "m.weight_g_idx" in tensors:
+                at = (r, int(tensors["m.weight_g_idx"][c]))
             elif args.strategy == "group":
                 at = (r, c // (args.group_size or 1))
             else:
@@ -93,6 +97,31 @@ def test_stored_bytes_mean_the_quantized_weight(preset: str, dtype: str) -> None
     assert np.abs(meaning - weight.double().numpy()).max() <= limit * float(tensors["m.weight_scale"].float().max())
 
 
+@pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
+def test_groups_of_columns_in_any_order(preset: str) -> None:
+    scheme = PRESETS[preset]
+    args = replace(scheme.weights, group_size=32, actorder="group")
+    scheme = replace(scheme, weights=args)
+    rows, cols = 24, 128
+    order = torch.randperm(cols, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(3))
+    # Groups are runs of neighbours in the order; codes are stored as columns lie in the weight.
+    ordered = quantize_weight("m", weight[:, order], args, scale_dtype=torch.bfloat16, pack=False)
+    codes = torch.empty_like(ordered.codes).index_copy_(1, order, ordered.codes)
+    g_idx = torch.empty(cols, dtype=torch.int32).index_copy_(0, order, torch.arange(cols, dtype=torch.int32) // 32)
+    quantized = replace(ordered, codes=ops.pack_int32(codes, 4), packed=True, g_idx=g_idx)
+    tensors = ct.pack_weight("m", quantized, torch.bfloat16)
+    stored = {t.name: (t.dtype, t.shape) for t in ct.stored_tensors("m", scheme, rows, cols, "BF16")}
+    assert set(stored) == set(tensors) and stored["m.weight_g_idx"] == ("I32", (cols,))
+    meaning = decode(tensors, args, rows, cols)
+    assert np.array_equal(meaning.astype(np.float32)[:, order], ordered.dequantize().numpy())
+    again = ct.load_weight("m", scheme, tensors.__getitem__, rows, cols)
+    assert np.array_equal(meaning.astype(np.float32), again.dequantize().numpy())
+    block = ct.config_block([SchemeGroup(("Linear",), scheme)], [], [])
+    assert block["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+    assert ct.read_schemes(block)("m").weights == args
+
+
 def test_packing_is_the_librarys() -> None:
     library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = torch.randint(-8, 8, (24, 40), dtype=torch.int8)
@@ -114,6 +143,34 @@ def test_config_block_is_the_librarys(preset: str) -> None:
     again = ct.read_schemes(block)("model.layers.0.mlp.up_proj")
     assert again.weights == PRESETS[preset].weights
     assert again.input_activations == PRESETS[preset].input_activations
+
+
+MIXED = [
+    SchemeGroup(("re:.*layers\\.\\d+\\.mlp\\.up_proj$", "model.layers.1.self_attn.o_proj"), PRESETS["W4A16"]),
+    SchemeGroup(("re:.*layers\\.\\d+\\.self_attn\\.o_proj$",), PRESETS["FP8_DYNAMIC"]),
+]
+
+
+def test_several_schemes_and_a_cache_are_the_librarys() -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    block = ct.config_block(MIXED, ["lm_head"], [], QuantizationArgs(8, "float", strategy="attn_head"))
+    assert block["format"] == "mixed-precision"
+    assert [g["format"] for g in block["config_groups"].values()] == ["pack-quantized", "float-quantized"]
+    parsed = quantization.QuantizationConfig.model_validate(block)
+    assert [str(g.weights.type) for g in parsed.config_groups.values()] == ["int", "float"]
+    assert str(parsed.kv_cache_scheme.strategy) == "attn_head" and not parsed.kv_cache_scheme.dynamic
+    one = ct.config_block([MIXED[1]], [], [], QuantizationArgs(8, "float"))
+    assert one["format"] == "float-quantized" and ct.read_kv_cache(one) == QuantizationArgs(8, "float")
+    assert ct.read_kv_cache(ct.config_block(MIXED, [], [])) is None
+
+
+def test_schemes_are_found_as_servers_find_them() -> None:
+    schemes = ct.read_schemes(ct.config_block(MIXED, [], []))
+    assert schemes("model.layers.7.mlp.up_proj").weights == PRESETS["W4A16"].weights
+    assert schemes("model.layers.7.self_attn.o_proj").weights == PRESETS["FP8_DYNAMIC"].weights
+    assert schemes("model.layers.1.self_attn.o_proj").weights == PRESETS["W4A16"].weights, "a full name goes first"
+    with pytest.raises(CheckpointError, match=r"mlp.down_proj has quantized tensors, and no config"):
+        schemes("model.layers.0.mlp.down_proj")
 
 
 def test_schemes_no_server_reads_are_refused() -> None:

@@ -147,3 +147,14 @@ class CacheRecorder:
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+
+class CacheRounder(CacheRecorder):
+    """Stands in for a KV cache of few bits: gives keys and values back as their codes hold them."""
+
+    def __init__(self, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]) -> None:
+        super().__init__("KV cache")
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.keys(keys), self.values(values)

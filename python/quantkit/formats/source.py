@@ -1,8 +1,11 @@
-"""A quantized checkpoint read as if it were a plain one: weights dequantized, activations quantized at run time."""
+"""A quantized checkpoint read as if it were a plain one: weights dequantized, activations and the KV cache quantized at
+run time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,9 +34,16 @@ PARTS = (
 )
 
 
+# What an attention module that caches in 8 bit has.
+CACHE_PARTS = ("k_scale", "v_scale")
+
+Quantizer = Callable[[Tensor], Tensor]
+
+
 class WeightSource:
     """`get(name)` gives a tensor of the checkpoint by the name it has in a plain one; a quantized weight comes
-    dequantized in fp32. `input_quantizers` maps a module to the function its inputs go through first.
+    dequantized in fp32. `input_quantizers` maps a module to the function its inputs go through first, and
+    `cache_quantizers` an attention module to those of its keys and values [rows, heads, tokens, head size].
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -41,9 +51,17 @@ class WeightSource:
         self.format = format_of_checkpoint(checkpoint.config)
         self.modules: set[str] = set()
         self.schemes: dict[str, QuantizationScheme] = {}
-        self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.input_quantizers: dict[str, Quantizer] = {}
+        self.cache_quantizers: dict[str, tuple[Quantizer, Quantizer]] = {}
+        self.kv_cache: QuantizationArgs | None = None
         if self.format is None:
             return
+        self.kv_cache = self.format.read_kv_cache(checkpoint.config["quantization_config"])
+        if self.kv_cache is not None:
+            for name in checkpoint.tensors:
+                attention = name.removesuffix(".k_scale")
+                if attention != name and f"{attention}.v_scale" in checkpoint.tensors:
+                    self.cache_quantizers[attention] = self._cache_quantizers(attention, self.kv_cache)
         schemes = self.format.read_schemes(checkpoint.config["quantization_config"])
         self.schemes = {module: schemes(module) for module in self.format.quantized_modules(checkpoint.tensors)}
         self.modules = set(self.schemes)
@@ -59,6 +77,7 @@ class WeightSource:
     def names(self) -> set[str]:
         """The names that `get` knows: those of the plain checkpoint."""
         stored = {name for module in self.modules for name in self._stored(module)}
+        stored |= {f"{attention}.{part}" for attention in self.cache_quantizers for part in CACHE_PARTS}
         return (set(self.checkpoint.tensors) - stored) | {f"{module}.weight" for module in self.modules}
 
     def _stored(self, module: str) -> list[str]:
@@ -93,7 +112,23 @@ class WeightSource:
         rows, cols = self.checkpoint.tensor(f"{module}.weight_shape").tolist()
         return int(rows), int(cols)
 
-    def _input_quantizer(self, module: str, args: QuantizationArgs) -> Callable[[Tensor], Tensor]:
+    def _cache_quantizers(self, attention: str, args: QuantizationArgs) -> tuple[Quantizer, Quantizer]:
+        def of(scale: Tensor) -> Quantizer:
+            # A row for each head, or for each vector of the one tensor.
+            by_head = args.strategy == "attn_head"
+            rounded = replace(args, strategy="channel" if by_head else "tensor")
+
+            def quantize(x: Tensor) -> Tensor:
+                rows = x.transpose(0, 1) if by_head else x
+                flat = rows.reshape(rows.shape[0], -1)
+                return fake_quantize(flat, rounded, scale).reshape(rows.shape).transpose(0, 1 if by_head else 0)
+
+            return quantize
+
+        keys, values = (self.checkpoint.tensor(f"{attention}.{p}").float().reshape(-1, 1).clone() for p in CACHE_PARTS)
+        return of(keys), of(values)
+
+    def _input_quantizer(self, module: str, args: QuantizationArgs) -> Quantizer:
         if args.dynamic:
             return lambda x: fake_quantize(x, args)
         scale = self.checkpoint.tensor(f"{module}.input_scale").float().reshape(1, 1).clone()
