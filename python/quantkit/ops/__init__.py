@@ -10,6 +10,8 @@ from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_t
 from .reduce import absmax, minmax
 from .rtn import rtn_fp8, rtn_int
 from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
+from .search import mse_scale
+from .smooth import smoothquant_scales
 
 _load.load_libraries()
 
@@ -27,6 +29,7 @@ __all__ = [
     "gram_accumulate",
     "int8_quant_per_token",
     "minmax",
+    "mse_scale",
     "pack_int32",
     "pack_zero_points",
     "quantization_error",
@@ -34,6 +37,7 @@ __all__ = [
     "quantize_int",
     "rtn_fp8",
     "rtn_int",
+    "smoothquant_scales",
     "symmetric_scale",
     "unpack_int32",
     "unpack_zero_points",
