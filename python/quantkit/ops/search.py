@@ -196,3 +196,93 @@ def mse_scale(
         search_range,
         search_steps,
     )
+
+
+def _check_percentile(
+    x: Tensor,
+    block: Sequence[int],
+    percentile: float,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale_dtype: torch.dtype,
+) -> None:
+    op = "percentile_scale"
+    check_matrix(op, x, block)
+    check_float(op, "x", x)
+    _check_codes(op, q_min, q_max, symmetric, divisor)
+    _check_scale_dtype(op, scale_dtype)
+    torch._check(0 < percentile <= 100, lambda: f"quantkit::{op}: percentile must be in (0, 100], got {percentile:g}")
+
+
+def _percentile_fake(
+    x: Tensor,
+    block: Sequence[int],
+    percentile: float,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check_percentile(x, block, percentile, q_min, q_max, symmetric, divisor, scale_dtype)
+    return _empty_scales(x, block, symmetric)
+
+
+def _percentile_reference(
+    x: Tensor,
+    block: Sequence[int],
+    percentile: float,
+    q_min: int,
+    q_max: int,
+    symmetric: bool,
+    divisor: float,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    op = "percentile_scale"
+    _check_percentile(x, block, percentile, q_min, q_max, symmetric, divisor, scale_dtype)
+    scale, zero_point = _empty_scales(x, block, symmetric)
+    if scale.numel() == 0 or x.numel() == 0:
+        return scale, zero_point
+    torch._check(bool(_absmax_reference(x, block).isfinite().all()), lambda: f"quantkit::{op}: x must be finite")
+    # Elements of a ragged block are fewer; what fills it is sorted to the end.
+    sizes = _blocked(torch.ones(x.shape, device=x.device), block, 0.0).sum(-1, dtype=torch.float64)
+    rank = torch.ceil(sizes * (percentile / 100)).clamp(min=1).to(torch.int64).unsqueeze(-1) - 1
+
+    def ranked(values: Tensor) -> Tensor:
+        return _blocked(values, block, float("inf")).sort(-1).values.gather(-1, rank).squeeze(-1)
+
+    if symmetric:
+        return _symmetric_reference(ranked(x.abs()), divisor, scale_dtype), zero_point
+    return _asymmetric_reference(-ranked(-x), ranked(x), q_min, q_max, scale_dtype)
+
+
+_percentile = declare(
+    "percentile_scale(Tensor x, int[] block, float percentile, int q_min, int q_max, bool symmetric, float divisor, "
+    "ScalarType scale_dtype) -> (Tensor, Tensor)",
+    fake=_percentile_fake,
+    reference=_percentile_reference,
+    kernels=(),
+)
+
+
+def percentile_scale(
+    x: Tensor,
+    block: Sequence[int],
+    *,
+    percentile: float = 99.99,
+    q_min: int,
+    q_max: int,
+    symmetric: bool = True,
+    divisor: float = 0.0,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each block whose range holds `percentile` percent of its elements.
+
+    x [rows, cols] fp32, fp16 or bf16 -> scale fp32 of `block`'s grid, rounded to `scale_dtype`; int8 zero point of
+    that grid, empty if symmetric. Of a block's n magnitudes (symmetric) or of its values from either end, the range
+    ends at the ceil(n * percentile / 100)-th, exactly: no interpolation, so of few elements nothing is cut.
+    RuntimeError: x not finite; percentile outside (0, 100].
+    """
+    return _percentile(x, list(block), percentile, q_min, q_max, symmetric, divisor, scale_dtype)
