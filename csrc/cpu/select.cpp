@@ -10,6 +10,7 @@
 #include "cpu/reduce.h"
 #include "cpu/rtn.h"
 #include "cpu/scale.h"
+#include "cpu/search.h"
 
 #if QUANTKIT_X86
 #define QK_FAMILY(Kernels, family)    \
@@ -56,5 +57,6 @@ QK_FAMILY(FactorKernels, factor)
 QK_FAMILY(GptqKernels, gptq)
 QK_FAMILY(GramKernels, gram)
 QK_FAMILY(AwqKernels, awq)
+QK_FAMILY(SearchKernels, search)
 
 }  // namespace qk

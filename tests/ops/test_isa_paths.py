@@ -11,7 +11,7 @@ import pytest
 
 from quantkit.ops.isa import Isa, current_isa, supported_isas
 
-FAMILIES = ("reduce", "scale", "quantize", "pack", "rtn", "per_token", "error", "gptq", "gram", "awq")
+FAMILIES = ("reduce", "scale", "quantize", "pack", "rtn", "per_token", "error", "gptq", "gram", "awq", "search")
 
 
 @pytest.mark.parametrize("isa", [isa.name for isa in Isa])

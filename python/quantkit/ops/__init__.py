@@ -5,16 +5,21 @@ from .awq import awq_search
 from .error import quantization_error
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
 from .gram import gram_accumulate
+from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
+from .histogram_scale import histogram_scale
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
 from .rtn import rtn_fp8, rtn_int
 from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
+from .search import mse_scale, percentile_scale
+from .smooth import smoothquant_scales
 
 _load.load_libraries()
 
 __all__ = [
     "FP8_MAX",
+    "HISTOGRAM_BINS",
     "MIN_SCALE",
     "absmax",
     "asymmetric_scale",
@@ -25,15 +30,21 @@ __all__ = [
     "gptq_factor",
     "gptq_sweep",
     "gram_accumulate",
+    "histogram_accumulate",
+    "histogram_scale",
     "int8_quant_per_token",
+    "merge_histograms",
     "minmax",
+    "mse_scale",
     "pack_int32",
     "pack_zero_points",
+    "percentile_scale",
     "quantization_error",
     "quantize_fp8",
     "quantize_int",
     "rtn_fp8",
     "rtn_int",
+    "smoothquant_scales",
     "symmetric_scale",
     "unpack_int32",
     "unpack_zero_points",

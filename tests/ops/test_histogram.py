@@ -1,0 +1,98 @@
+"""histogram_accumulate and merge_histograms count alike in any split; histogram_scale's methods do what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantkit.ops as ops
+
+from .cpu_cases import FLOATS
+
+
+def histogram(*parts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    counts, span = torch.zeros(ops.HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1)
+    for part in parts:
+        ops.histogram_accumulate(part, counts, span, mask=mask)
+    return counts, span
+
+
+def mixed(seed: int) -> Tensor:
+    """Magnitudes of many powers of two, their exact values among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 33, generator=generator)
+    x *= torch.exp2(torch.randint(-30, 12, (60, 1), generator=generator))
+    x[::9] = torch.exp2(torch.randint(-20, 12, (33,), generator=generator))
+    x[4::9] = -x[::9][: x[4::9].shape[0]]
+    x[7] = 0.0
+    return x[torch.randperm(60, generator=generator)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_any_split_counts_alike(dtype: torch.dtype) -> None:
+    for seed in range(5):
+        x = mixed(seed).to(dtype)
+        whole = histogram(x)
+        for split in (histogram(*x.split(1)), histogram(*x.flip(0).split(7)), histogram(x.T)):
+            assert torch.equal(split[0], whole[0]) and torch.equal(split[1], whole[1])
+        merged = ops.merge_histograms(*histogram(x[:13]), *histogram(x[13:]))
+        assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
+        wide = x.double()
+        width = whole[1].double() / 4096
+        at = torch.where(wide < 0, 4095 - (-wide / width).floor(), 4096 + (wide / width).floor()).long()
+        assert torch.equal(whole[0], torch.bincount(at.flatten(), minlength=8192))
+        assert wide.abs().max() < whole[1] <= 2 * wide.abs().max()
+
+
+def test_zeros_and_masks() -> None:
+    counts, span = histogram(torch.zeros(3, 5), torch.zeros(0, 5))
+    assert span.item() == 0 and counts[4096] == 15 == counts.sum()
+    x = torch.ones(3, 5)
+    x[1] = float("nan")
+    counts, span = histogram(x, mask=torch.tensor([True, False, True]))
+    assert counts.sum() == 10 and span.item() == 2
+    for bad in (float("nan"), float("inf"), 3e38):
+        x[1] = bad
+        with pytest.raises(RuntimeError, match="quantkit::histogram_accumulate: x must be finite and below"):
+            histogram(x)
+
+
+def scale(x: Tensor, method: str, **how: object) -> tuple[Tensor, Tensor]:
+    how = {"q_min": -8, "q_max": 7, "divisor": 7.5, **how}
+    return ops.histogram_scale(*histogram(x), torch.stack((x.min(), x.max())), method=method, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "kl", "eq", "admm"])
+def test_every_method(method: str) -> None:
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+    found, none = scale(x, method)
+    assert none.numel() == 0 and 0 < found.item() <= x.abs().max() / 7.5
+    # A power of two of the data is the same power of two of the scale.
+    assert scale(x * 2.0**-40, method)[0].item() == found.item() * 2.0**-40
+    lifted, zero = scale(x.abs(), method, symmetric=False, q_min=0, q_max=15)
+    assert 0 < lifted.item() <= x.abs().max() / 15 * 1.001 and zero.dtype == torch.int8 and zero.item() == 0
+    assert scale(torch.zeros(3, 4), method)[0].item() == 2.0**-100
+    with pytest.raises(RuntimeError, match="quantkit::histogram_scale: range must be finite"):
+        ops.histogram_scale(
+            *histogram(x), torch.tensor([0.0, float("nan")]), method=method, q_min=-8, q_max=7, divisor=7.5
+        )
+
+
+def test_a_wrong_method_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown method 'percentil', did you mean 'percentile'"):
+        scale(torch.ones(2, 2), "percentil")
+
+
+def test_percentile_is_an_order_statistic() -> None:
+    x = torch.randperm(1000).float().reshape(10, 100) + 1
+    found, _ = ops.percentile_scale(x, [-1, -1], percentile=99.0, q_min=-8, q_max=7, divisor=1.0)
+    assert found.item() == 990
+    found, _ = ops.percentile_scale(
+        x.bfloat16() - 500, [-1, -1], percentile=100.0, q_min=-128, q_max=127, symmetric=False
+    )
+    low, high = ops.minmax(x.bfloat16() - 500, [-1, -1])
+    assert torch.equal(found, ops.asymmetric_scale(low, high, -128, 127)[0])
+    x[3, 3] = float("nan")
+    with pytest.raises(RuntimeError, match="quantkit::percentile_scale: x must be finite"):
+        ops.percentile_scale(x, [1, 7], q_min=-8, q_max=7, divisor=7.5)
