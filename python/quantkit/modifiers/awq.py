@@ -5,12 +5,13 @@ The loss needs no forward: with G = x^T x and dW = Q(W s) / s - W, the change of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..calibration.statistics import Statistics
 from ..config.recipe import AWQModifier
 from ..config.schemes import QuantizationArgs
 from ..models.mappings import Smoothing
@@ -19,6 +20,8 @@ from .rtn import quantize_weight
 from .working import Working, narrowed, widened
 
 MINIMUM = 1e-4
+# Rows of each weight that all candidates are tried on, and how many of them are then tried on all rows.
+SAMPLE_ROWS, FINALISTS = 256, 3
 
 
 def search(
@@ -40,15 +43,42 @@ def search(
     if modifier.loss == "parent":
         losses = _parent_losses(candidates, readers, working, modules)
     else:
-        losses = torch.zeros(len(candidates))
-        for seen, names in inputs.values():
-            assert seen.gram is not None
-            for args, members in _by_args(names, modules).items():
-                weight = torch.cat([working.weight(m) for m in members])
-                losses += gram_losses(weight, seen.gram, candidates, args)[:, 0]
+        losses = _gram_search(candidates, inputs.values(), working, modules)
     losses = losses.nan_to_num(nan=torch.inf)
     best = int(losses.argmin()) if bool(torch.isfinite(losses).any()) else 0
     return narrow[best], float(losses[best]), float(losses[0])
+
+
+def _gram_search(
+    candidates: Tensor,
+    inputs: Iterable[tuple[Statistics, list[str]]],
+    working: Working,
+    modules: Mapping[str, PlannedModule],
+) -> Tensor:
+    """The loss of each candidate; infinite for those that some rows of each weight put behind the best few. Rows add up
+    to the loss and are much alike, so a sample of them tells which candidates are worth all of them.
+    """
+    parts = [
+        (torch.cat([working.weight(m) for m in members]), seen, args)
+        for seen, names in inputs
+        for args, members in _by_args(names, modules).items()
+    ]
+
+    def total(some: Tensor, sampled: bool) -> Tensor:
+        losses = torch.zeros(len(some))
+        for weight, seen, args in parts:
+            assert seen.gram is not None
+            rows = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)] if sampled else weight
+            losses += gram_losses(rows, seen.gram, some, args)[:, 0] * (weight.shape[0] / rows.shape[0])
+        return losses.nan_to_num(nan=torch.inf)
+
+    if all(weight.shape[0] <= 2 * SAMPLE_ROWS for weight, _, _ in parts):
+        return total(candidates, sampled=False)
+    first = total(candidates, sampled=True)
+    finalists = torch.cat((torch.zeros(1, dtype=torch.int64), first[1:].argsort(stable=True)[:FINALISTS] + 1))
+    losses = torch.full((len(candidates),), torch.inf)
+    losses[finalists] = total(candidates[finalists], sampled=False)
+    return losses
 
 
 def grid(mean: Tensor, weight: Tensor, modifier: AWQModifier) -> Tensor:

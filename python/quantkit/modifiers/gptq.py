@@ -209,7 +209,7 @@ def _sweep(
         search_range=search_range,
         search_steps=search_steps,
     )
-    found = []
+    found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):
         found.append({})
         order, g_idx, groups = orders[i], None, None

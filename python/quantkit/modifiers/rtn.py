@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,10 @@ def weight_scale(
     `args.observer` finds them: from the range (minmax), by least error (mse) or from a percentile of it.
     """
     q_min, q_max = args.q_range
-    common = {"q_min": q_min, "q_max": q_max, "symmetric": args.symmetric, "divisor": args.divisor}
-    options = dict(args.observer_kwargs)
+    common: dict[str, Any] = {"q_min": q_min, "q_max": q_max, "symmetric": args.symmetric, "divisor": args.divisor}
+    options: dict[str, Any] = dict(args.observer_kwargs)
+    if args.observer in ("mse", "percentile"):  # the searches refuse such weights, without their names
+        check_finite(name, weight, ops.absmax(weight, args.block))
     zero_point: Tensor | None = None
     if args.observer == "mse":
         scale, zero_point = ops.mse_scale(
