@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError
+from ..models.fused_norm import fused
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
@@ -276,7 +277,7 @@ def forward(
     """
     dense = [m for n, m in skeleton.linears(index).items() if not skeleton.family.is_expert(n)]
     # Packing a weight costs about what it saves in one call.
-    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()):
+    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(skeleton.layers[index]):
         for number, (batch, view) in enumerate(zip(batches, hidden.views, strict=True)):
             mask = None if batch.mask is None else batch.mask.reshape(-1).bool()
             for experts in skeleton.experts[index]:
