@@ -264,5 +264,5 @@ def _one_scale(batch: Sequence[Job], weight: Tensor) -> tuple[Tensor, Tensor | N
 def energy(weight: Tensor, seen: Statistics) -> float:
     """tr(W G W^T), the squared output over all tokens, estimated from evenly spaced rows."""
     assert seen.gram is not None
-    sample = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)].float()
+    sample = weight[:: -(-weight.shape[0] // SAMPLE_ROWS)].float()
     return float((sample @ seen.gram).mul_(sample).sum(dtype=torch.float64)) * weight.shape[0] / sample.shape[0]
