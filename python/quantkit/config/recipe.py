@@ -248,8 +248,9 @@ class AWQModifier(QuantizationModifier):
     """AWQ (Lin et al., 2023): the smoothing vector is searched so that the quantized layer's output changes least.
 
     Without a scheme of its own it is a transform for the quantizer that follows; with one it also rounds to nearest.
-    `duo_scaling`: candidates look at weights too (True), do not (False), or both kinds are tried ("both"). `clip`: where
-    4-bit weights are then rounded to nearest, each group's range is searched, columns weighed by their inputs. `loss`: "gram" from the Gram matrix, "parent" by running the layer.
+    `duo_scaling`: candidates look at weights too (True), do not (False), or both kinds are tried ("both"). `clip`:
+    where 4-bit weights are then rounded to nearest, each group's range is searched, columns weighed by their inputs.
+    `loss`: "gram" from the Gram matrix, "parent" by running the layer.
     """
 
     kind: ClassVar[str] = "awq"
