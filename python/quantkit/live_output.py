@@ -1,0 +1,224 @@
+"""What a model in memory becomes: its weights overwritten by what their codes mean, inputs of Linears quantized at run
+time, and `save_pretrained`, which writes the codes that are kept beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.dtypes import torch_dtype
+from .checkpoint.folder import CONFIG, INDEX
+from .checkpoint.layout import OutputTensor, plan_layout
+from .checkpoint.writer import CheckpointWriter
+from .config.run_config import RunConfig
+from .config.schemes import QuantizationArgs
+from .engine import side_files
+from .errors import CheckpointError, ConfigError, nearest
+from .models.live import LiveCheckpoint
+from .plan import Plan, build_plan
+from .quantized import QuantizedTensor
+
+if TYPE_CHECKING:
+    from .calibration.sweep import SweepReport
+
+# The model's attribute that tells that it was quantized here.
+MARK = "_quantkit"
+GENERATION = "generation_config.json"
+# Arguments of Transformers' and llm-compressor's save_pretrained that change nothing here.
+_IDLE = ("is_main_process", "save_original_format", "save_peft_format", "token", "variant", "quantization_format")
+
+
+class LiveSink:
+    """Holds what modifiers give until all of it is there; see `modifiers.sink.Sink`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.weights: dict[str, QuantizedTensor] = {}
+        self.inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.caches: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def weight(self, module: str, quantized: QuantizedTensor) -> None:
+        self.weights[module] = quantized
+
+    def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.inputs[module] = (scale, zero_point)
+
+    def tensor(self, name: str, value: Tensor) -> None:
+        self.tensors[name] = value
+
+    def kv(self, attention: str, k_scale: Tensor, v_scale: Tensor) -> None:
+        self.caches[attention] = (k_scale, v_scale)
+
+
+class InputQuantizer:
+    """A forward-pre-hook: the Linear's input rounded to what its codes can hold."""
+
+    def __init__(self, args: QuantizationArgs, scale: Tensor | None, zero_point: Tensor | None) -> None:
+        self.args, self.scale, self.zero_point = args, scale, zero_point
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        from .formats.source import fake_quantize
+
+        x: Tensor = inputs[0]
+        if self.scale is not None and self.scale.device != x.device:
+            self.scale = self.scale.to(x.device)
+            self.zero_point = None if self.zero_point is None else self.zero_point.to(x.device)
+        if x.numel() == 0:
+            return inputs
+        return (fake_quantize(x, self.args, self.scale, self.zero_point), *inputs[1:])
+
+
+class LiveOutput:
+    """A quantized model and what it is written from. `install` changes the model; until then it is as it was."""
+
+    def __init__(self, checkpoint: LiveCheckpoint, plan: Plan, sink: LiveSink, save_compressed: bool) -> None:
+        self.checkpoint, self.plan, self.sink, self.save_compressed = checkpoint, plan, sink, save_compressed
+
+    def install(self) -> None:
+        """Overwrite weights in place, quantize inputs from now on, and take over `save_pretrained`."""
+        checkpoint, sink = self.checkpoint, self.sink
+        for module, quantized in sink.weights.items():
+            name = f"{module}.weight"
+            checkpoint.put(name, quantized.dequantize(checkpoint.parameters[name].dtype))
+        for name, value in sink.tensors.items():
+            checkpoint.put(name, value)
+        inputs = {name: m.scheme.input_activations for name, m in self.plan.modules.items()}
+        if any(args is not None for args in inputs.values()):
+            checkpoint.unfuse()
+            for name, args in inputs.items():
+                if args is not None:
+                    hook = InputQuantizer(args, *sink.inputs.get(name, (None, None)))
+                    checkpoint.module(name).register_forward_pre_hook(hook)
+        setattr(checkpoint.model, MARK, self)
+        checkpoint.model.save_pretrained = self.save_pretrained
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_compressed: bool | None = None,
+        max_shard_size: int | str = "5GB",
+        **others: Any,
+    ) -> None:
+        """Write the model to folder `save_directory`, compressed (codes and scales, with `quantization_config` in
+        config.json) or dense (`save_compressed=False`: plain weights of the values that the codes have).
+
+        In a folder that exists, weights and config of an earlier model are replaced; other files stay. Raises
+        CheckpointError for the folder that the model came from, or if the disk is full.
+        """
+        _refuse_others(others)
+        if not isinstance(save_directory, str | os.PathLike) or not os.fspath(save_directory):
+            raise ConfigError(f"save_pretrained: expected a folder, got {save_directory!r}")
+        folder = Path(os.path.abspath(Path(save_directory).expanduser()))
+        if folder.is_file():
+            raise CheckpointError(f"{folder}: is a file; give a folder")
+        if folder.exists() and os.path.realpath(folder) == os.path.realpath(self.checkpoint.folder):
+            raise CheckpointError(f"{folder}: is the folder that the model came from; choose another")
+        compressed = self.save_compressed if save_compressed is None else save_compressed
+        write = self._compressed if compressed else self._dense
+        if folder.exists() and any(folder.iterdir()):
+            _merge(write, folder, max_shard_size)
+        else:
+            write(folder, folder, max_shard_size)
+
+    def _compressed(self, folder: Path, title: Path, max_shard_size: int | str) -> None:
+        plan = build_plan(_saving(self.plan.config, title, max_shard_size), self.checkpoint)
+        with CheckpointWriter(plan.layout, folder) as writer:
+            for name, tensor in _stored(plan, self.sink).items():
+                writer.write(name, tensor)
+            for name in writer.missing():
+                writer.write(name, self.checkpoint.parameters[name])
+            self._generation(writer)
+            side_files(plan, writer)
+            writer.finish()
+
+    def _dense(self, folder: Path, title: Path, max_shard_size: int | str) -> None:
+        size = _saving(self.plan.config, title, max_shard_size).global_.max_shard_bytes
+        tensors = self.checkpoint.tensors.items()
+        layout = plan_layout((OutputTensor(name, info.dtype, info.shape) for name, info in tensors), size)
+        with CheckpointWriter(layout, folder) as writer:
+            for name, tensor in self.checkpoint.parameters.items():
+                writer.write(name, tensor)
+            self._generation(writer)
+            for path in self.checkpoint.side_files:
+                writer.copy_side_file(path)
+            writer.side_file(CONFIG, _json(self.checkpoint.config))
+            writer.finish()
+
+    def _generation(self, writer: CheckpointWriter) -> None:
+        config = getattr(self.checkpoint.model, "generation_config", None)
+        if config is not None:
+            writer.side_file(GENERATION, config.to_json_string(use_diff=True).encode())
+
+
+def _stored(plan: Plan, sink: LiveSink) -> dict[str, Tensor]:
+    """The named tensors that the format makes of what the modifiers gave."""
+    found: dict[str, Tensor] = {}
+    for module, quantized in sink.weights.items():
+        planned = plan.modules[module]
+        dtype = torch_dtype(plan.format.scale_dtype(planned.scheme, planned.dtype))
+        found |= plan.format.pack_weight(module, quantized, dtype)
+    for module, (scale, zero_point) in sink.inputs.items():
+        found |= plan.format.pack_activations(module, scale, zero_point)
+    for attention, (k_scale, v_scale) in sink.caches.items():
+        found |= plan.format.kv_scales(attention, k_scale, v_scale)
+    return found
+
+
+def _saving(config: RunConfig, folder: Path, max_shard_size: int | str) -> RunConfig:
+    """`config` for an output in `folder`."""
+    section = replace(config.global_, save_path=str(folder.parent), max_shard_size=max_shard_size)
+    return replace(config, global_=section, stem=folder.name)
+
+
+def _merge(write: Callable[[Path, Path, int | str], None], folder: Path, max_shard_size: int | str) -> None:
+    """Write beside the files that `folder` has, then move in: weights first, config.json last, stale weights out."""
+    fresh = folder / ".quantkit-new"
+    if fresh.exists():  # of a process that was killed
+        shutil.rmtree(fresh)
+    write(fresh, folder, max_shard_size)
+    made = sorted(fresh.iterdir(), key=lambda path: (path.name == CONFIG, path.name))
+    names = {path.name for path in made}
+    with contextlib.suppress(FileNotFoundError):
+        (folder / CONFIG).unlink()  # whoever looks meanwhile sees no model, not half of one
+    for path in folder.iterdir():
+        stale = (path.name.startswith("model") and path.name.endswith(".safetensors")) or path.name == INDEX
+        if stale and path.name not in names and path.is_file():
+            path.unlink()
+    for path in made:
+        os.replace(path, folder / path.name)
+    fresh.rmdir()
+
+
+def _refuse_others(others: dict[str, Any]) -> None:
+    known = ("save_compressed", "max_shard_size", *_IDLE)
+    for name, value in others.items():
+        if name in ("push_to_hub", "distributed_checkpoint") and not value:
+            continue
+        if name == "safe_serialization" and value is not False:
+            continue
+        if name == "state_dict" and value is None:
+            continue
+        if name == "push_to_hub":
+            raise ConfigError(
+                "save_pretrained: push_to_hub is not supported; save to a folder, then "
+                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)"
+            )
+        if name not in _IDLE:
+            raise ConfigError(f"save_pretrained: {name}={value!r} is not supported{nearest(name, known)}")
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    import json
+
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
