@@ -93,7 +93,7 @@ def run(
             else:
                 data_free(plan, plan.checkpoint, WrittenOutput(plan, writer), copy=_copier(plan, writer))
             lap("quantize")
-            _side_files(plan, writer, report)
+            side_files(plan, writer, report)
             output = writer.finish()
             lap("write")
         result = audit(output, plan.checkpoint)
@@ -212,7 +212,8 @@ def _calibrated(plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[in
     return calibrate(plan, skeleton, WeightSource(checkpoint), rows, WrittenOutput(plan, writer))
 
 
-def _side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
+def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
+    """Everything in an output that is no weight: what the source brings along, and what tells how it was made."""
     for path in plan.checkpoint.side_files:
         if path.name not in (RECORD, REPORT):  # of an earlier job on this model; this one writes its own
             writer.copy_side_file(path)

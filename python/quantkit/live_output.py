@@ -10,28 +10,25 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from .checkpoint.dtypes import torch_dtype
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.layout import OutputTensor, plan_layout
+from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
 from .config.schemes import QuantizationArgs
-from .engine import side_files
+from .engine import scale_dtype, side_files
 from .errors import CheckpointError, ConfigError, nearest
 from .models.live import LiveCheckpoint
 from .plan import Plan, build_plan
 from .quantized import QuantizedTensor
 
 if TYPE_CHECKING:
-    from .calibration.sweep import SweepReport
+    from .report.calibration import CalibrationReport
 
-# The model's attribute that tells that it was quantized here.
-MARK = "_quantkit"
 GENERATION = "generation_config.json"
 # Arguments of Transformers' and llm-compressor's save_pretrained that change nothing here.
 _IDLE = ("is_main_process", "save_original_format", "save_peft_format", "token", "variant", "quantization_format")
@@ -40,8 +37,7 @@ _IDLE = ("is_main_process", "save_original_format", "save_peft_format", "token",
 class LiveSink:
     """Holds what modifiers give until all of it is there; see `modifiers.sink.Sink`."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
         self.weights: dict[str, QuantizedTensor] = {}
         self.inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -56,8 +52,8 @@ class LiveSink:
     def tensor(self, name: str, value: Tensor) -> None:
         self.tensors[name] = value
 
-    def kv(self, attention: str, k_scale: Tensor, v_scale: Tensor) -> None:
-        self.caches[attention] = (k_scale, v_scale)
+    def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
+        self.caches[attention] = (key_scale, value_scale)
 
 
 class InputQuantizer:
@@ -81,8 +77,10 @@ class InputQuantizer:
 class LiveOutput:
     """A quantized model and what it is written from. `install` changes the model; until then it is as it was."""
 
-    def __init__(self, checkpoint: LiveCheckpoint, plan: Plan, sink: LiveSink, save_compressed: bool) -> None:
-        self.checkpoint, self.plan, self.sink, self.save_compressed = checkpoint, plan, sink, save_compressed
+    def __init__(
+        self, checkpoint: LiveCheckpoint, plan: Plan, sink: LiveSink, report: CalibrationReport | None
+    ) -> None:
+        self.checkpoint, self.plan, self.sink, self.report = checkpoint, plan, sink, report
 
     def install(self) -> None:
         """Overwrite weights in place, quantize inputs from now on, and take over `save_pretrained`."""
@@ -99,15 +97,15 @@ class LiveOutput:
                 if args is not None:
                     hook = InputQuantizer(args, *sink.inputs.get(name, (None, None)))
                     checkpoint.module(name).register_forward_pre_hook(hook)
-        setattr(checkpoint.model, MARK, self)
+        checkpoint.model._quantkit = self  # tells that it was quantized here
         checkpoint.model.save_pretrained = self.save_pretrained
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
-        save_compressed: bool | None = None,
-        max_shard_size: int | str = "5GB",
+        save_compressed: bool = True,
+        max_shard_size: int | str | None = None,
         **others: Any,
     ) -> None:
         """Write the model to folder `save_directory`, compressed (codes and scales, with `quantization_config` in
@@ -124,26 +122,26 @@ class LiveOutput:
             raise CheckpointError(f"{folder}: is a file; give a folder")
         if folder.exists() and os.path.realpath(folder) == os.path.realpath(self.checkpoint.folder):
             raise CheckpointError(f"{folder}: is the folder that the model came from; choose another")
-        compressed = self.save_compressed if save_compressed is None else save_compressed
-        write = self._compressed if compressed else self._dense
+        config = _saving(self.plan.config, folder, max_shard_size)
+        write = self._compressed if save_compressed else self._dense
         if folder.exists() and any(folder.iterdir()):
-            _merge(write, folder, max_shard_size)
+            _merge(lambda fresh: write(fresh, config), folder)
         else:
-            write(folder, folder, max_shard_size)
+            write(folder, config)
 
-    def _compressed(self, folder: Path, title: Path, max_shard_size: int | str) -> None:
-        plan = build_plan(_saving(self.plan.config, title, max_shard_size), self.checkpoint)
+    def _compressed(self, folder: Path, config: RunConfig) -> None:
+        plan = build_plan(config, cast(Checkpoint, self.checkpoint))
         with CheckpointWriter(plan.layout, folder) as writer:
             for name, tensor in _stored(plan, self.sink).items():
                 writer.write(name, tensor)
             for name in writer.missing():
                 writer.write(name, self.checkpoint.parameters[name])
             self._generation(writer)
-            side_files(plan, writer)
+            side_files(plan, writer, self.report)
             writer.finish()
 
-    def _dense(self, folder: Path, title: Path, max_shard_size: int | str) -> None:
-        size = _saving(self.plan.config, title, max_shard_size).global_.max_shard_bytes
+    def _dense(self, folder: Path, config: RunConfig) -> None:
+        size = config.global_.max_shard_bytes
         tensors = self.checkpoint.tensors.items()
         layout = plan_layout((OutputTensor(name, info.dtype, info.shape) for name, info in tensors), size)
         with CheckpointWriter(layout, folder) as writer:
@@ -165,9 +163,7 @@ def _stored(plan: Plan, sink: LiveSink) -> dict[str, Tensor]:
     """The named tensors that the format makes of what the modifiers gave."""
     found: dict[str, Tensor] = {}
     for module, quantized in sink.weights.items():
-        planned = plan.modules[module]
-        dtype = torch_dtype(plan.format.scale_dtype(planned.scheme, planned.dtype))
-        found |= plan.format.pack_weight(module, quantized, dtype)
+        found |= plan.format.pack_weight(module, quantized, scale_dtype(plan, module))
     for module, (scale, zero_point) in sink.inputs.items():
         found |= plan.format.pack_activations(module, scale, zero_point)
     for attention, (k_scale, v_scale) in sink.caches.items():
@@ -175,18 +171,19 @@ def _stored(plan: Plan, sink: LiveSink) -> dict[str, Tensor]:
     return found
 
 
-def _saving(config: RunConfig, folder: Path, max_shard_size: int | str) -> RunConfig:
+def _saving(config: RunConfig, folder: Path, max_shard_size: int | str | None) -> RunConfig:
     """`config` for an output in `folder`."""
-    section = replace(config.global_, save_path=str(folder.parent), max_shard_size=max_shard_size)
+    size = config.global_.max_shard_size if max_shard_size is None else max_shard_size
+    section = replace(config.global_, save_path=str(folder.parent), max_shard_size=size)
     return replace(config, global_=section, stem=folder.name)
 
 
-def _merge(write: Callable[[Path, Path, int | str], None], folder: Path, max_shard_size: int | str) -> None:
+def _merge(write: Callable[[Path], None], folder: Path) -> None:
     """Write beside the files that `folder` has, then move in: weights first, config.json last, stale weights out."""
     fresh = folder / ".quantkit-new"
     if fresh.exists():  # of a process that was killed
         shutil.rmtree(fresh)
-    write(fresh, folder, max_shard_size)
+    write(fresh)
     made = sorted(fresh.iterdir(), key=lambda path: (path.name == CONFIG, path.name))
     names = {path.name for path in made}
     with contextlib.suppress(FileNotFoundError):

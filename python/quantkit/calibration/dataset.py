@@ -163,7 +163,7 @@ def sampled(
     text_column: str,
     max_seq_length: int | None,
 ) -> list[tuple[str, list[int]]]:
-    """(where it is, its tokens, cut after `max_seq_length`) of the first `wanted` samples that have any; see `rows_of`."""
+    """(where it is, its first `max_seq_length` tokens) of the first `wanted` samples that have any; see `rows_of`."""
     samples = _samples(data, seed if shuffle else None)
     rows: list[tuple[str, list[int]]] = []
     for where, sample in samples:

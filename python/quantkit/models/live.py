@@ -39,7 +39,7 @@ class LiveCheckpoint:
     """
 
     def __init__(self, model: Any) -> None:
-        _require_plain(model)
+        require_plain(model)
         self.model = model
         self.folder = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
         self.config: dict[str, Any] = checkpoint_config(model)
@@ -108,6 +108,11 @@ class LiveCheckpoint:
         """Tensor `name` on the CPU; the model's own memory if it is there already. To be read only."""
         return self.parameters[name].cpu()
 
+    tensor = get
+
+    def release(self, name: str) -> None:
+        """Nothing to let go of: the model keeps its weights."""
+
     # As what is written to
 
     def put(self, name: str, value: Tensor) -> None:
@@ -150,7 +155,7 @@ def checkpoint_config(model: Any) -> dict[str, Any]:
     return found
 
 
-def _require_plain(model: Any) -> None:
+def require_plain(model: Any) -> None:
     """Refuse what is no causal language model of Transformers, is quantized, or has its weights elsewhere."""
     from transformers import PreTrainedModel
 
