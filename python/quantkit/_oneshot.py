@@ -29,7 +29,6 @@ from .errors import ConfigError, PlanError, QuantkitError, nearest
 if TYPE_CHECKING:
     from .calibration.user_data import LazyTokenizer
     from .checkpoint.reader import Checkpoint
-    from .live_output import LiveOutput
 
 _IN_MEMORY = "given to oneshot"
 _LAYERS = "decoder layers go through one sweep, one in memory at a time"
@@ -150,6 +149,8 @@ def oneshot(
     if isinstance(target, Path) and not streamed:
         target = _loaded(target, precision, trust_remote_code_model)
     where, vocab_size = _identity(target)
+    if output is not None:
+        _require_free(output, where, overwrite)
     rows: list[list[int]] | None = None
     if read.needs_data:
         rows = _rows(
@@ -162,7 +163,7 @@ def oneshot(
     config = options.run_config(where, output, read, rows, trust_remote_code_model)
     if streamed:
         return _stream(config, rows, progress)
-    _quantized(target, config, rows, progress).install()
+    _quantize(target, config, rows, progress)
     if output is not None:
         target.save_pretrained(output, save_compressed=save_compressed)
         _save_tokenizer(tokenizer, where, output, trust_remote_code_model)
@@ -248,6 +249,16 @@ def _folder(name: str, value: Any) -> Path | None:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"{name}: expected a folder, got {value!r}")
     return Path(os.path.abspath(Path(value).expanduser()))
+
+
+def _require_free(output: Path, source: str, overwrite: bool) -> None:
+    """Refuse an output folder that would cost someone their files, before anything is computed."""
+    if Path(source).is_dir() and os.path.realpath(source) == os.path.realpath(output):
+        raise ConfigError(f"output_dir: {output} is the folder of the model itself; choose another")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir: {output} is a file; give a folder")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise ConfigError(f"output_dir: {output} is not empty; choose another, or replace it with overwrite=True")
 
 
 def _opened_model(model: Any, revision: str | None) -> Any:
@@ -363,7 +374,9 @@ def _stream(config: RunConfig, rows: list[list[int]] | None, progress: bool) -> 
     if result.report is not None and progress:
         _say(f"what calibration did:\n{result.report.render()}")
     if not result.audit.ok:
-        raise QuantkitError(f"{result.output}: was written, but is not right:\n{result.audit.render()}")
+        found = result.audit.problems
+        more = f"; and {len(found) - 5} more (quantkit audit)" if len(found) > 5 else ""
+        raise QuantkitError(f"{result.output}: was written, but is not right: {'; '.join(found[:5])}{more}")
     _say(f"written to {result.output} ({sum(result.seconds.values()):.1f} s)")
     return result.output
 
@@ -376,8 +389,8 @@ def _save_tokenizer(tokenizer: Any, where: str, output: Path, remote: bool) -> N
         _say(f"no tokenizer is in {output}: {error}")
 
 
-def _quantized(model: Any, config: RunConfig, rows: list[list[int]] | None, progress: bool) -> LiveOutput:
-    """Everything computed, and nothing changed yet."""
+def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progress: bool) -> None:
+    """In place, once everything is computed."""
     import torch
 
     from . import engine
@@ -400,4 +413,4 @@ def _quantized(model: Any, config: RunConfig, rows: list[list[int]] | None, prog
         report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)
         if progress:
             _say(f"what calibration did:\n{report.render()}")
-    return LiveOutput(checkpoint, plan, sink, report)
+    LiveOutput(checkpoint, config, sink, report).install(plan)

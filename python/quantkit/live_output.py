@@ -78,11 +78,14 @@ class LiveOutput:
     """A quantized model and what it is written from. `install` changes the model; until then it is as it was."""
 
     def __init__(
-        self, checkpoint: LiveCheckpoint, plan: Plan, sink: LiveSink, report: CalibrationReport | None
+        self, checkpoint: LiveCheckpoint, config: RunConfig, sink: LiveSink, report: CalibrationReport | None
     ) -> None:
-        self.checkpoint, self.plan, self.sink, self.report = checkpoint, plan, sink, report
+        self.checkpoint, self.config, self.sink, self.report = checkpoint, config, sink, report
 
-    def install(self) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveOutput:
+        return self  # a copy of the model is saved as what the model was quantized to
+
+    def install(self, plan: Plan) -> None:
         """Overwrite weights in place, quantize inputs from now on, and take over `save_pretrained`."""
         checkpoint, sink = self.checkpoint, self.sink
         for module, quantized in sink.weights.items():
@@ -90,7 +93,7 @@ class LiveOutput:
             checkpoint.put(name, quantized.dequantize(checkpoint.parameters[name].dtype))
         for name, value in sink.tensors.items():
             checkpoint.put(name, value)
-        inputs = {name: m.scheme.input_activations for name, m in self.plan.modules.items()}
+        inputs = {name: m.scheme.input_activations for name, m in plan.modules.items()}
         if any(args is not None for args in inputs.values()):
             checkpoint.unfuse()
             for name, args in inputs.items():
@@ -108,8 +111,8 @@ class LiveOutput:
         max_shard_size: int | str | None = None,
         **others: Any,
     ) -> None:
-        """Write the model to folder `save_directory`, compressed (codes and scales, with `quantization_config` in
-        config.json) or dense (`save_compressed=False`: plain weights of the values that the codes have).
+        """Write the model, as it was quantized, to folder `save_directory`: compressed (codes and scales, with
+        `quantization_config` in config.json) or dense (`save_compressed=False`: plain weights with the codes' values).
 
         In a folder that exists, weights and config of an earlier model are replaced; other files stay. Raises
         CheckpointError for the folder that the model came from, or if the disk is full.
@@ -122,7 +125,7 @@ class LiveOutput:
             raise CheckpointError(f"{folder}: is a file; give a folder")
         if folder.exists() and os.path.realpath(folder) == os.path.realpath(self.checkpoint.folder):
             raise CheckpointError(f"{folder}: is the folder that the model came from; choose another")
-        config = _saving(self.plan.config, folder, max_shard_size)
+        config = _saving(self.config, folder, max_shard_size)
         write = self._compressed if save_compressed else self._dense
         if folder.exists() and any(folder.iterdir()):
             _merge(lambda fresh: write(fresh, config), folder)

@@ -47,7 +47,8 @@ class LiveCheckpoint:
         self.fused: dict[str, nn.Module] = {}
         self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._modules: dict[str, nn.Module] | None = None
-        self.parameters: dict[str, Tensor] = dict(self._named())
+        # By name, as the safetensors library writes them: an output does not depend on where its model came from.
+        self.parameters: dict[str, Tensor] = dict(sorted(self._named()))
         self.tensors: dict[str, LiveTensor] = {
             name: LiveTensor(name_of(t.dtype), tuple(t.shape), t.nbytes) for name, t in self.parameters.items()
         }
