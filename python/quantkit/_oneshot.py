@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _IN_MEMORY = "given to oneshot"
 _LAYERS = "decoder layers go through one sweep, one in memory at a time"
 _FETCHING = "data sets are not fetched here; load them with the library datasets"
+# llm-compressor's words for the kind of file that dataset_path names; here its ending tells.
+_KINDS = ("custom", "json", "jsonl", "csv", "text", "parquet")
 # llm-compressor's arguments that change nothing here, and what decides instead.
 IDLE: dict[str, str] = {
     "config_name": "the config is the model's own",
@@ -135,8 +137,8 @@ def oneshot(
     target = _opened_model(model, model_revision)
     if not isinstance(target, Path) and model_revision not in (None, "main"):
         idle.append("model_revision")
-    if processor is not None:
-        tokenizer = tokenizer or getattr(processor, "tokenizer", processor)
+    if tokenizer is None and processor is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
     data = _data(dataset, dataset_path)
     if not read.needs_data and data is not None:
         _say(f"{read.name} needs no data: dataset is ignored")
@@ -160,7 +162,7 @@ def oneshot(
         )  # fmt: skip
         _say(f"calibrating with {len(rows)} rows, {sum(map(len, rows))} tokens")
     read = _adjusted(read, rows, min_tokens_per_module, moe_calibrate_all_experts)
-    config = options.run_config(where, output, read, rows, trust_remote_code_model)
+    config = options.run_config(where if streamed else _public(where), output, read, rows, trust_remote_code_model)
     if streamed:
         return _stream(config, rows, progress)
     _quantize(target, config, rows, progress)
@@ -281,7 +283,7 @@ def _opened_model(model: Any, revision: str | None) -> Any:
 def _data(dataset: Any, dataset_path: Any) -> Any:
     if dataset_path is None:
         return dataset
-    if dataset is not None and dataset not in ("custom", "json", "jsonl", "csv", "text", "parquet"):
+    if dataset is not None and not (isinstance(dataset, str) and dataset in _KINDS):
         raise ConfigError("dataset_path: and dataset both given; use one")
     if not isinstance(dataset_path, str | os.PathLike):
         raise ConfigError(f"dataset_path: expected a path, got {dataset_path!r}")
@@ -314,6 +316,12 @@ def _identity(target: Any) -> tuple[str, int | None]:
         return str(target), size if isinstance(size, int) else None
     name = str(getattr(target.config, "_name_or_path", "") or "")
     return name or type(target).__name__, int(target.config.vocab_size)
+
+
+def _public(where: str) -> str:
+    """A hub id as it is; of a folder of this machine only its name, since outputs are published."""
+    path = Path(where)
+    return path.name if path.is_absolute() or path.exists() or len(path.parts) > 2 else where
 
 
 def _rows(
