@@ -29,6 +29,7 @@ from .errors import ConfigError, PlanError, QuantkitError, nearest
 if TYPE_CHECKING:
     from .calibration.user_data import LazyTokenizer
     from .checkpoint.reader import Checkpoint
+    from .report.calibration import CalibrationReport
 
 _IN_MEMORY = "given to oneshot"
 _LAYERS = "decoder layers go through one sweep, one in memory at a time"
@@ -370,6 +371,13 @@ def _adjusted(
     return Recipe(tuple(adjusted(modifier) for modifier in recipe.modifiers))
 
 
+def _tell(report: CalibrationReport | None, progress: bool) -> None:
+    """Losses, and what was out of the ordinary."""
+    text = "" if report is None else report.render()
+    if text and progress:
+        _say(f"what calibration did:\n{text}")
+
+
 def _stream(config: RunConfig, rows: list[list[int]] | None, progress: bool) -> Path:
     """From disk to disk."""
     from . import engine
@@ -379,8 +387,7 @@ def _stream(config: RunConfig, rows: list[list[int]] | None, progress: bool) -> 
             _say(f"warning: {warning}")
 
     result = engine.run(config, rows=rows, show=show)
-    if result.report is not None and progress:
-        _say(f"what calibration did:\n{result.report.render()}")
+    _tell(result.report, progress)
     if not result.audit.ok:
         found = result.audit.problems
         more = f"; and {len(found) - 5} more (quantkit audit)" if len(found) > 5 else ""
@@ -419,6 +426,5 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
         dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
         skeleton = Skeleton(checkpoint.folder, checkpoint.names(), dtype=dtype, like=model)
         report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)
-        if progress:
-            _say(f"what calibration did:\n{report.render()}")
+        _tell(report, progress)
     LiveOutput(checkpoint, config, sink, report).install(plan)

@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.layout import OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
-from .config.schemes import QuantizationArgs
 from .engine import scale_dtype, side_files
 from .errors import CheckpointError, ConfigError, nearest
+from .live_hooks import CacheQuantizer, InputQuantizer
 from .models.live import LiveCheckpoint
 from .plan import Plan, build_plan
 from .quantized import QuantizedTensor
@@ -56,24 +56,6 @@ class LiveSink:
         self.caches[attention] = (key_scale, value_scale)
 
 
-class InputQuantizer:
-    """A forward-pre-hook: the Linear's input rounded to what its codes can hold."""
-
-    def __init__(self, args: QuantizationArgs, scale: Tensor | None, zero_point: Tensor | None) -> None:
-        self.args, self.scale, self.zero_point = args, scale, zero_point
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        from .formats.source import fake_quantize
-
-        x: Tensor = inputs[0]
-        if self.scale is not None and self.scale.device != x.device:
-            self.scale = self.scale.to(x.device)
-            self.zero_point = None if self.zero_point is None else self.zero_point.to(x.device)
-        if x.numel() == 0:
-            return inputs
-        return (fake_quantize(x, self.args, self.scale, self.zero_point), *inputs[1:])
-
-
 class LiveOutput:
     """A quantized model and what it is written from. `install` changes the model; until then it is as it was."""
 
@@ -100,6 +82,10 @@ class LiveOutput:
                 if args is not None:
                     hook = InputQuantizer(args, *sink.inputs.get(name, (None, None)))
                     checkpoint.module(name).register_forward_pre_hook(hook)
+        for attention, (keys, values) in sink.caches.items():
+            assert plan.kv_cache is not None
+            cache_hook = CacheQuantizer(plan.kv_cache, keys, values)
+            checkpoint.module(attention).register_forward_pre_hook(cache_hook, with_kwargs=True)
         checkpoint.model._quantkit = self  # tells that it was quantized here
         checkpoint.model.save_pretrained = self.save_pretrained
 

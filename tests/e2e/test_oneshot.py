@@ -445,3 +445,23 @@ def test_bad_saves_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     model.save_pretrained(tmp_path / "x", safe_serialization=True, is_main_process=True)
     assert (tmp_path / "x" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8", {"num_bits": 8, "type": "float", "strategy": "attn_head"}])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_the_cache_is_rounded_as_it_is_saved(model_type: str, kv_cache: Any, tmp_path: Path) -> None:
+    from quantkit.evaluate import compare, open_source
+
+    model = make(tmp_path / "source", model_type)
+    data = rows(4, 32)
+    recipe = QuantizationModifier(kv_cache_scheme=kv_cache)
+    with torch.inference_mode():
+        before = model(input_ids=torch.tensor(data)).logits
+        oneshot(model, recipe=recipe, dataset=data, output_dir=tmp_path / "out", progress=False)
+        out = model(input_ids=torch.tensor(data)).logits
+    assert 1e-4 < distance(out, before) < 0.1
+    loss = torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), torch.tensor(data)[:, 1:].flatten())
+    figures = compare([tmp_path / "out"], [open_source(tmp_path / "out")], data, progress=False)
+    assert abs(float(loss) - torch.log(torch.tensor(figures["perplexity"]))) < 1e-3
+    generated = model.generate(torch.tensor(data)[:, :8], max_new_tokens=4, do_sample=False)
+    assert generated.shape == (4, 12)
