@@ -27,7 +27,7 @@ from .config.run_config import (
 from .errors import ConfigError, PlanError, QuantkitError, nearest
 
 if TYPE_CHECKING:
-    from .calibration.user_data import LazyTokenizer
+    from .calibration.user_data import LazyTokenizer, RowOptions
     from .checkpoint.reader import Checkpoint
     from .report.calibration import CalibrationReport
 
@@ -117,6 +117,8 @@ def oneshot(
     Arguments of llm-compressor that change nothing here are accepted and said on stderr. Raises QuantkitError, before
     anything long is done, for whatever can be known by then to be wrong.
     """
+    from .calibration.user_data import gather_rows
+
     idle = _check_others(others)
     options = _Options(
         num_calibration_samples,
@@ -127,6 +129,12 @@ def oneshot(
         save_compressed,
         max_shard_size,
         overwrite,
+        shuffle_calibration_samples,
+        concatenate_data,
+        trust_remote_code_model,
+        moe_calibrate_all_experts,
+        min_tokens_per_module,
+        progress,
     )
     if recipe is None:
         raise ConfigError(
@@ -138,6 +146,8 @@ def oneshot(
     target = _opened_model(model, model_revision)
     if not isinstance(target, Path) and model_revision not in (None, "main"):
         idle.append("model_revision")
+    if min_tokens_per_module is not None and not any(isinstance(m, GPTQModifier) for m in read.modifiers):
+        idle.append("min_tokens_per_module")
     if tokenizer is None and processor is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
     data = _data(dataset, dataset_path)
@@ -148,24 +158,20 @@ def oneshot(
     if read.needs_data and data is None:
         raise ConfigError(f"dataset: is missing, and {read.name} looks at activations; give calibration data")
 
-    streamed = isinstance(target, Path) and output is not None and save_compressed
-    if isinstance(target, Path) and not streamed:
-        target = _loaded(target, precision, trust_remote_code_model)
     where, vocab_size = _identity(target)
     if output is not None:
         _require_free(output, where, overwrite)
     rows: list[list[int]] | None = None
     if read.needs_data:
-        rows = _rows(
-            data, tokenizer, where, vocab_size, options,
-            shuffle=shuffle_calibration_samples, splits=splits, concatenate=concatenate_data,
-            preprocess=preprocessing_func, trust_remote_code=trust_remote_code_model,
-        )  # fmt: skip
+        lazy = _lazy(tokenizer, where, trust_remote_code_model)
+        rows = gather_rows(data, lazy, options.rows(splits, preprocessing_func), vocab_size)
         _say(f"calibrating with {len(rows)} rows, {sum(map(len, rows))} tokens")
-    read = _adjusted(read, rows, min_tokens_per_module, moe_calibrate_all_experts)
-    config = options.run_config(where if streamed else _public(where), output, read, rows, trust_remote_code_model)
-    if streamed:
-        return _stream(config, rows, progress)
+    read = options.adjusted(read, rows)
+    if isinstance(target, Path) and output is not None and save_compressed:
+        return _stream(options.run_config(where, output, read, rows), rows, progress)
+    if isinstance(target, Path):
+        target = _loaded(target, precision, trust_remote_code_model)
+    config = options.run_config(_public(where), output, read, rows)
     _quantize(target, config, rows, progress)
     if output is not None:
         target.save_pretrained(output, save_compressed=save_compressed)
@@ -186,6 +192,12 @@ class _Options:
     save_compressed: bool
     max_shard_size: int | str
     overwrite: bool
+    shuffle_calibration_samples: bool
+    concatenate_data: bool
+    trust_remote_code_model: bool
+    moe_calibrate_all_experts: bool | None
+    min_tokens_per_module: float | None
+    progress: bool
 
     def __post_init__(self) -> None:
         from typing import get_type_hints
@@ -201,16 +213,49 @@ class _Options:
         if self.length < 2:
             raise FieldError("max_seq_length", f"{self.length} must be at least 2")
 
-    @property
-    def samples(self) -> int | None:
-        return None if self.num_calibration_samples == -1 else self.num_calibration_samples
+        if (self.min_tokens_per_module or 0) < 0:
+            raise FieldError("min_tokens_per_module", f"{self.min_tokens_per_module} is negative")
 
     @property
     def length(self) -> int:
         return 2048 if self.max_seq_length is None else self.max_seq_length
 
+    def rows(self, splits: Any, preprocess: Callable[[Any], Any] | None) -> RowOptions:
+        """What of it concerns calibration rows."""
+        from .calibration.user_data import RowOptions
+
+        if preprocess is not None and not callable(preprocess):
+            raise FieldError("preprocessing_func", f"expected a function of a sample, got {preprocess!r}")
+        count = self.num_calibration_samples
+        return RowOptions(
+            num_samples=None if count == -1 else count,
+            max_seq_length=self.length,
+            shuffle=self.shuffle_calibration_samples,
+            seed=self.seed,
+            text_column=self.text_column,
+            splits=splits,
+            concatenate=self.concatenate_data,
+            preprocess=preprocess,
+        )
+
+    def adjusted(self, recipe: Recipe, rows: Sequence[Sequence[int]] | None) -> Recipe:
+        """`recipe` with what the call itself says about experts."""
+        tokens = self.min_tokens_per_module
+        if tokens is not None and 0 < tokens < 1:
+            tokens *= sum(map(len, rows or ()))
+
+        def adjusted(modifier: Modifier) -> Modifier:
+            changes: dict[str, Any] = {}
+            if tokens is not None and isinstance(modifier, GPTQModifier):
+                changes["min_tokens_per_module"] = int(tokens)
+            if self.moe_calibrate_all_experts is not None and isinstance(modifier, QuantizationModifier):
+                changes["moe_calibrate_all_experts"] = self.moe_calibrate_all_experts
+            return replace(modifier, **changes) if changes else modifier
+
+        return Recipe(tuple(adjusted(modifier) for modifier in recipe.modifiers))
+
     def run_config(
-        self, model: str, output: Path | None, recipe: Recipe, rows: Sequence[Sequence[int]] | None, remote: bool
+        self, model: str, output: Path | None, recipe: Recipe, rows: Sequence[Sequence[int]] | None
     ) -> RunConfig:
         """The same as a YAML file would say it. Names of folders stand in for what has none."""
         folder = output or Path(f"{Path(model).name}-quantized").absolute()
@@ -219,7 +264,7 @@ class _Options:
             dataset = DatasetConfig(_IN_MEMORY, max_seq_length=max(map(len, rows)), num_samples=len(rows))
         return RunConfig(
             GlobalConfig(str(folder.parent), self.max_shard_size, self.seed, self.overwrite),
-            ModelConfig(model, remote, self.precision),
+            ModelConfig(model, self.trust_remote_code_model, self.precision),
             CompressionConfig(recipe=recipe),
             dataset,
             source=Path(_IN_MEMORY),
@@ -325,50 +370,11 @@ def _public(where: str) -> str:
     return path.name if path.is_absolute() or path.exists() or len(path.parts) > 2 else where
 
 
-def _rows(
-    data: Any, tokenizer: Any, where: str, vocab_size: int | None, options: _Options, *, trust_remote_code: bool,
-    **more: Any,
-) -> list[list[int]]:  # fmt: skip
-    from .calibration.user_data import RowOptions, gather_rows
-
-    row_options = RowOptions(
-        num_samples=options.samples,
-        max_seq_length=options.length,
-        seed=options.seed,
-        text_column=options.text_column,
-        **more,
-    )
-    return gather_rows(data, _lazy(tokenizer, where, trust_remote_code), row_options, vocab_size)
-
-
 def _lazy(tokenizer: Any, where: str, remote: bool) -> LazyTokenizer:
     """The tokenizer given, or that of the model. A class's name is no place for one; a folder or a hub id is."""
     from .calibration.user_data import LazyTokenizer
 
     return LazyTokenizer(tokenizer, where if Path(where).is_dir() or "/" in where else None, remote)
-
-
-def _adjusted(
-    recipe: Recipe, rows: Sequence[Sequence[int]] | None, min_tokens: float | None, all_experts: bool | None
-) -> Recipe:
-    """`recipe` with what oneshot's own arguments say about experts."""
-    if min_tokens is not None:
-        check(min_tokens, float, "min_tokens_per_module")
-        if min_tokens < 0:
-            raise FieldError("min_tokens_per_module", f"{min_tokens} is negative")
-        if 0 < min_tokens < 1:
-            min_tokens = min_tokens * sum(map(len, rows or ()))
-    check(all_experts, bool | None, "moe_calibrate_all_experts")
-
-    def adjusted(modifier: Modifier) -> Modifier:
-        changes: dict[str, Any] = {}
-        if min_tokens is not None and isinstance(modifier, GPTQModifier):
-            changes["min_tokens_per_module"] = int(min_tokens)
-        if all_experts is not None and isinstance(modifier, QuantizationModifier):
-            changes["moe_calibrate_all_experts"] = all_experts
-        return replace(modifier, **changes) if changes else modifier
-
-    return Recipe(tuple(adjusted(modifier) for modifier in recipe.modifiers))
 
 
 def _tell(report: CalibrationReport | None, progress: bool) -> None:

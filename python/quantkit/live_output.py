@@ -201,7 +201,8 @@ def _refuse_others(others: dict[str, Any]) -> None:
                 "huggingface_hub.upload_folder(repo_id=..., folder_path=...)"
             )
         if name not in _IDLE:
-            raise ConfigError(f"save_pretrained: {name}={value!r} is not supported{nearest(name, known)}")
+            shown = f"={value!r}" if isinstance(value, bool | int | str) else ""
+            raise ConfigError(f"save_pretrained: {name}{shown} is not supported{nearest(name, known)}")
 
 
 def _json(config: dict[str, Any]) -> bytes:

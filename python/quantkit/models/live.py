@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ class LiveCheckpoint:
         self.config: dict[str, Any] = checkpoint_config(model)
         self.family: Family = family_of(self.config)
         self.fused: dict[str, nn.Module] = {}
-        self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._modules: dict[str, nn.Module] | None = None
         # By name, as the safetensors library writes them: an output does not depend on where its model came from.
         self.parameters: dict[str, Tensor] = dict(sorted(self._named()))
