@@ -392,7 +392,7 @@ def _stream(config: RunConfig, rows: list[list[int]] | None, progress: bool) -> 
         for warning in plan.warnings:
             _say(f"warning: {warning}")
 
-    result = engine.run(config, rows=rows, show=show)
+    result = engine.run(config, rows=rows, show=show, progress=progress)
     _tell(result.report, progress)
     if not result.audit.ok:
         found = result.audit.problems
