@@ -143,6 +143,9 @@ def oneshot(
     read = recipe_of(recipe, stage=stage, args=_mapping("recipe_args", recipe_args))
     idle += read.idle
     output = _folder("output_dir", output_dir)
+    data = _data(dataset, dataset_path)
+    if read.needs_data and data is None:
+        raise ConfigError(f"dataset: is missing, and {read.name} looks at activations; give calibration data")
     target = _opened_model(model, model_revision)
     if not isinstance(target, Path) and model_revision not in (None, "main"):
         idle.append("model_revision")
@@ -150,14 +153,10 @@ def oneshot(
         idle.append("min_tokens_per_module")
     if tokenizer is None and processor is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
-    data = _data(dataset, dataset_path)
     if not read.needs_data and data is not None:
         _say(f"{read.name} needs no data: dataset is ignored")
     if idle:
         _say(f"accepted, without effect: {', '.join(idle)}")
-    if read.needs_data and data is None:
-        raise ConfigError(f"dataset: is missing, and {read.name} looks at activations; give calibration data")
-
     where, vocab_size = _identity(target)
     if output is not None:
         _require_free(output, where, overwrite)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 # Arguments of Transformers' and llm-compressor's save_pretrained that change nothing here.
-_IDLE = ("is_main_process", "save_original_format", "save_peft_format", "token", "variant", "quantization_format")
+_IDLE = ("is_main_process", "save_original_format", "save_peft_format", "token")
 
 
 class LiveSink:
@@ -193,8 +193,12 @@ def _refuse_others(others: dict[str, Any]) -> None:
             continue
         if name == "safe_serialization" and value is not False:
             continue
-        if name == "state_dict" and value is None:
+        if name in ("state_dict", "variant", "quantization_format") and value is None:
             continue
+        if name == "quantization_format":
+            raise ConfigError(
+                f"save_pretrained: quantization_format={value!r}: it follows from the scheme; leave it out"
+            )
         if name == "push_to_hub":
             raise ConfigError(
                 "save_pretrained: push_to_hub is not supported; save to a folder, then "

@@ -437,6 +437,7 @@ def test_bad_saves_are_refused(tmp_path: Path) -> None:
         ({"save_directory": None}, "expected a folder"),
         ({"save_directory": tmp_path / "x", "push_to_hub": True}, "upload_folder"),
         ({"save_directory": tmp_path / "x", "safe_serialization": False}, "safe_serialization=False is not supported"),
+        ({"save_directory": tmp_path / "x", "quantization_format": "dense"}, "follows from the scheme"),
         ({"save_directory": tmp_path / "x", "save_compresed": False}, "did you mean 'save_compressed'"),
         ({"save_directory": tmp_path / "x", "max_shard_size": "5 apples"}, "max_shard_size"),
     ):
