@@ -18,7 +18,7 @@ from ..config.schemes import QuantizationArgs
 from ..errors import CalibrationError
 from ..plan import PlannedModule
 from ..quantized import QuantizedTensor
-from .rtn import quantize_weight, weight_scale
+from .rtn import check_finite, quantize_weight, weight_scale
 from .working import Working
 
 # Rows of the weight from which the output's energy is estimated, for the relative loss.
@@ -183,7 +183,10 @@ def _sweep(
         gram = job.seen.gram
         assert gram is not None
         order = _order(modifier, gram.diagonal(), size)
-        weight = torch.cat([working.weight(name) for name in job.members]).float()
+        parts = [working.weight(name) for name in job.members]
+        for name, part in zip(job.members, parts, strict=True):
+            check_finite(name, part, part.abs().amax())
+        weight = torch.cat(parts).float()
         weights.append(weight if order is None else weight[:, order])
         grams.append(gram if order is None else gram[order][:, order])
         orders.append(order)
