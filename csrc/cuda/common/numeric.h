@@ -30,6 +30,15 @@ QK_HOST_DEVICE float add_rn(float a, float b) {
 #endif
 }
 
+// a * b + c, rounded once.
+QK_HOST_DEVICE float fma_rn(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
 QK_HOST_DEVICE float sub_rn(float a, float b) { return add_rn(a, -b); }
 
 QK_HOST_DEVICE float div_rn(float a, float b) {

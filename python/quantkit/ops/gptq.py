@@ -293,7 +293,6 @@ _sweep = declare(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
-    kernels=("CPU",),
 )
 
 

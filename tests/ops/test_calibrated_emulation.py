@@ -1,0 +1,64 @@
+"""The CUDA kernels of the calibrated algorithms, run on the CPU: the bits of the CPU kernels where the order of
+operations is theirs, else within a bound that follows from the number formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import quantkit.ops as ops
+
+from . import emulated_cuda
+from .calibrated_cases import sweep_cases
+from .cuda_cases import assert_same
+
+pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
+
+
+def same_as_cpu(emulated: Any, op: str, args: tuple[Any, ...]) -> None:
+    assert_same(op, emulated(op, args), getattr(torch.ops.quantkit, op)(*args))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 128), (40, 200), (70, 260), (5, 300)], ids=str)
+def test_sweep(emulated: Any, shape: tuple[int, int]) -> None:
+    for args in sweep_cases(*shape):
+        same_as_cpu(emulated, "gptq_sweep", args)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sweep_of_a_batch(emulated: Any, shared: bool) -> None:
+    for args in sweep_cases(35, 140, batch=3, shared=shared):
+        same_as_cpu(emulated, "gptq_sweep", args)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 3, 8)], ids=str)
+def test_sweep_of_nothing(emulated: Any, shape: tuple[int, ...]) -> None:
+    args = (torch.empty(shape), torch.eye(shape[-1]), None, None, 4, -8, 7, True, 7.5, torch.float32, None, 0.0, 0)
+    same_as_cpu(emulated, "gptq_sweep", args)
+
+
+@pytest.mark.parametrize(
+    ("which", "place", "value", "words"),
+    [
+        (0, (2, 3), float("inf"), "w holds NaN or infinities"),
+        (1, (3, 9), float("nan"), "the loss is not finite"),
+        (1, (7, 7), 0.0, "u's diagonal must be positive"),
+    ],
+)
+def test_sweep_refuses(emulated: Any, which: int, place: tuple[int, int], value: float, words: str) -> None:
+    args = list(next(sweep_cases(4, 40)))
+    args[which] = args[which].clone()
+    args[which][place] = value
+    for call in (emulated, lambda op, args: getattr(torch.ops.quantkit, op)(*args)):
+        with pytest.raises(RuntimeError, match=f"quantkit::gptq_sweep: {words}"):
+            call("gptq_sweep", tuple(args))
+
+
+def test_sweep_refuses_groups_that_are_not_there(emulated: Any) -> None:
+    g_idx = torch.tensor([0, 1, 2, 0], dtype=torch.int32)
+    args = (torch.ones(2, 4), torch.eye(4), torch.ones(2, 2), None, 2, -8, 7, True, 7.5, torch.float32, g_idx, 0.0, 0)
+    with pytest.raises(RuntimeError, match="quantkit::gptq_sweep: g_idx must lie"):
+        emulated("gptq_sweep", args)
+    assert "gptq_sweep" in ops._library.compiled_ops("CUDA")
