@@ -50,3 +50,36 @@ def sweep_cases(rows: int, cols: int, batch: int = 0, shared: bool = False) -> I
     scale, zero_point = (t.view(shape) for t in pair)
     yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0
     yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0
+
+
+def gram_cases(tokens: int, cols: int) -> Iterator[Arguments]:
+    """Dtypes, masks, with and without channels, x that is a part of a wider matrix, or transposed."""
+    generator = torch.Generator().manual_seed(tokens + cols)
+    wide = torch.randn(tokens, cols + 9, generator=generator)
+    g = torch.randn(cols, cols, generator=generator)
+    g = g + g.T
+    mask = torch.rand(tokens, generator=generator) < 0.6
+    fresh = torch.tensor([[torch.inf], [-torch.inf], [0.0]]).repeat(1, cols)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = wide.to(dtype)
+        yield x[:, :cols].contiguous(), None, g, None
+        yield x[:, 8 : 8 + cols], mask, g, fresh
+        hidden = x[:, 1 : 1 + cols].clone()
+        hidden[~mask] = torch.nan  # tokens that do not count may hold anything
+        yield hidden, mask, g, torch.stack([-torch.ones(cols), torch.ones(cols), torch.ones(cols)])
+        yield x.T.contiguous().T[:, :cols], None, g, fresh
+
+
+def assert_gram(got: tuple[Tensor, ...], args: Arguments) -> None:
+    x, mask, g, channels = args
+    wide = x.double() if mask is None else x[mask].double()
+    exact = g.double() + wide.T @ wide
+    # Each of n additions rounds by half a step of at most the sum of all magnitudes; sums on tensor cores may cut off.
+    bound = (len(wide) + 2) * 2.0**-23 * (g.double().abs() + wide.abs().T @ wide.abs())
+    assert torch.equal(got[0], got[0].T) and ((got[0].cpu().double() - exact).abs() <= bound).all()
+    if channels is not None:
+        low, high, total = got[1].cpu()
+        empty = len(wide) == 0
+        assert torch.equal(low, channels[0] if empty else torch.minimum(channels[0], wide.amin(0).float()))
+        assert torch.equal(high, channels[1] if empty else torch.maximum(channels[1], wide.amax(0).float()))
+        torch.testing.assert_close(total.double(), channels[2] + wide.abs().sum(0), rtol=len(wide) * 2.0**-23, atol=0)

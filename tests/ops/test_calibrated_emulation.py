@@ -11,7 +11,7 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
-from .calibrated_cases import sweep_cases
+from .calibrated_cases import assert_gram, gram_cases, sweep_cases
 from .cuda_cases import assert_same
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
@@ -62,3 +62,42 @@ def test_sweep_refuses_groups_that_are_not_there(emulated: Any) -> None:
     with pytest.raises(RuntimeError, match="quantkit::gptq_sweep: g_idx must lie"):
         emulated("gptq_sweep", args)
     assert "gptq_sweep" in ops._library.compiled_ops("CUDA")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 24), (50, 130), (33, 136), (64, 260)], ids=str)
+def test_gram(emulated: Any, shape: tuple[int, int]) -> None:
+    for args in gram_cases(*shape):
+        assert_gram(emulated("gram_accumulate", args), args)
+
+
+def test_gram_of_numbers_that_have_no_rounding(emulated: Any) -> None:
+    """Whole numbers: every order of summation gives the same bits, the CPU's."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randint(-8, 9, (100, 200), generator=generator).to(dtype)
+        channels = torch.tensor([[torch.inf], [-torch.inf], [0.0]]).repeat(1, 200)
+        args = (x, torch.arange(100) % 3 > 0, torch.zeros(200, 200), channels)
+        wanted = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.ops.quantkit.gram_accumulate(*wanted)
+        assert_same("gram_accumulate", emulated("gram_accumulate", args), tuple(wanted[2:]))
+
+
+def test_gram_of_many_tokens(emulated: Any) -> None:
+    """More than one launch takes: none is lost or counted twice."""
+    x = torch.ones(8192 + 40, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(len(x), dtype=torch.bool)
+    mask[8190:8200] = True
+    assert (emulated("gram_accumulate", (x, mask, torch.zeros(8, 8), None))[0] == 10).all()
+    assert (emulated("gram_accumulate", (x, None, torch.zeros(8, 8), None))[0] == len(x)).all()
+
+
+def test_gram_shows_what_is_not_finite(emulated: Any) -> None:
+    for value in (float("nan"), float("inf")):
+        x = torch.ones(20, 140)
+        x[3, 130] = value
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            channels = torch.tensor([[torch.inf], [-torch.inf], [0.0]]).repeat(1, 140)
+            g, found = emulated("gram_accumulate", (x.to(dtype), None, torch.zeros(140, 140), channels))
+            assert not g[130, 130].isfinite() and g[:130, :130].isfinite().all()
+            assert found.isfinite().sum() == 3 * 140 - (3 if value != value else 2)
+            assert value == value or found[:, 130].isnan().all()
