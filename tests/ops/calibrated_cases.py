@@ -83,3 +83,35 @@ def assert_gram(got: tuple[Tensor, ...], args: Arguments) -> None:
         assert torch.equal(low, channels[0] if empty else torch.minimum(channels[0], wide.amin(0).float()))
         assert torch.equal(high, channels[1] if empty else torch.maximum(channels[1], wide.amax(0).float()))
         torch.testing.assert_close(total.double(), channels[2] + wide.abs().sum(0), rtol=len(wide) * 2.0**-23, atol=0)
+
+
+def awq_cases(rows: int, cols: int) -> Iterator[Arguments]:
+    """Dtypes of w, groups on and off chunks, candidates with clip ratios, one of them not usable."""
+    w, g = inputs(rows, cols)
+    generator = torch.Generator().manual_seed(7)
+    scales = torch.exp(torch.randn(3, cols, generator=generator) / 2)
+    scales[0] = 1.0
+    broken = torch.cat([scales, scales])[:4]
+    broken[1, cols // 2] = torch.nan
+    broken[2, 0] = 0.0
+    yield w, g, scales, [1.0, 0.8], 128, -8, 7, True, 7.5, torch.float32
+    yield w.bfloat16(), g, scales, [1.0], -1, -128, 127, True, 127.5, torch.bfloat16
+    yield w.half(), g, broken, [0.9], 24, -8, 7, False, 0.0, torch.float16
+    yield (
+        w.T.contiguous().T,
+        torch.cat([g, g], 1)[:, :cols],
+        scales[::2],
+        [1.0, 0.7, 0.6],
+        5,
+        -8,
+        7,
+        False,
+        0.0,
+        w.dtype,
+    )
+
+
+def assert_losses(got: Tensor, args: Arguments) -> None:
+    reference = ops._library.REFERENCES["awq_search"](args[0], args[1].contiguous().double().float(), *args[2:])
+    assert torch.equal(got.cpu().isinf(), reference.isinf())
+    torch.testing.assert_close(got.cpu(), reference, rtol=1e-4, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
-from .calibrated_cases import assert_gram, gram_cases, sweep_cases
+from .calibrated_cases import assert_gram, assert_losses, awq_cases, gram_cases, sweep_cases
 from .cuda_cases import assert_same
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
@@ -101,3 +101,16 @@ def test_gram_shows_what_is_not_finite(emulated: Any) -> None:
             assert not g[130, 130].isfinite() and g[:130, :130].isfinite().all()
             assert found.isfinite().sum() == 3 * 140 - (3 if value != value else 2)
             assert value == value or found[:, 130].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (20, 130), (135, 140), (40, 264)], ids=str)
+def test_awq(emulated: Any, shape: tuple[int, int]) -> None:
+    for args in awq_cases(*shape):
+        assert_losses(emulated("awq_search", args), args)
+
+
+def test_awq_of_nothing(emulated: Any) -> None:
+    for rows, cols, candidates in ((0, 8, 2), (3, 0, 2), (3, 8, 0)):
+        w, g, scales = torch.ones(rows, cols), torch.eye(cols), torch.ones(candidates, cols)
+        args = (w, g, scales, [1.0, 0.5], 4, -8, 7, True, 7.5, torch.float32)
+        assert_same("awq_search", emulated("awq_search", args), torch.zeros(candidates, 2))
