@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import quantkit.ops as ops
+from quantkit.ops.search import _mse_candidates, _mse_errors
 
 Arguments = tuple[Any, ...]
 
@@ -115,3 +116,66 @@ def assert_losses(got: Tensor, args: Arguments) -> None:
     reference = ops._library.REFERENCES["awq_search"](args[0], args[1].contiguous().double().float(), *args[2:])
     assert torch.equal(got.cpu().isinf(), reference.isinf())
     torch.testing.assert_close(got.cpu(), reference, rtol=1e-4, atol=1e-12)
+
+
+def smooth_cases() -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(3)
+    for n in (0, 1, 300, 2000):
+        a, w = (torch.exp(12 * torch.randn(n, generator=generator)) for _ in range(2))
+        a[::7], w[::5] = 0.0, 0.0
+        a[3::50], w[4::50] = 3e38, 1e-45
+        for strength, minimum in ((0.5, 1e-5), (0.0, 1e-5), (1.0, 1.0), (0.83, 1e-30)):
+            yield a, w, strength, minimum
+
+
+def assert_smooth(got: Tensor, args: Arguments) -> None:
+    """Two fp64 powers, each within a few of their last places, then one rounding: at most the next fp32 number."""
+    wanted = ops._library.REFERENCES["smoothquant_scales"](*args)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=2.0**-23, atol=0)
+
+
+def mse_cases(x: Tensor, block: list[int]) -> Iterator[Arguments]:
+    importance = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(1)) * 1e20
+    yield x, block, None, -8, 7, True, 7.5, torch.bfloat16, 2.4, 0.2, 20
+    yield x, block, importance, -127, 127, True, 127.0, torch.float32, 2.0, 0.6, 9
+    yield x, block, importance, -8, 7, False, 0.0, torch.float16, 1.0, 0.8, 5
+    yield x, block, None, -8, 7, False, 0.0, torch.float32, 2.0, 0.3, 3
+    yield x, block, None, -8, 7, True, 7.5, torch.float32, 2.4, 0.2, 0
+
+
+def assert_least(got: tuple[Tensor, Tensor], args: Arguments) -> None:
+    """The result is a candidate, and its exact error the least but for what fp32 powers and differences lose."""
+    x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, steps = args
+    scale, zero = got[0].cpu(), got[1].cpu()
+    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, search_range, steps)
+    errors = _mse_errors(x, block, importance, scales, zeros, q_min, q_max, norm)
+    same = scales == scale
+    if not symmetric:
+        same &= zeros == zero
+    assert same.any(0).all(), "a result that is no candidate"
+    mine = torch.where(same, errors, torch.inf).amin(0)
+    assert (mine <= errors.amin(0) * (1 + 2e-5) + 1e-30).all(), (mine / errors.amin(0)).max()
+
+
+def histogram_cases() -> Iterator[Arguments]:
+    """Values in order of magnitude, so that the span grows by one step and by many, from nothing and from much."""
+    generator = torch.Generator().manual_seed(5)
+    counts = torch.randint(0, 1 << 40, (8192,), generator=generator)
+    for rows, cols in ((1, 1), (5, 7), (60, 130), (300, 33)):
+        x = torch.randn(rows, cols, generator=generator) * torch.exp(3 * torch.randn(rows, 1, generator=generator))
+        x[:, ::5] = 0.0
+        x[0, 0] = -0.0
+        mask = torch.rand(rows, generator=generator) < 0.7
+        for dtype, span in (
+            (torch.float32, 0.0),
+            (torch.float32, 0.25),
+            (torch.bfloat16, 2.0**-100),
+            (torch.float16, 0.5),
+        ):
+            held = counts if span else torch.zeros(8192, dtype=torch.int64)
+            hidden = torch.where(mask[:, None], x, torch.nan).to(dtype)
+            yield hidden, mask, held, torch.tensor([span])
+            yield x.to(dtype).T, None, held, torch.tensor([span])
+    for unit in (0.0, 1e-45, 1e-35, 2.0**126, 1.0, 2.0**-20):
+        yield torch.full((3, 9), -unit), None, counts, torch.tensor([2.0**-10])
+        yield torch.full((3, 9), unit), None, torch.zeros(8192, dtype=torch.int64), torch.zeros(1)

@@ -11,13 +11,25 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
-from .calibrated_cases import assert_gram, assert_losses, awq_cases, gram_cases, sweep_cases
-from .cuda_cases import assert_same
+from .calibrated_cases import (
+    assert_gram,
+    assert_least,
+    assert_losses,
+    assert_smooth,
+    awq_cases,
+    gram_cases,
+    histogram_cases,
+    mse_cases,
+    smooth_cases,
+    sweep_cases,
+)
+from .cuda_cases import BLOCKS, FLOATS, SHAPES, assert_same, matrix, strided
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
 
 
 def same_as_cpu(emulated: Any, op: str, args: tuple[Any, ...]) -> None:
+    ops._load.require("cpu")  # the reference rounds products and sums apart
     assert_same(op, emulated(op, args), getattr(torch.ops.quantkit, op)(*args))
 
 
@@ -114,3 +126,77 @@ def test_awq_of_nothing(emulated: Any) -> None:
         w, g, scales = torch.ones(rows, cols), torch.eye(cols), torch.ones(candidates, cols)
         args = (w, g, scales, [1.0, 0.5], 4, -8, 7, True, 7.5, torch.float32)
         assert_same("awq_search", emulated("awq_search", args), torch.zeros(candidates, 2))
+
+
+def test_smooth(emulated: Any) -> None:
+    for args in smooth_cases():
+        assert_smooth(emulated("smoothquant_scales", args), args)
+
+
+def test_smooth_refuses(emulated: Any) -> None:
+    good = torch.ones(40)
+    for value in (-1.0, float("nan"), float("inf")):
+        bad = good.clone()
+        bad[33] = value
+        for args, name in (((bad, good, 0.5, 1e-5), "activation"), ((good, bad, 0.5, 1e-5), "weight")):
+            with pytest.raises(RuntimeError, match=f"smoothquant_scales: {name} must be finite and not negative"):
+                emulated("smoothquant_scales", args)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_mse(emulated: Any, block: list[int]) -> None:
+    for i, shape in enumerate(SHAPES[:-1]):
+        x = matrix(*shape, FLOATS[i % 3], i).nan_to_num(1.0, 2.0, -3.0).clamp(-100, 100)
+        for args in mse_cases(x, block):
+            assert_least(emulated("mse_scale", args), args)
+
+
+def test_mse_of_strides_and_magnitudes(emulated: Any) -> None:
+    for x in strided():
+        for args in mse_cases(x.nan_to_num(1.0, 2.0, -3.0).clamp(-100, 100), [1, 16]):
+            assert_least(emulated("mse_scale", args), args)
+    for unit in (1e-42, 1e-30, 1e30, 3e37):
+        for args in mse_cases(torch.randn(4, 200) * unit, [1, 64]):
+            if args[7] == torch.float16:
+                continue  # its scales have no such magnitudes
+            assert_least(emulated("mse_scale", args), args)
+
+
+def test_mse_beyond_registers(emulated: Any) -> None:
+    for args in mse_cases(torch.randn(130, 300), [-1, -1]):
+        assert_least(emulated("mse_scale", args), args)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_mse_of_nothing(emulated: Any, shape: tuple[int, int]) -> None:
+    args = (torch.zeros(shape), [1, 4], None, -8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+    assert_same("mse_scale", emulated("mse_scale", args), ops._library.REFERENCES["mse_scale"](*args))
+
+
+def test_mse_refuses(emulated: Any) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(4, 40)
+        x[2, 33] = value
+        how = (-8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+        with pytest.raises(RuntimeError, match="quantkit::mse_scale: x must be finite"):
+            emulated("mse_scale", (x, [1, 16], None, *how))
+        with pytest.raises(RuntimeError, match="mse_scale: importance must be finite and not negative"):
+            emulated("mse_scale", (torch.ones(4, 40), [1, 16], x[2], *how))
+
+
+def test_histogram(emulated: Any) -> None:
+    for args in histogram_cases():
+        counts, span = args[2].clone(), args[3].clone()
+        ops._library.REFERENCES["histogram_accumulate"](args[0], args[1], counts, span)
+        assert_same("histogram_accumulate", emulated("histogram_accumulate", args), (counts, span))
+
+
+def test_histogram_refuses_and_leaves_all_as_it_was(emulated: Any) -> None:
+    for value in (float("nan"), float("inf"), -float("inf"), 2.0**127):
+        x = torch.ones(30, 40)
+        x[21, 33] = value
+        guarded = torch.ops.quantkit_emulated.guarded
+        counts, span = guarded(torch.arange(8192)), guarded(torch.tensor([0.5]))
+        with pytest.raises(RuntimeError, match=r"histogram_accumulate: x must be finite and below 2\^127"):
+            torch.ops.quantkit_emulated.histogram_accumulate(guarded(x), None, counts, span)
+        assert torch.equal(counts, torch.arange(8192)) and span.item() == 0.5

@@ -117,15 +117,6 @@ struct LossScratch {
   double warps[kThreads / kWarp];
 };
 
-// Four floats, zeros beyond n.
-__device__ Words4 four_of(const float* source, int n) {
-  if (n >= 4 && aligned_to(source, 16)) return load_vector<Words4>(source);
-  Words4 four;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) four.w[i] = i < n ? bits_of(source[i]) : 0u;
-  return four;
-}
-
 __global__ void __launch_bounds__(kThreads)
     loss_kernel(const float* errors, int64_t stride, int count, int rows, int cols, const float* g,
                 int64_t g_stride, double* parts) {
@@ -148,9 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = thread / 8 + i * 32, at = k + thread % 8 * 4;
-        left[i] = four_of(own + r * stride + at, row + r < rows ? depth - at : 0);
+        left[i] = load_four(own + r * stride + at, row + r < rows ? depth - at : 0);
         const int from = k + thread / 32 + i * 8, c = col + thread % 32 * 4;
-        right[i] = four_of(g + from * g_stride + c, from < depth ? cols - c : 0);
+        right[i] = load_four(g + from * g_stride + c, from < depth ? cols - c : 0);
       }
     };
     const auto store = [&] {
@@ -229,8 +220,7 @@ __global__ void __launch_bounds__(kWarp)
     for (int i = threadIdx.x; i < each; i += kWarp) sum += parts[int64_t{candidate} * each + i];
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     const float loss = static_cast<float>(sum);
-    const bool finite = (bits_of(loss) & 0x7F800000u) != 0x7F800000u;
-    if (threadIdx.x == 0) losses[candidate] = finite ? loss : float_of(0x7F800000u);
+    if (threadIdx.x == 0) losses[candidate] = is_finite(loss) ? loss : float_of(0x7F800000u);
   }
 }
 

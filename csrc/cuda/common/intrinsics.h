@@ -89,6 +89,12 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 __device__ __forceinline__ void atomic_or(int* address, int bits) { atomicOr(address, bits); }
+__device__ __forceinline__ void atomic_add(uint32_t* address, uint32_t value) {
+  atomicAdd(address, value);
+}
+__device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
 
 template <typename Vector>
 __device__ __forceinline__ Vector load_vector(const void* address) {
@@ -153,6 +159,8 @@ inline void sync_warp() {
 }
 
 inline void atomic_or(int* address, int bits) { *address |= bits; }
+inline void atomic_add(uint32_t* address, uint32_t value) { *address += value; }
+inline void atomic_add(int64_t* address, int64_t value) { *address += value; }
 
 template <typename Vector>
 Vector load_vector(const void* address) {

@@ -156,7 +156,6 @@ _mse = declare(
     "ScalarType scale_dtype, float norm, float search_range, int search_steps) -> (Tensor, Tensor)",
     fake=_mse_fake,
     reference=_mse_reference,
-    kernels=("CPU",),
 )
 
 
