@@ -12,6 +12,7 @@ import quantkit.ops as ops
 from quantkit.ops.search import _mse_candidates, _mse_errors
 
 Arguments = tuple[Any, ...]
+OPS = {"gptq_sweep", "gram_accumulate", "awq_search", "smoothquant_scales", "mse_scale", "histogram_accumulate"}
 
 
 def inputs(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:
