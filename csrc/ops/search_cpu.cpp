@@ -1,36 +1,13 @@
-// mse_scale and percentile_scale on the CPU.
+// mse_scale on the CPU.
 #include "cpu/search.h"
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "ops/cpu_ops.h"
+#include "ops/search.h"
 
 namespace qk::cpu {
 namespace {
-
-struct Extremes {
-  Tensor low, high;  // low is not defined where only the absmax is asked for
-};
-
-// Of every block, finite.
-Extremes finite_extremes(const char* op, const Tensor& x, const Block& block, bool symmetric) {
-  Extremes found;
-  if (symmetric) {
-    found.high = absmax(x, block);
-  } else {
-    std::tie(found.low, found.high) = minmax(x, block);
-  }
-  for (const Tensor* t : {&found.high, &found.low}) {
-    if (symmetric && t == &found.low) continue;
-    const float* values = static_cast<const float*>(t->const_data_ptr());
-    for (int64_t i = 0; i < t->numel(); ++i) {
-      check(std::isfinite(values[i]), op, "x must be finite");
-    }
-  }
-  return found;
-}
 
 // Scaled by a power of two so that the largest is 1 .. 2: no sum of weighted errors overflows.
 std::vector<float> unit_importance(const char* op, const Tensor& x, const Tensor& importance) {
@@ -53,13 +30,28 @@ std::vector<float> unit_importance(const char* op, const Tensor& x, const Tensor
   return result;
 }
 
-void check_codes(const char* op, int64_t q_min, int64_t q_max, bool symmetric, double divisor) {
-  check_code_range(op, q_min, q_max);
-  check(!symmetric || (q_min <= 0 && 0 <= q_max), op, "[q_min, q_max] must hold 0, got [", q_min,
-        ", ", q_max, "]");
-  check(!symmetric || (divisor > 0.0 && std::isfinite(divisor)), op,
-        "divisor must be positive, got ", divisor);
+// Ratios of the range, from the whole of it.
+std::vector<float> shrink_of(double range, int64_t steps) {
+  std::vector<float> shrink(steps + 1, 1.0f);
+  for (int64_t i = 1; i <= steps; ++i) {
+    shrink[i] =
+        static_cast<float>(1.0 - range * static_cast<double>(i) / static_cast<double>(steps));
+  }
+  return shrink;
 }
+
+// x cut for the threads: rows of blocks, and where those are few, runs of their rows. The cut
+// depends on the shape alone, so that the sums do not change with the number of threads.
+struct Cut {
+  Cut(const Grid& grid, int64_t cols) {
+    constexpr int64_t kPieces = 32, kElements = 4096;
+    const int64_t wanted = (kPieces + grid.rows - 1) / grid.rows;
+    run = std::max((grid.block_rows + wanted - 1) / wanted, kElements / cols + 1);
+    run = std::min(run, grid.block_rows);
+    runs = (grid.block_rows + run - 1) / run;
+  }
+  int64_t run, runs;  // rows to a run, runs to a row of blocks
+};
 
 }  // namespace
 
@@ -67,12 +59,14 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, const Block& block,
                                      const std::optional<Tensor>& importance, int64_t q_min,
                                      int64_t q_max, bool symmetric, double divisor,
                                      ScalarType scale_dtype, double norm, double search_range,
-                                     int64_t search_steps) {
+                                     int64_t search_steps, bool signs) {
   constexpr auto kOp = "mse_scale";
   const Grid grid = check_matrix(kOp, x, block);
   check_float(kOp, "x", x);
   check_rows(kOp, "x", x);
-  check_codes(kOp, q_min, q_max, symmetric, divisor);
+  check(!signs || (symmetric && q_min < 0), kOp,
+        "signs are for symmetric codes with a negative q_min");
+  check_search_codes(kOp, q_min, q_max, symmetric, signs ? -static_cast<double>(q_min) : divisor);
   check_scale_dtype(kOp, scale_dtype);
   check(norm > 0.0 && norm <= 8.0, kOp, "norm must be above 0 and at most 8, got ", norm);
   check(search_range >= 0.0 && search_range < 1.0, kOp, "search_range must be in [0, 1), got ",
@@ -81,46 +75,71 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, const Block& block,
         search_steps);
   std::vector<float> weights;
   if (importance) weights = unit_importance(kOp, x, *importance);
-  const Extremes range = finite_extremes(kOp, x, block, symmetric);
+  Tensor low = empty(x, {0}, ScalarType::Float), high = low;
+  if (symmetric) {
+    high = absmax(x, block);
+  } else {
+    std::tie(low, high) = minmax(x, block);
+  }
+  check_finite(kOp, low);
+  check_finite(kOp, high);
   Tensor scale = empty(x, {grid.rows, grid.cols}, ScalarType::Float);
   Tensor zero_point = symmetric ? empty(x, {0}, ScalarType::Char)
                                 : empty(x, {grid.rows, grid.cols}, ScalarType::Char);
   if (scale.numel() == 0) return {scale, zero_point};
-  std::vector<float> fractions(search_steps + 1, 1.0f);
-  for (int64_t i = 1; i <= search_steps; ++i) {
-    fractions[i] = static_cast<float>(1.0 - search_range * static_cast<double>(i) /
-                                                static_cast<double>(search_steps));
-  }
-  const ScaleSearch how{static_cast<int>(q_min),
+
+  const std::vector<float> shrink = shrink_of(search_range, search_steps);
+  const ScaleSearch how{shrink.data(),
+                        static_cast<int>(shrink.size()),
+                        signs,
+                        static_cast<int>(q_min),
                         static_cast<int>(q_max),
                         symmetric,
-                        static_cast<float>(divisor),
+                        static_cast<float>(signs ? -q_min : divisor),
                         dtype_of(kOp, scale_dtype),
-                        static_cast<float>(norm),
-                        fractions.data(),
-                        search_steps + 1};
+                        static_cast<float>(norm)};
   const DType dtype = dtype_of(kOp, x.scalar_type());
-  const float* high = static_cast<const float*>(range.high.const_data_ptr());
-  const float* low = symmetric ? nullptr : static_cast<const float*>(range.low.const_data_ptr());
-  float* const scales = data<float>(scale);
-  int8_t* const zeros = symmetric ? nullptr : data<int8_t>(zero_point);
-  const int64_t size = grid.block_rows * grid.block_cols * how.candidates;
-  parallel_rows(grid.rows * grid.cols, size, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(search_scratch_floats(how.candidates));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / grid.cols * grid.block_rows, col = i % grid.cols * grid.block_cols;
-      const SearchBlock part{element(x, row * x.stride(0) + col),
-                             x.stride(0),
-                             std::min(grid.block_rows, x.size(0) - row),
-                             std::min(grid.block_cols, x.size(1) - col),
-                             low ? std::min(low[i], 0.0f) : 0.0f,
-                             std::max(high[i], 0.0f),
-                             importance ? weights.data() + col : nullptr,
-                             scales + i,
-                             zeros ? zeros + i : nullptr};
-      search_kernels().block(dtype, how, part, scratch.data());
-    }
-  });
+  const int64_t rows = x.size(0), cols = x.size(1), tried = grid.cols * how.tried();
+  const float* const lows = symmetric ? nullptr : data<float>(low);
+  const float* const highs = data<float>(high);
+  const auto lows_of = [&](int64_t g) { return lows ? lows + g * grid.cols : nullptr; };
+  const auto losses_of = [&](int64_t g, int64_t first, int64_t last, float* scratch, double* sums) {
+    std::fill(sums, sums + tried, 0.0);
+    search_kernels().losses(dtype, element(x, first * x.stride(0)), x.stride(0), last - first, cols,
+                            grid.block_cols, lows_of(g), highs + g * grid.cols,
+                            importance ? weights.data() : nullptr, how, scratch, sums);
+  };
+  const auto choose = [&](int64_t g, const double* sums, float* scratch) {
+    search_kernels().choose(lows_of(g), highs + g * grid.cols, grid.cols, sums, how, scratch,
+                            data<float>(scale) + g * grid.cols,
+                            symmetric ? nullptr : data<int8_t>(zero_point) + g * grid.cols);
+  };
+
+  const Cut cut(grid, cols);
+  std::vector<double> partial(cut.runs > 1 ? grid.rows * cut.runs * tried : 0);
+  parallel_rows(grid.rows * cut.runs, cut.run * cols * how.tried(),
+                [&](int64_t begin, int64_t end) {
+                  std::vector<float> scratch(search_scratch_floats(how));
+                  std::vector<double> sums(tried);
+                  for (int64_t i = begin; i < end; ++i) {
+                    const int64_t g = i / cut.runs, top = g * grid.block_rows;
+                    const int64_t first = top + i % cut.runs * cut.run;
+                    const int64_t last = std::min({first + cut.run, top + grid.block_rows, rows});
+                    if (cut.runs == 1) {
+                      losses_of(g, first, last, scratch.data(), sums.data());
+                      choose(g, sums.data(), scratch.data());
+                    } else if (first < last) {  // the last row of blocks may have fewer runs
+                      losses_of(g, first, last, scratch.data(), partial.data() + i * tried);
+                    }
+                  }
+                });
+  if (cut.runs == 1) return {scale, zero_point};
+  std::vector<float> scratch(search_scratch_floats(how));
+  for (int64_t g = 0; g < grid.rows; ++g) {
+    double* const sums = partial.data() + g * cut.runs * tried;
+    for (int64_t i = tried; i < cut.runs * tried; ++i) sums[i % tried] += sums[i];
+    choose(g, sums, scratch.data());
+  }
   return {scale, zero_point};
 }
 

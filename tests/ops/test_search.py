@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ HOW = ((-8, 7, True, 7.5, torch.bfloat16), (-127, 127, True, 127.0, torch.float3
 BOUND = 2e-5
 
 
-def assert_least(x: Tensor, block: list[int], importance: Tensor | None, how: tuple, norm: float, *grid: float) -> None:
+def assert_least(x: Tensor, block: list[int], importance: Tensor | None, how: tuple, norm: float, *grid: Any) -> None:
     scale, zero = call("mse_scale", x, block, importance, *how, norm, *grid)
     scales, zeros = _mse_candidates(x, block, *how, *grid)
     errors = _mse_errors(x, block, importance, scales, zeros, how[0], how[1], norm)
@@ -51,6 +53,36 @@ def test_wide_search_of_outliers() -> None:
             assert_least(x, [1, 128], None, how, norm, 0.8, 50)
     scale, _ = ops.mse_scale(x, [1, 128], q_min=-8, q_max=7, divisor=7.5, search_range=0.8, search_steps=50)
     assert (scale < ops.symmetric_scale(ops.absmax(x, [1, 128]), 7.5)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+def test_signs(norm: float) -> None:
+    how = (-8, 7, True, 7.5, torch.float32)
+    for block in ([1, 32], [1, -1], [-1, -1], [40, -1], [3, 5]):
+        for dtype in FLOATS:
+            for x in matrices(dtype, "normal"):
+                assert_least(x, block, None, how, norm, 0.2, 20, True)
+    x = torch.tensor([[8.0, 1, 2, 3, 4, 5, 6, 7]])
+    for sign in (1.0, -1.0):  # without loss: the code -8 stands for the largest
+        scale, zero = ops.mse_scale(sign * x, [1, -1], q_min=-8, q_max=7, norm=norm, signs=True)
+        assert scale.item() == -sign and zero.numel() == 0
+        assert torch.equal(ops.quantize_int(sign * x, scale, None, [1, -1], -8, 7).float() * scale, sign * x)
+    scale, _ = ops.mse_scale(torch.tensor([[-3.0, 3.0]]), [1, -1], q_min=-8, q_max=7, search_steps=0, signs=True)
+    assert scale.item() == 3.0 / 8  # the positive one of equals
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(3))
+    plain = ops.mse_scale(x, [1, 128], q_min=-8, q_max=7, divisor=8.0, norm=norm)[0]
+    scale = ops.mse_scale(x, [1, 128], q_min=-8, q_max=7, norm=norm, signs=True)[0]
+    assert 0.2 < (scale < 0).float().mean() < 0.8 and bool((plain[scale > 0] == scale[scale > 0]).all())
+
+
+def test_threads_change_nothing() -> None:
+    x = torch.randn(300, 700, generator=torch.Generator().manual_seed(4))
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found += [[ops.mse_scale(x, block, q_min=-8, q_max=7, divisor=7.5)[0] for block in ([-1, -1], [-1, 7])]]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_importance_decides() -> None:
@@ -92,6 +124,8 @@ def test_refuses() -> None:
     check_refused("mse_scale", r"norm must be above 0 and at most 8, got 0", x, [1, 3], None, *HOW[0], 0.0, 0.2, 20)
     check_refused("mse_scale", r"search_range must be in \[0, 1\), got 1", x, [1, 3], None, *HOW[0], 2.4, 1.0, 20)
     check_refused("mse_scale", "search_steps must be 0 to 1000, got -1", x, [1, 3], None, *HOW[0], 2.4, 0.2, -1)
+    for how in (HOW[2], (0, 7, True, 7.0, torch.float32)):
+        check_refused("mse_scale", "signs are for symmetric codes with a", x, [1, 3], None, *how, *grid, True)
     check_refused("mse_scale", "divisor must be positive", x, [1, 3], None, -8, 7, True, 0.0, torch.float32, *grid)
 
 
@@ -99,3 +133,4 @@ def test_compiles() -> None:
     x = torch.randn(5, 70, dtype=torch.bfloat16)
     check_compiles("mse_scale", x, [1, 32], torch.rand(70), *HOW[0], 2.0, 0.2, 20)
     check_compiles("mse_scale", x, [1, -1], None, *HOW[2], 2.0, 0.2, 20)
+    check_compiles("mse_scale", torch.randn(5, 70), [1, -1], None, *HOW[0], 2.4, 0.2, 20, True)  # no two alike

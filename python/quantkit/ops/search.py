@@ -37,11 +37,16 @@ def _check_mse(
     norm: float,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> None:
     op = "mse_scale"
     check_matrix(op, x, block)
     check_float(op, "x", x)
-    _check_codes(op, q_min, q_max, symmetric, divisor)
+    torch._check(
+        not signs or (symmetric and q_min < 0),
+        lambda: f"quantkit::{op}: signs are for symmetric codes with a negative q_min",
+    )
+    _check_codes(op, q_min, q_max, symmetric, -q_min if signs else divisor)
     _check_scale_dtype(op, scale_dtype)
     torch._check(0 < norm <= 8, lambda: f"quantkit::{op}: norm must be above 0 and at most 8, got {norm:g}")
     torch._check(0 <= search_range < 1, lambda: f"quantkit::{op}: search_range must be in [0, 1), got {search_range:g}")
@@ -72,8 +77,11 @@ def _mse_fake(
     norm: float,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_mse(x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, search_steps)
+    _check_mse(
+        x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, search_steps, signs
+    )
     return _empty_scales(x, block, symmetric)
 
 
@@ -87,6 +95,7 @@ def _mse_candidates(
     scale_dtype: torch.dtype,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points of all candidates, [candidates, grid rows, grid cols]."""
     op = "mse_scale"
@@ -96,7 +105,9 @@ def _mse_candidates(
     left = [1.0 - search_range * i / search_steps if i else 1.0 for i in range(search_steps + 1)]
     part = torch.tensor(left, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
     if low is None:
-        scale = _symmetric_reference(high * part, divisor, scale_dtype)
+        scale = _symmetric_reference(high * part, -q_min if signs else divisor, scale_dtype)
+        if signs:
+            scale = torch.cat((scale, -scale))
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     return _asymmetric_reference(low.clamp(max=0) * part, high.clamp(min=0) * part, q_min, q_max, scale_dtype)
 
@@ -113,8 +124,11 @@ def _mse_reference(
     norm: float,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_mse(x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, search_steps)
+    _check_mse(
+        x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, search_steps, signs
+    )
     scale, zero_point = _empty_scales(x, block, symmetric)
     if importance is not None:
         torch._check(
@@ -123,7 +137,9 @@ def _mse_reference(
         )
     if scale.numel() == 0 or x.numel() == 0:
         return scale, zero_point
-    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, search_range, search_steps)
+    scales, zeros = _mse_candidates(
+        x, block, q_min, q_max, symmetric, divisor, scale_dtype, search_range, search_steps, signs
+    )
     errors = _mse_errors(x, block, importance, scales, zeros, q_min, q_max, norm)
     best = errors.nan_to_num(nan=float("inf")).argmin(0, keepdim=True)  # the first of equals
     return scales.gather(0, best)[0], zero_point if symmetric else zeros.gather(0, best)[0]
@@ -153,7 +169,8 @@ def _mse_errors(
 
 _mse = declare(
     "mse_scale(Tensor x, int[] block, Tensor? importance, int q_min, int q_max, bool symmetric, float divisor, "
-    "ScalarType scale_dtype, float norm, float search_range, int search_steps) -> (Tensor, Tensor)",
+    "ScalarType scale_dtype, float norm, float search_range, int search_steps, "
+    "bool signs=False) -> (Tensor, Tensor)",
     fake=_mse_fake,
     reference=_mse_reference,
 )
@@ -172,15 +189,18 @@ def mse_scale(
     norm: float = 2.4,
     search_range: float = 0.2,
     search_steps: int = 20,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each block whose range, shrunk to 1 - search_range * i / search_steps, errs least.
 
     x [rows, cols] fp32, fp16 or bf16 -> scale fp32 of `block`'s grid, rounded to `scale_dtype`; int8 zero point of
     that grid, empty if symmetric. The error is the sum of importance * |dequantized - x|^norm over the block, with
     `importance` fp32 [cols], or none; i runs from 0 to `search_steps` and the first of equals wins. The defaults of
-    the search are those of llm-compressor's MSE observer, without its early stop. Sums are fp32 within 1024 elements
+    the search are those of llm-compressor's MSE observer, without its early stop. `signs` (symmetric codes): the whole
+    range is max|x| = -q_min steps instead of `divisor`, and after all positive scales the same ones negated are tried,
+    so that the code without a counterpart may stand for the largest value of either sign. Sums are fp32 within 1024 elements
     and fp64 beyond: candidates whose errors are within about 1e-5 of each other count as equal.
-    RuntimeError: x not finite; importance negative or not finite; norm outside (0, 8]; search_range outside [0, 1).
+    RuntimeError: x not finite; `signs` of asymmetric codes; importance negative or not finite; norm outside (0, 8]; search_range outside [0, 1).
     """
     return _mse(
         x,
@@ -194,6 +214,7 @@ def mse_scale(
         norm,
         search_range,
         search_steps,
+        signs,
     )
 
 
