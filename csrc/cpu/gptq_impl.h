@@ -11,20 +11,22 @@ namespace {
 constexpr int kPanel = kVectors * kLanes;
 constexpr int64_t kDepth = 256;  // errors of so many columns of a panel stay in the cache
 
-inline void pack_factor(const float* u, int64_t stride, int64_t first, int64_t width, int64_t begin,
-                        int64_t end, int64_t depth, float* packed) {
+inline void pack_factor(const float* factor, const float* diagonal, int64_t stride, int64_t first,
+                        int64_t width, int64_t begin, int64_t end, int64_t depth, float* packed) {
   for (int64_t k = begin; k < end; ++k) {
-    const float* row = u + k * stride + first;
+    const float* row = factor + k * stride + first;
     for (int64_t c = 0; c < width; c += kColumns) {
       float* out = packed + c * depth + k * kColumns;
-      for (int j = 0; j < kColumns; ++j) out[j] = c + j < width ? row[c + j] : 0.0f;
+      for (int j = 0; j < kColumns; ++j)
+        out[j] = c + j < width ? row[c + j] / diagonal[c + j] : 0.0f;
     }
   }
 }
 
-// values[column + j] += sum of values[k] * u[k][j], k in [begin, end): the values before `column`
-// are minus their errors.
-QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end, const float* u) {
+// values[column + j] += sum of values[k] * factor[k][j], k in [begin, end): the values before
+// `column` are by how much the weights fell.
+QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
+                      const float* factor) {
   F32 sum[kColumns][kVectors];
   float* const out = values + column * kPanel;
 #pragma GCC unroll 16
@@ -40,9 +42,9 @@ QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
     for (int v = 0; v < kVectors; ++v) error[v] = load(values + k * kPanel + v * kLanes, Full{});
 #pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
-      const F32 factor = broadcast(u[k * kColumns + j]);
+      const F32 share = broadcast(factor[k * kColumns + j]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add(error[v], factor, sum[j][v]);
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add(error[v], share, sum[j][v]);
     }
   }
 #pragma GCC unroll 16
@@ -61,7 +63,7 @@ QK_INLINE I32 code_of(const GptqStripe& stripe, F32 w, F32 scale, F32 zero) {
   return round(max(low - zero, min(high - zero, w * (broadcast(1.0f) / scale))));
 }
 
-// Per row, the sum over the stripe's columns of ((q - w) / the factor's diagonal)^2.
+// Per row, the sum over the stripe's columns of ((q - w) * the factor's diagonal)^2.
 QK_INLINE F32 rounding_error(const GptqStripe& stripe, const float* values, F32 scale, F32 zero) {
   F32 sum = broadcast(0.0f);
   const F32 inverse = broadcast(1.0f) / scale;
@@ -70,15 +72,15 @@ QK_INLINE F32 rounding_error(const GptqStripe& stripe, const float* values, F32 
   for (int64_t c = 0; c < stripe.width; ++c) {
     const F32 w = load(values + c * kPanel, Full{});
     const I32 code = round(max(low, min(high, w * inverse)));
-    const F32 error = (to_float(code) * scale - w) * broadcast(stripe.inverse[c]);
+    const F32 error = (to_float(code) * scale - w) * broadcast(stripe.diagonal[c]);
     sum = sum + error * error;
   }
   return sum;
 }
 
-void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
+// `values`: the stripe's weights as they are now.
+inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float* values) {
   float low[kPanel], high[kPanel], least[kPanel], most[kPanel], found[kPanel], error[kPanel];
-  const float* const values = panel.values + stripe.first * kPanel;
   for (int v = 0; v < kPanel; v += kLanes) {
     F32 lowest = broadcast(0.0f), highest = lowest;
     for (int64_t c = 0; c < stripe.width; ++c) {
@@ -125,9 +127,46 @@ void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
   }
 }
 
-// Rounds one column and takes its error off the next `rest` ones, whose factors are at u.
+void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
+  fit_to(stripe, panel, panel.values + stripe.first * kPanel);
+}
+
+// The stripe's weights if none of them were rounded: each makes up for the columns before the
+// stripe and for those in it that did so. `weights` are those at the beginning.
+inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float* weights,
+                   float* out) {
+  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
+  const float* const values = panel.values + first * kPanel;
+  for (int64_t i = 0; i < width * kPanel; i += kLanes) {
+    store(out + i, load(values + i, Full{}) - load(weights + i, Full{}), Full{});
+  }
+  for (int64_t c = 0; c < width; c += kColumns) {
+    const float* factor = stripe.factor + c * depth + first * kColumns;
+    update(out, c, 0, c, factor);
+    const int64_t end = width - c < kColumns ? width : c + kColumns;
+    for (int64_t j = c; j < end; ++j) {
+      for (int v = 0; v < kPanel; v += kLanes) {
+        float* const column = out + j * kPanel + v;
+        const F32 fell = broadcast(0.0f) - load(column, Full{});
+        store(column, fell, Full{});
+        for (int64_t i = j + 1; i < end; ++i) {
+          float* const next = out + i * kPanel + v;
+          store(next,
+                multiply_add(fell, broadcast(factor[j * kColumns + i - c]), load(next, Full{})),
+                Full{});
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < width * kPanel; i += kLanes) {
+    store(out + i, load(weights + i, Full{}) - load(out + i, Full{}), Full{});
+  }
+}
+
+// Rounds one column, whose weights were `weights` at the beginning, and lets the next `rest` ones
+// make up for it; their shares are at `factor`.
 QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, int64_t index,
-                            int rest, const float* u, int8_t* codes) {
+                            int rest, const float* factor, const float* weights, int8_t* codes) {
   float* const column = panel.values + (stripe.first + index) * kPanel;
   const int64_t group = stripe.group[index] * kPanel;
   for (int v = 0; v < kPanel; v += kLanes) {
@@ -135,37 +174,43 @@ QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, in
     const F32 zero = load(panel.zero + group + v, Full{});
     const I32 code = code_of(stripe, w, step, zero);
     store_bytes(codes + v, code + round(zero), Full{});
-    const F32 minus = (to_float(code) * step - w) * broadcast(stripe.inverse[index]);
-    store(column + v, minus, Full{});
-    store(panel.loss + v, load(panel.loss + v, Full{}) + broadcast(0.5f) * minus * minus, Full{});
+    const F32 rounded = to_float(code) * step, fell = load(weights + v, Full{}) - rounded;
+    store(column + v, fell, Full{});
+    const F32 error = (rounded - w) * broadcast(stripe.diagonal[index]);
+    store(panel.loss + v, load(panel.loss + v, Full{}) + broadcast(0.5f) * error * error, Full{});
     for (int j = 1; j <= rest; ++j) {
       float* const next = column + j * kPanel + v;
-      store(next, multiply_add(minus, broadcast(u[j]), load(next, Full{})), Full{});
+      store(next, multiply_add(fell, broadcast(factor[j]), load(next, Full{})), Full{});
     }
   }
 }
 
-void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* scratch) {
+void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights) {
   const int64_t first = stripe.first, width = stripe.width, depth = first + width;
+  std::memcpy(weights, panel.values + first * kPanel, sizeof(float) * width * kPanel);
   for (int64_t begin = 0; begin < first; begin += kDepth) {
     const int64_t end = begin + kDepth < first ? begin + kDepth : first;
     for (int64_t c = 0; c < width; c += kColumns) {
-      update(panel.values, first + c, begin, end, stripe.u + c * depth);
+      update(panel.values, first + c, begin, end, stripe.factor + c * depth);
     }
   }
-  if (stripe.fit) fit_scale(stripe, panel);
+  if (stripe.fit) {
+    float* const settled = weights + width * kPanel;
+    settle(stripe, panel, weights, settled);
+    fit_to(stripe, panel, settled);
+  }
   for (int64_t c = 0; c < width; c += kColumns) {
-    const float* u = stripe.u + c * depth;
-    update(panel.values, first + c, first, first + c, u);
+    const float* factor = stripe.factor + c * depth;
+    update(panel.values, first + c, first, first + c, factor);
     const int n = static_cast<int>(width - c < kColumns ? width - c : kColumns);
     for (int j = 0; j < n; ++j) {
-      round_column(stripe, panel, c + j, n - 1 - j, u + (first + c + j) * kColumns + j,
-                   scratch + (c + j) * kPanel);
+      round_column(stripe, panel, c + j, n - 1 - j, factor + (first + c + j) * kColumns + j,
+                   weights + (c + j) * kPanel, codes + (c + j) * kPanel);
     }
   }
   for (int64_t r = 0; r < panel.rows; ++r) {
     int8_t* const out = panel.codes + r * panel.code_stride + first;
-    for (int64_t c = 0; c < width; ++c) out[c] = scratch[c * kPanel + r];
+    for (int64_t c = 0; c < width; ++c) out[c] = codes[c * kPanel + r];
   }
 }
 

@@ -156,8 +156,8 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
     tried again with more; CalibrationError if nothing helps.
     """
     try:
-        u, dead = ops.gptq_factor(grams, modifier.dampening_frac)
-        return u, dead.sum(1).tolist(), [modifier.dampening_frac] * len(batch)
+        factor, dead = ops.gptq_factor(grams, modifier.dampening_frac)
+        return factor, dead.sum(1).tolist(), [modifier.dampening_frac] * len(batch)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     found = []
@@ -170,7 +170,8 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
                 f"({error}); give more or more varied calibration data, or quantize this layer with "
                 "QuantizationModifier"
             ) from None
-    return torch.stack([u for u, _, _ in found]), [int(d.sum()) for _, d, _ in found], [used for _, _, used in found]
+    factors, dead, used = zip(*found, strict=True)
+    return torch.stack(factors), [int(columns.sum()) for columns in dead], list(used)
 
 
 def _sweep(
@@ -190,7 +191,7 @@ def _sweep(
         weights.append(weight if order is None else weight[:, order])
         grams.append(gram if order is None else gram[order][:, order])
         orders.append(order)
-    u, dead, dampening = _factor(modifier, torch.stack(grams), batch)
+    factor, dead, dampening = _factor(modifier, torch.stack(grams), batch)
     del grams
     weight = torch.stack(weights)
     scale = zero_point = None
@@ -200,7 +201,7 @@ def _sweep(
     search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 else (0.0, 0)
     codes, scale, zero, loss = ops.gptq_sweep(
         weight,
-        u,
+        factor,
         q_min=q_min,
         q_max=q_max,
         group_size=size,

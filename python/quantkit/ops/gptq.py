@@ -1,7 +1,9 @@
-"""GPTQ: the factor of the inverse Gram matrix, and the sweep that rounds a weight column by column with it.
+"""GPTQ: the factor of the Gram matrix, and the sweep that rounds a weight column by column with it.
 
-Each column is rounded to nearest, and its error, weighed by the factor's row, is taken off the columns that are still
-to come. The factor belongs to the input alone: Linears that share an input share it.
+With g = R R^T, R an upper triangle, the squared error of d = w - q is |d R|^2, whose term c has the columns up to c
+only. So each column is rounded to nearest after it has made up for those before it, by d_j R_jc / R_cc each. That is
+what GPTQ does with the factor R^-1 of g^-1, without an inverse. R belongs to the input alone: Linears that share an
+input share it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ._library import check_code_range, declare
 from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
 
-_LEAF = 256  # triangles up to this size are inverted by substitution, larger ones by matrix products
 _INDEFINITE = "not positive definite"
 
 
@@ -31,20 +32,6 @@ def _check_factor(g: Tensor, dampening: float) -> None:
 def _factor_fake(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     _check_factor(g, dampening)
     return g.new_empty(g.shape), g.new_empty(g.shape[:-1], dtype=torch.bool)
-
-
-def _invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangle, in place, in halves: a third of the work of solving for the identity."""
-    n = lower.shape[0]
-    if n <= _LEAF:
-        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    half = (n // 2 + 63) // 64 * 64
-    first, second, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert_lower(first)
-    _invert_lower(second)
-    torch.mm(second, corner @ first, out=corner).neg_()
-    return lower
 
 
 def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
@@ -66,23 +53,23 @@ def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]
             f"quantkit::gptq_factor: {name} + {dampening:g} * mean(diag({name})) is {_INDEFINITE} (minor {int(info)} "
             f"of {g.shape[0]}): raise the dampening, or give more calibration tokens"
         )
-    # With J the reversal, J chol(J H J)^-1 J is the upper Cholesky factor of H^-1: no inverse, one factorization.
-    return _invert_lower(lower.contiguous()).flip(0, 1), dead
+    # With J the reversal, J chol(J H J) J is the upper R with R R^T = H, the inverse of chol(H^-1).
+    return lower.flip(0, 1), dead
 
 
 def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     _check_factor(g, dampening)
     if g.dim() == 2:
         return _factor_one(g, dampening, "g")
-    u, dead = _factor_fake(g, dampening)
+    factor, dead = _factor_fake(g, dampening)
     for b, matrix in enumerate(g):
-        u[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
-    return u, dead
+        factor[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
+    return factor, dead
 
 
 def _check_sweep(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
@@ -100,12 +87,12 @@ def _check_sweep(
         lambda: f"quantkit::{op}: w must be torch.float32 [rows, K] or [B, rows, K], got {w.dtype} {list(w.shape)}",
     )
     cols = w.shape[-1]
-    own = w.dim() == 3 and tuple(u.shape) == (w.shape[0], cols, cols)
+    own = w.dim() == 3 and tuple(factor.shape) == (w.shape[0], cols, cols)
     torch._check(
-        (own or tuple(u.shape) == (cols, cols)) and u.dtype == w.dtype,
+        (own or tuple(factor.shape) == (cols, cols)) and factor.dtype == w.dtype,
         lambda: (
-            f"quantkit::{op}: u must be torch.float32 [{cols}, {cols}], or as many as w has matrices, "
-            f"got {u.dtype} {list(u.shape)}"
+            f"quantkit::{op}: factor must be torch.float32 [{cols}, {cols}], or as many as w has matrices, "
+            f"got {factor.dtype} {list(factor.shape)}"
         ),
     )
     torch._check(
@@ -148,7 +135,7 @@ def _check_sweep(
 
 def _sweep_fake(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
@@ -162,7 +149,7 @@ def _sweep_fake(
     search_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w, factor, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
     )
     without = symmetric if scale is None else zero_point is None
     return (
@@ -204,7 +191,7 @@ class _Rounding:
         for shrink in self.shrinks:
             step, offset = self.range_scale(group, shrink)
             rounded = self.codes(group, step[:, None], offset[:, None].float()) * step[:, None]
-            error = ((rounded - group) * (1.0 / diagonal)).square().sum(1)
+            error = ((rounded - group) * diagonal).square().sum(1)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, step, scale), torch.where(better, offset, zero)
@@ -212,27 +199,40 @@ class _Rounding:
 
 
 def _sweep_one(
-    w: Tensor, u: Tensor, size: int, rounding: _Rounding, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, fit: bool
+    w: Tensor,
+    factor: Tensor,
+    size: int,
+    rounding: _Rounding,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor | None,
+    fit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Codes and loss; fills in the scales and zero points if they are to be found."""
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[0])
+    before = w.clone()
     for c in range(w.shape[1]):
         g = c // size if g_idx is None else int(g_idx[c])
         if fit and c % size == 0:
-            scales[:, g], zeros[:, g] = rounding.fit(w[:, c : c + size], u.diagonal()[c : c + size])
+            part, diagonal = slice(c, c + size), factor.diagonal()[c : c + size]
+            # What the group's weights would be if none of them were rounded: they make up for one another too.
+            moved = (w[:, part] - before[:, part]) * diagonal
+            moved = torch.linalg.solve_triangular(factor[part, part], moved, upper=True, left=False)
+            scales[:, g], zeros[:, g] = rounding.fit(before[:, part] + moved, diagonal)
         step, zero = scales[:, g], zeros[:, g].float()
         code = rounding.codes(w[:, c], step, zero)
         codes[:, c] = (code + zero).to(torch.int8)
-        error = (w[:, c] - code * step) * (1.0 / u[c, c])
+        error = (w[:, c] - code * step) * factor[c, c]
         loss += 0.5 * error * error
-        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+        fell = before[:, c] - code * step
+        w[:, c + 1 :] += fell[:, None] * (factor[c, c + 1 :] / factor.diagonal()[c + 1 :])
     return codes, loss
 
 
 def _sweep_reference(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
@@ -246,7 +246,7 @@ def _sweep_reference(
     search_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w, factor, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
     )
     _check_values(w, g_idx, shape[-1])
     without = symmetric if scale is None else zero_point is None
@@ -258,18 +258,20 @@ def _sweep_reference(
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[:-1])
 
-    def sweep(w: Tensor, u: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
-        found = _sweep_one(w.clone(), u, size, rounding, scales, zeros, g_idx, scale is None)
+    def sweep(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
+        found = _sweep_one(w.clone(), factor, size, rounding, scales, zeros, g_idx, scale is None)
         codes.copy_(found[0])
         loss.copy_(found[1])
 
     if w.dim() == 2:
-        sweep(w, u, scales, zeros, codes, loss)
+        sweep(w, factor, scales, zeros, codes, loss)
     else:
         for b in range(w.shape[0]):
-            sweep(w[b], u[b] if u.dim() == 3 else u, scales[b], zeros[b], codes[b], loss[b])
+            sweep(w[b], factor[b] if factor.dim() == 3 else factor, scales[b], zeros[b], codes[b], loss[b])
     if not bool(loss.isfinite().all()):
-        raise RuntimeError("quantkit::gptq_sweep: the loss is not finite: u holds NaN or infinities, or a scale does")
+        raise RuntimeError(
+            "quantkit::gptq_sweep: the loss is not finite: factor holds NaN or infinities, or a scale does"
+        )
     return codes, scales, w.new_empty((0,), dtype=torch.int8) if without else zeros, loss
 
 
@@ -287,7 +289,7 @@ _factor = declare(
     kernels=("CPU",),
 )
 _sweep = declare(
-    "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
+    "gptq_sweep(Tensor w, Tensor factor, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
     "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
@@ -296,11 +298,12 @@ _sweep = declare(
 
 
 def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
-    """u and the dead columns of a Gram matrix g [K, K], or of one per expert [B, K, K], fp32.
+    """The factor R and the dead columns of a Gram matrix g [K, K], or of one per expert [B, K, K], fp32.
 
-    u is the upper Cholesky factor of (g + dampening * mean(diag(g)) * I)^-1. Dead columns, bool [K] or [B, K], are
-    those whose input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError
-    if g's diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
+    R is the upper triangle, diagonal positive, with R R^T = g + dampening * mean(diag(g)) * I: all that `gptq_sweep`
+    needs, and the inverse of the factor that the paper takes of g^-1. Dead columns, bool [K] or [B, K], are those whose
+    input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError if g's
+    diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
     definite. fp64 is served too, by the reference.
     """
     if g.dtype == torch.float64:
@@ -314,7 +317,7 @@ def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
 
 
 def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) -> tuple[Tensor, Tensor, float]:
-    """`gptq_factor` with ten times the dampening after each failure, up to `limit`: u, dead, the dampening used."""
+    """`gptq_factor` with ten times the dampening after each failure, up to `limit`: R, dead, the dampening used."""
     while True:
         try:
             return *gptq_factor(g, dampening), dampening
@@ -326,7 +329,7 @@ def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) ->
 
 def gptq_sweep(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     *,
     q_min: int,
     q_max: int,
@@ -342,20 +345,20 @@ def gptq_sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
 
-    w is fp32 and stays as it is; u is `gptq_factor`'s. Without `scale`, each group of `group_size` columns (-1: the
-    row) gets its scale when the sweep reaches it, from the weights as updated by then, like `symmetric_scale` with
-    `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used, and
-    `g_idx` int32 [K] names each column's group: for columns in another order, permute w and u's g and pass it. `loss`
-    is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
+    w is fp32 and stays as it is; `factor` is `gptq_factor`'s R. Without `scale`, each group of `group_size` columns
+    (-1: the row) gets its scale when the sweep reaches it, from the weights as updated by then, like `symmetric_scale`
+    with `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used,
+    and `g_idx` int32 [K] names each column's group: for columns in another order, permute w and the factor's g and pass
+    it. `loss` is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
 
     With `search_steps` n > 0, a scale that is computed here is the best of n + 1: those of the group's range times
-    1 - search_range * i / n, i = 0 to n. The best has the least sum over the group's columns of ((w - q) / u_cc)^2,
-    the first of equals. w may also be [B, R, K], say experts of one shape, with u [B, K, K], or [K, K] for all of them;
-    all results then have B in front.
+    1 - search_range * i / n, i = 0 to n. The best has the least sum over the group's columns of ((w - q) * R_cc)^2,
+    the first of equals. w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all
+    of them; all results then have B in front.
     """
     return _sweep(
         w,
-        u,
+        factor,
         scale,
         zero_point,
         group_size,
