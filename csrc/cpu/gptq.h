@@ -18,6 +18,7 @@ struct GptqStripe {
   const int32_t* group;   // the group of each of these columns
   // Whether the stripe is a group that gets its scale here, from its weights as updated so far.
   bool fit, symmetric;
+  bool signs;  // whether each scale is also tried negated, after all others
   // What a range is shrunk by to find the scale with the least error: the first is 1.
   const float* shrink;
   int shrinks;
@@ -46,7 +47,7 @@ struct GptqKernels {
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
   // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *
-  // (2 * width + panel_cols).
+  // (3 * width + 2 * panel_cols) zeros.
   void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights);
 };
 

@@ -23,35 +23,48 @@ inline void pack_factor(const float* factor, const float* diagonal, int64_t stri
   }
 }
 
-// values[column + j] += sum of values[k] * factor[k][j], k in [begin, end): the values before
-// `column` are by how much the weights fell.
-QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
-                      const float* factor) {
-  F32 sum[kColumns][kVectors];
-  float* const out = values + column * kPanel;
+// The columns of a tile, in registers.
+struct Tile {
+  F32 column[kColumns][kVectors];
+};
+
+// start[j] + sum of fell[k] * factor[k][j], k in [begin, end): `fell` is by how much weights fell.
+QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int64_t end,
+                       const float* factor) {
+  Tile tile;
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[j][v] = load(out + j * kPanel + v * kLanes, Full{});
+      tile.column[j][v] = load(start + j * kPanel + v * kLanes, Full{});
     }
   }
   for (int64_t k = begin; k < end; ++k) {
-    F32 error[kVectors];
+    F32 by[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) error[v] = load(values + k * kPanel + v * kLanes, Full{});
+    for (int v = 0; v < kVectors; ++v) by[v] = load(fell + k * kPanel + v * kLanes, Full{});
 #pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
       const F32 share = broadcast(factor[k * kColumns + j]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add(error[v], share, sum[j][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        tile.column[j][v] = multiply_add(by[v], share, tile.column[j][v]);
+      }
     }
   }
+  return tile;
+}
+
+// values[column + j] make up for values[k], k in [begin, end), which are by how much weights fell.
+QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
+                      const float* factor) {
+  float* const out = values + column * kPanel;
+  const Tile tile = made_up(out, values, begin, end, factor);
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      store(out + j * kPanel + v * kLanes, sum[j][v], Full{});
+      store(out + j * kPanel + v * kLanes, tile.column[j][v], Full{});
     }
   }
 }
@@ -63,24 +76,74 @@ QK_INLINE I32 code_of(const GptqStripe& stripe, F32 w, F32 scale, F32 zero) {
   return round(max(low - zero, min(high - zero, w * (broadcast(1.0f) / scale))));
 }
 
-// Per row, the sum over the stripe's columns of ((q - w) * the factor's diagonal)^2.
-QK_INLINE F32 rounding_error(const GptqStripe& stripe, const float* values, F32 scale, F32 zero) {
+// A scale that rows try, and how it divides.
+struct Trial {
+  F32 scale, inverse, low, high;
+
+  QK_INLINE Trial(const GptqStripe& stripe, F32 step, F32 zero)
+      : scale(step),
+        inverse(broadcast(1.0f) / step),
+        low(broadcast(static_cast<float>(stripe.q_min)) - zero),
+        high(broadcast(static_cast<float>(stripe.q_max)) - zero) {}
+  QK_INLINE F32 rounded(F32 w) const {
+    return to_float(round(max(low, min(high, w * inverse)))) * scale;
+  }
+};
+
+// Per row, the sum over the stripe's columns of ((q - w) * the factor's diagonal)^2, each column
+// rounded alone.
+QK_INLINE F32 error_alone(const GptqStripe& stripe, const float* values, const Trial& trial) {
   F32 sum = broadcast(0.0f);
-  const F32 inverse = broadcast(1.0f) / scale;
-  const F32 low = broadcast(static_cast<float>(stripe.q_min)) - zero;
-  const F32 high = broadcast(static_cast<float>(stripe.q_max)) - zero;
   for (int64_t c = 0; c < stripe.width; ++c) {
     const F32 w = load(values + c * kPanel, Full{});
-    const I32 code = round(max(low, min(high, w * inverse)));
-    const F32 error = (to_float(code) * scale - w) * broadcast(stripe.diagonal[c]);
+    const F32 error = (trial.rounded(w) - w) * broadcast(stripe.diagonal[c]);
     sum = sum + error * error;
   }
   return sum;
 }
 
-// `values`: the stripe's weights as they are now.
-inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float* values) {
-  float low[kPanel], high[kPanel], least[kPanel], most[kPanel], found[kPanel], error[kPanel];
+// The same when each column makes up for those before it: a sweep of the stripe, for its loss only.
+// `fell` has room for it.
+inline void errors_in_turn(const GptqStripe& stripe, const float* values, const float* scale,
+                           const float* zero, float* fell, float* errors) {
+  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
+  F32 sum[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) sum[v] = broadcast(0.0f);
+  for (int64_t c = 0; c < width; c += kColumns) {
+    const float* const factor = stripe.factor + c * depth + first * kColumns;
+    Tile tile = made_up(values + c * kPanel, fell, 0, c, factor);
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) {
+      if (c + j >= width) break;
+      const float* const share = factor + (c + j) * kColumns;
+      const F32 diagonal = broadcast(stripe.diagonal[c + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t place = (c + j) * kPanel + v * kLanes;
+        const Trial trial(stripe, load(scale + v * kLanes, Full{}),
+                          load(zero + v * kLanes, Full{}));
+        const F32 w = tile.column[j][v], rounded = trial.rounded(w);
+        const F32 error = (rounded - w) * diagonal, by = load(values + place, Full{}) - rounded;
+        sum[v] = sum[v] + error * error;
+        store(fell + place, by, Full{});
+#pragma GCC unroll 16
+        for (int i = j + 1; i < kColumns; ++i) {
+          tile.column[i][v] = multiply_add(by, broadcast(share[i]), tile.column[i][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(errors + v * kLanes, sum[v], Full{});
+}
+
+// The scale of the stripe from `values`, its weights as they are now. Candidates are swept if there
+// is room for it in `fell`, which may be null.
+inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float* values,
+                   float* fell) {
+  float low[kPanel], high[kPanel], least[kPanel], most[kPanel];
+  float found[kPanel], offset[kPanel], error[kPanel], best[kPanel];
   for (int v = 0; v < kPanel; v += kLanes) {
     F32 lowest = broadcast(0.0f), highest = lowest;
     for (int64_t c = 0; c < stripe.width; ++c) {
@@ -91,15 +154,17 @@ inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float
     if (stripe.symmetric) highest = max(highest, broadcast(0.0f) - lowest);
     store(low + v, lowest, Full{});
     store(high + v, highest, Full{});
-    store(error + v, from_bits(broadcast(0x7f800000)), Full{});
+    store(best + v, from_bits(broadcast(0x7f800000)), Full{});
   }
   float* const scale = panel.scale + stripe.group[0] * kPanel;
   float* const zero = panel.zero + stripe.group[0] * kPanel;
-  for (int i = 0; i < stripe.shrinks; ++i) {
+  const int candidates = stripe.signs ? 2 * stripe.shrinks : stripe.shrinks;
+  for (int i = 0; i < candidates; ++i) {
+    const float shrink = stripe.shrink[i % stripe.shrinks];
     int8_t code[kPanel] = {};
     for (int r = 0; r < kPanel; ++r) {
-      least[r] = low[r] * stripe.shrink[i];
-      most[r] = high[r] * stripe.shrink[i];
+      least[r] = low[r] * shrink;
+      most[r] = high[r] * shrink;
     }
     if (stripe.symmetric) {
       symmetric_scales(most, kPanel, stripe.divisor, stripe.scale_dtype, found);
@@ -107,28 +172,34 @@ inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float
       asymmetric_scales(least, most, kPanel, stripe.q_min, stripe.q_max, stripe.scale_dtype, found,
                         code);
     }
+    for (int r = 0; r < kPanel; ++r) {
+      if (i >= stripe.shrinks) found[r] = -found[r];
+      offset[r] = code[r];
+    }
+    if (i == 0) {
+      std::memcpy(scale, found, sizeof(found));
+      std::memcpy(zero, offset, sizeof(offset));
+      if (candidates == 1) return;
+    }
+    if (fell) errors_in_turn(stripe, values, found, offset, fell, error);
     for (int v = 0; v < kPanel; v += kLanes) {
-      const F32 step = load(found + v, Full{}), offset = to_float(load_signed(code + v, Full{}));
-      if (i == 0) {
-        store(scale + v, step, Full{});
-        store(zero + v, offset, Full{});
-      }
-      if (stripe.shrinks == 1) continue;
-      const F32 best = load(error + v, Full{});
-      const F32 less = min(rounding_error(stripe, values + v, step, offset), best);
-      const Mask old = equal(bits(less), bits(best));
+      const F32 step = load(found + v, Full{}), shift = load(offset + v, Full{});
+      const F32 made = fell ? load(error + v, Full{})
+                            : error_alone(stripe, values + v, Trial(stripe, step, shift));
+      const F32 before = load(best + v, Full{}), less = min(made, before);
+      const Mask old = equal(bits(less), bits(before));
       const auto keep_if_old = [&](float* p, F32 x) {
         store(p, from_bits(select(old, bits(load(p, Full{})), bits(x))), Full{});
       };
-      store(error + v, less, Full{});
+      store(best + v, less, Full{});
       keep_if_old(scale + v, step);
-      keep_if_old(zero + v, offset);
+      keep_if_old(zero + v, shift);
     }
   }
 }
 
 void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
-  fit_to(stripe, panel, panel.values + stripe.first * kPanel);
+  fit_to(stripe, panel, panel.values + stripe.first * kPanel, nullptr);
 }
 
 // The stripe's weights if none of them were rounded: each makes up for the columns before the
@@ -197,7 +268,7 @@ void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* code
   if (stripe.fit) {
     float* const settled = weights + width * kPanel;
     settle(stripe, panel, weights, settled);
-    fit_to(stripe, panel, settled);
+    fit_to(stripe, panel, settled, settled + (width + kColumns) * kPanel);
   }
   for (int64_t c = 0; c < width; c += kColumns) {
     const float* factor = stripe.factor + c * depth;

@@ -36,6 +36,7 @@ struct SweepArguments {
   ScalarType scale_dtype;
   double search_range;
   int64_t search_steps;
+  bool symmetric, signs;
 };
 
 inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
@@ -62,6 +63,8 @@ inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
   check(a.search_steps >= 0 && a.search_range >= 0 && a.search_range < 1, op,
         "search_steps must be >= 0 and search_range in [0, 1), got ", a.search_steps, " and ",
         a.search_range);
+  check(!a.signs || (a.symmetric && !a.scale && a.q_min < 0), op,
+        "signs are for symmetric codes with a negative q_min, and scales that are computed here");
   shape.size = a.group_size == -1 ? (cols > 0 ? cols : 1) : a.group_size;
   shape.groups = (cols + shape.size - 1) / shape.size;
 

@@ -75,9 +75,11 @@ bool load_panel(const float* source, int64_t stride, int64_t cols, int64_t rows,
 std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
     const Tensor& w, const Tensor& factor, const Optional& scale, const Optional& zero_point,
     int64_t group_size, int64_t q_min, int64_t q_max, bool symmetric, double divisor,
-    ScalarType scale_dtype, const Optional& g_idx, double search_range, int64_t search_steps) {
-  const SweepShape shape = check_sweep(kOp, {w, factor, scale, zero_point, g_idx, group_size, q_min,
-                                             q_max, scale_dtype, search_range, search_steps});
+    ScalarType scale_dtype, const Optional& g_idx, double search_range, int64_t search_steps,
+    bool signs) {
+  const SweepShape shape =
+      check_sweep(kOp, {w, factor, scale, zero_point, g_idx, group_size, q_min, q_max, scale_dtype,
+                        search_range, search_steps, symmetric, signs});
   const int64_t rows = shape.rows, cols = shape.cols, groups = shape.groups;
   const bool with_zero = scale ? zero_point.has_value() : !symmetric;
   Tensor codes = output(w, shape.with(cols), ScalarType::Char);
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   };
   const auto factor_of = [&](int64_t p) { return shape.factors == 1 ? 0 : p / each; };
   // A scale of a group waits for the group's weights; a given one, or the row's, does not.
-  const bool fit = !scale && groups > 1;
+  const bool fit = !scale && group_size != -1;
   const auto stripe_of = [&](int64_t first, int64_t columns, const float* packed, int64_t which) {
     return GptqStripe{first,
                       columns,
@@ -119,9 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
                       group.data() + first,
                       fit,
                       symmetric,
+                      signs,
                       shrink.data(),
                       static_cast<int>(shrink.size()),
-                      static_cast<float>(divisor),
+                      static_cast<float>(signs ? -q_min : divisor),
                       dtype_of(kOp, scale_dtype),
                       static_cast<int>(q_min),
                       static_cast<int>(q_max)};
@@ -146,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   check(finite, kOp, "w holds NaN or infinities: is the checkpoint damaged?");
 
   // A stripe whose scale is to be fitted is one group: it needs all its weights updated at once.
-  const int64_t step = fit ? shape.size : kStripe, stripe_cols = (step + tile - 1) / tile * tile;
+  const int64_t step = fit ? std::min(shape.size, cols) : kStripe,
+                stripe_cols = (step + tile - 1) / tile * tile;
   Tensor packed = output(w, {shape.factors, stripe_cols, cols}, ScalarType::Float);
   for (int64_t first = 0; first < cols; first += step) {
     const int64_t columns = std::min(step, cols - first), depth = first + columns;
@@ -159,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
     });
     parallel_queue(panels, [&](int64_t p) {
       std::vector<int8_t> rounded(columns * width);
-      std::vector<float> weights((2 * columns + tile) * width);
+      std::vector<float> weights((3 * columns + 2 * tile) * width);
       const float* const part = data<float>(packed) + factor_of(p) * stripe_cols * cols;
       kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.data(),
                     weights.data());

@@ -45,6 +45,7 @@ def textbook(
     zero_point: Tensor | None = None,
     g_idx: Tensor | None = None,
     shrinks: tuple[float, ...] = (1.0,),
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, zero points, loss, and how far each weight was from a tie, all in fp64."""
 
@@ -55,6 +56,17 @@ def textbook(
         low, high = group.amin(1).clamp(max=0) * shrink, group.amax(1).clamp(min=0) * shrink
         found = (high - low) / (q_max - q_min)
         return found, (q_min - torch.round(low / found)).clamp(q_min, q_max)
+
+    def cost(group: Tensor, step: Tensor, zero: Tensor, u: Tensor) -> Tensor:
+        total, group, step, zero = 0.0, group.clone(), step[:, None], zero[:, None]
+        for j in range(group.shape[1]):
+            column = group[:, j : j + 1]
+            rounded = (torch.round((column / step + zero).clamp(q_min, q_max)) - zero) * step
+            error = (column - rounded) / u[j, j]
+            total = total + error.square()[:, 0]
+            if group_size != -1:  # of a whole row, columns are rounded alone
+                group[:, j + 1 :] -= error * u[j, j + 1 :]
+        return total
 
     w, u = w.double().clone(), u.double()
     rows, cols = w.shape
@@ -67,21 +79,22 @@ def textbook(
         g = c // size if g_idx is None else int(g_idx[c])
         if scale is None and c % size == 0:
             group = w[:, c : c + size]
-            errors = []
-            for shrink in shrinks:
-                step, zero = (t[:, None] for t in range_scale(group, shrink))
-                rounded = (torch.round((group / step + zero).clamp(q_min, q_max)) - zero) * step
-                errors.append(((group - rounded) / u.diagonal()[c : c + size]).square().sum(1))
-            order = torch.stack(errors).sort(0)
+            part = slice(c, c + size)
+            candidates = [
+                (step * sign, zero)
+                for sign in ((1, -1) if signs else (1,))
+                for step, zero in (range_scale(group, shrink) for shrink in shrinks)
+            ]
+            costs = torch.stack([cost(group, *candidate, u[part, part]) for candidate in candidates])
+            order = costs.sort(dim=0, stable=True)
             for row, i in enumerate(order.indices[0].tolist()):
-                found = range_scale(group[row : row + 1], shrinks[i])
-                scales[row, g], zeros[row, g] = found[0][0], found[1][0]
-            if len(shrinks) > 1:  # two candidates as good as one another are a tie
+                scales[row, g], zeros[row, g] = candidates[i][0][row], candidates[i][1][row]
+            if len(candidates) > 1:  # two candidates as good as one another are a tie
                 even = order.values[1] - order.values[0] <= 1e-3 * order.values[0]
         exact = w[:, c] / scales[:, g] + zeros[:, g]
         codes[:, c] = torch.round(exact.clamp(q_min, q_max))
         ties[:, c] = (exact - exact.floor() - 0.5).abs()
-        if scale is None and c % size == 0 and len(shrinks) > 1:
+        if scale is None and c % size == 0 and len(candidates) > 1:
             ties[even, c] = 0.0
         error = (w[:, c] - (codes[:, c] - zeros[:, g]) * scales[:, g]) / u[c, c]
         loss += error.square() / 2
@@ -120,7 +133,7 @@ def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: 
     before = w.clone()
     q_min, q_max, divisor = RANGES[bits]
     factor, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
+    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0, False)
     assert torch.equal(w, before)
     wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor)
     if rows * bits > 8:  # of a single row, a tie may be all there is
@@ -130,20 +143,25 @@ def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: 
 
 
 @pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mode", ["symmetric", "signs", "asymmetric"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(60, 70, 24), (49, 131, 32), (97, 300, 128), (64, 64, -1)])
-def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, symmetric: bool) -> None:
+def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, mode: str) -> None:
     w, g = problem(rows, cols)
     q_min, q_max, divisor = RANGES[bits]
+    symmetric, signs = mode != "asymmetric", mode == "signs"
     factor, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.4, 5)
+    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.4, 5, signs)
     shrinks = tuple(1 - 0.4 * i / 5 for i in range(6))
-    wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor, shrinks=shrinks)
+    exact = textbook_factor(g, 0.01)
+    wanted = textbook(
+        w, exact, group, q_min, q_max, symmetric, -q_min if signs else divisor, shrinks=shrinks, signs=signs
+    )
+    assert not signs or 0.2 < (wanted[1] < 0).double().mean() < 0.8
     compare(got, wanted, symmetric)
-    plain = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
+    plain = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0, False)
     assert not torch.equal(plain[1], got[1]) or bits == 8
-    none = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 3)
+    none = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 3, False)
     assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
 
 
@@ -158,7 +176,7 @@ def test_batch_is_one_by_one(kernel: Any, own: bool, given: bool, rows: int, gro
     zero = None
     found = ops.asymmetric_scale(*ops.minmax(w.view(-1, 100), [1, group]), -8, 7)
     scale, zero = (t.view(3, rows, -1) if given else None for t in found)
-    arguments = (-8, 7, False, 7.5, torch.float32, None, 0.3, 4)
+    arguments = (-8, 7, False, 7.5, torch.float32, None, 0.3, 4, False)
     got = kernel(w, factor if own else factor[1], scale, zero, group, *arguments)
     for b in range(3):
         one = kernel(
@@ -180,6 +198,25 @@ def test_search_leaves_less_error() -> None:
     assert torch.equal(scale[3], ops.gptq_sweep(w, factor, **common)[1][3])
 
 
+@pytest.mark.parametrize("group", [64, -1])
+def test_signs_leave_less_error(group: int) -> None:
+    w, g = problem(64, 256)
+    w[3] = 0.0
+    factor, _ = ops.gptq_factor(g, 0.01)
+    common: dict[str, Any] = {"q_min": -8, "q_max": 7, "group_size": group, "search_range": 0.25, "search_steps": 5}
+    plain = ops.gptq_sweep(w, factor, divisor=7.5, **common)[3]
+    codes, scale, _, loss = ops.gptq_sweep(w, factor, **common, signs=True, scale_dtype=torch.bfloat16)
+    assert loss.sum() < 0.95 * plain.sum()
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert (codes.min(), codes.max()) == (-8, 7)
+    assert bool((scale[3] > 0).all())  # equally good either way: the first counts
+    assert bool((scale < 0).any())
+    # Alone, the sign is a search of two.
+    both = {**common, "search_steps": 0}
+    chosen = ops.gptq_sweep(w, factor, **both, signs=True)[3]
+    assert chosen.sum() < ops.gptq_sweep(w, factor, divisor=8.0, **both)[3].sum()
+
+
 @pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
@@ -193,7 +230,7 @@ def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
         scale, zero_point = ops.asymmetric_scale(*ops.minmax(w, [1, 32]), -8, 7)
     w, g = w[:, order].contiguous(), g[order][:, order].contiguous()
     factor, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, factor, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx, 0.0, 0)
+    got = kernel(w, factor, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx, 0.0, 0, False)
     u64 = textbook_factor(g, 0.01)
     compare(got, textbook(w, u64, 32, -8, 7, symmetric, 7.5, scale, zero_point, g_idx), symmetric)
     assert torch.equal(got[1], scale)
@@ -361,6 +398,9 @@ def test_refuses() -> None:
         ops.gptq_sweep(w.expand(3, 4, 8), factor.expand(2, 8, 8), **common)
     with pytest.raises(RuntimeError, match=r"search_range in \[0, 1\), got 3 and 1"):
         ops.gptq_sweep(w, factor, **common, search_range=1.0, search_steps=3)
+    for wrong in ({"symmetric": False}, {"scale": torch.ones(4, 1)}):
+        with pytest.raises(RuntimeError, match="signs are for symmetric codes"):
+            ops.gptq_sweep(w, factor, **common, **wrong, signs=True)
     with pytest.raises(RuntimeError, match="scale must be"):
         ops.gptq_sweep(w, factor, scale=torch.ones(4, 2), **common)
 
@@ -380,9 +420,24 @@ def test_compiles() -> None:
     factor, _ = ops.gptq_factor(g)
     scale = ops.symmetric_scale(ops.absmax(w, [1, 8]), 7.5)
     sweep = torch.ops.quantkit.gptq_sweep.default
-    torch.library.opcheck(sweep, (w, factor, None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.0, 0))
-    torch.library.opcheck(sweep, (w, factor, scale, None, 8, -8, 7, True, 7.5, torch.float32, None, 0.0, 0))
-    batch = (w.view(2, 3, 20), factor.expand(2, 20, 20), None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.2, 3)
+    torch.library.opcheck(sweep, (w, factor, None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.0, 0, False))
+    torch.library.opcheck(sweep, (w, factor, scale, None, 8, -8, 7, True, 7.5, torch.float32, None, 0.0, 0, False))
+    batch = (
+        w.view(2, 3, 20),
+        factor.expand(2, 20, 20),
+        None,
+        None,
+        8,
+        -8,
+        7,
+        False,
+        7.5,
+        torch.float32,
+        None,
+        0.2,
+        3,
+        False,
+    )
     torch.library.opcheck(sweep, batch)
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g, 0.01))
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g.expand(2, 20, 20), 0.01))

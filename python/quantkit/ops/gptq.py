@@ -75,10 +75,12 @@ def _check_sweep(
     group_size: int,
     q_min: int,
     q_max: int,
+    symmetric: bool,
     scale_dtype: torch.dtype,
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[int, ...]:
     """Shape of the scales; says what is wrong with the arguments in the words of the compiled kernel."""
     op = "gptq_sweep"
@@ -106,6 +108,12 @@ def _check_sweep(
         lambda: (
             f"quantkit::{op}: search_steps must be >= 0 and search_range in [0, 1), "
             f"got {search_steps} and {search_range:g}"
+        ),
+    )
+    torch._check(
+        not signs or (symmetric and scale is None and q_min < 0),
+        lambda: (
+            f"quantkit::{op}: signs are for symmetric codes with a negative q_min, and scales that are computed here"
         ),
     )
     size = max(cols, 1) if group_size == -1 else group_size
@@ -147,9 +155,22 @@ def _sweep_fake(
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, factor, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w,
+        factor,
+        scale,
+        zero_point,
+        group_size,
+        q_min,
+        q_max,
+        symmetric,
+        scale_dtype,
+        g_idx,
+        search_range,
+        search_steps,
+        signs,
     )
     without = symmetric if scale is None else zero_point is None
     return (
@@ -170,6 +191,7 @@ class _Rounding:
     divisor: float
     scale_dtype: torch.dtype
     shrinks: tuple[float, ...]
+    signs: bool
 
     def codes(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # As quantize_int: the inverse of the scale, clamped before it is rounded. Less the zero point.
@@ -182,16 +204,30 @@ class _Rounding:
         low, high = group.amin(1).clamp(max=0.0) * shrink, group.amax(1).clamp(min=0.0) * shrink
         return _asymmetric_reference(low, high, self.q_min, self.q_max, self.scale_dtype)
 
-    def fit(self, group: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point per row, of the shrunk range with the least weighed error, the first of equals."""
-        scale, zero = self.range_scale(group, self.shrinks[0])
-        if len(self.shrinks) == 1:
+    def error(self, group: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, in_turn: bool) -> Tensor:
+        """Per row, what the group costs: its columns rounded alone, or each after it made up for those before it."""
+        scale, zero = scale[:, None], zero[:, None].float()
+        if not in_turn:
+            rounded = self.codes(group, scale, zero) * scale
+            return ((rounded - group) * factor.diagonal()).square().sum(1)
+        values, total = group.clone(), group.new_zeros(len(group))
+        for c in range(group.shape[1]):
+            rounded = self.codes(values[:, c : c + 1], scale, zero) * scale
+            total += ((rounded[:, 0] - values[:, c]) * factor[c, c]).square()
+            values[:, c + 1 :] += (group[:, c : c + 1] - rounded) * (factor[c, c + 1 :] / factor.diagonal()[c + 1 :])
+        return total
+
+    def fit(self, group: Tensor, factor: Tensor, in_turn: bool) -> tuple[Tensor, Tensor]:
+        """Scale and zero point per row, of the candidate with the least error, the first of equals."""
+        scale, zero = self.range_scale(group, 1.0)
+        candidates = [(shrink, sign) for sign in ((1, -1) if self.signs else (1,)) for shrink in self.shrinks]
+        if len(candidates) == 1:
             return scale, zero
         best = torch.full_like(scale, torch.inf)
-        for shrink in self.shrinks:
+        for shrink, sign in candidates:
             step, offset = self.range_scale(group, shrink)
-            rounded = self.codes(group, step[:, None], offset[:, None].float()) * step[:, None]
-            error = ((rounded - group) * diagonal).square().sum(1)
+            step = step * sign
+            error = self.error(group, factor, step, offset, in_turn)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, step, scale), torch.where(better, offset, zero)
@@ -201,7 +237,7 @@ class _Rounding:
 def _sweep_one(
     w: Tensor,
     factor: Tensor,
-    size: int,
+    group_size: int,
     rounding: _Rounding,
     scales: Tensor,
     zeros: Tensor,
@@ -209,17 +245,18 @@ def _sweep_one(
     fit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Codes and loss; fills in the scales and zero points if they are to be found."""
+    size = w.shape[1] if group_size == -1 else group_size
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[0])
     before = w.clone()
     for c in range(w.shape[1]):
         g = c // size if g_idx is None else int(g_idx[c])
         if fit and c % size == 0:
-            part, diagonal = slice(c, c + size), factor.diagonal()[c : c + size]
+            part = slice(c, c + size)
             # What the group's weights would be if none of them were rounded: they make up for one another too.
-            moved = (w[:, part] - before[:, part]) * diagonal
+            moved = (w[:, part] - before[:, part]) * factor.diagonal()[part]
             moved = torch.linalg.solve_triangular(factor[part, part], moved, upper=True, left=False)
-            scales[:, g], zeros[:, g] = rounding.fit(before[:, part] + moved, diagonal)
+            scales[:, g], zeros[:, g] = rounding.fit(before[:, part] + moved, factor[part, part], group_size != -1)
         step, zero = scales[:, g], zeros[:, g].float()
         code = rounding.codes(w[:, c], step, zero)
         codes[:, c] = (code + zero).to(torch.int8)
@@ -244,22 +281,34 @@ def _sweep_reference(
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, factor, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w,
+        factor,
+        scale,
+        zero_point,
+        group_size,
+        q_min,
+        q_max,
+        symmetric,
+        scale_dtype,
+        g_idx,
+        search_range,
+        search_steps,
+        signs,
     )
     _check_values(w, g_idx, shape[-1])
     without = symmetric if scale is None else zero_point is None
-    size = max(w.shape[-1], 1) if group_size == -1 else group_size
     shrinks = tuple(1.0 - search_range * i / search_steps if i else 1.0 for i in range(search_steps + 1))
-    rounding = _Rounding(q_min, q_max, symmetric, divisor, scale_dtype, shrinks)
+    rounding = _Rounding(q_min, q_max, symmetric, -q_min if signs else divisor, scale_dtype, shrinks, signs)
     scales = w.new_empty(shape) if scale is None else scale.clone()
     zeros = torch.zeros(shape, dtype=torch.int8, device=w.device) if zero_point is None else zero_point.clone()
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[:-1])
 
     def sweep(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
-        found = _sweep_one(w.clone(), factor, size, rounding, scales, zeros, g_idx, scale is None)
+        found = _sweep_one(w.clone(), factor, group_size, rounding, scales, zeros, g_idx, scale is None)
         codes.copy_(found[0])
         loss.copy_(found[1])
 
@@ -290,8 +339,8 @@ _factor = declare(
 )
 _sweep = declare(
     "gptq_sweep(Tensor w, Tensor factor, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
-    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps, "
+    "bool signs=False) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
 )
@@ -342,6 +391,7 @@ def gptq_sweep(
     g_idx: Tensor | None = None,
     search_range: float = 0.0,
     search_steps: int = 0,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
 
@@ -352,9 +402,14 @@ def gptq_sweep(
     it. `loss` is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
 
     With `search_steps` n > 0, a scale that is computed here is the best of n + 1: those of the group's range times
-    1 - search_range * i / n, i = 0 to n. The best has the least sum over the group's columns of ((w - q) * R_cc)^2,
-    the first of equals. w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all
-    of them; all results then have B in front.
+    1 - search_range * i / n, i = 0 to n. The best makes the least loss in the group's own columns, each of which makes
+    up for those before it; of a whole row (group_size -1), where that would be a sweep for each candidate, the least
+    sum of ((w - q) * R_cc)^2 with columns rounded alone. The first of equals wins. `signs` (symmetric codes): the whole
+    range is max|w| = -q_min steps instead of `divisor`, and after all positive scales the same ones negated are tried,
+    so that either tail of a group may be the one that reaches q_min; scales may then be negative.
+
+    w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all of them; all results
+    then have B in front.
     """
     return _sweep(
         w,
@@ -370,4 +425,5 @@ def gptq_sweep(
         g_idx,
         search_range,
         search_steps,
+        signs,
     )
