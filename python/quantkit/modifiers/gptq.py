@@ -56,11 +56,12 @@ class Job:
     scale_dtype: torch.dtype
     rows: int
     cols: int
+    signs: bool
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What jobs of one batch have in common."""
-        return self.args, self.scale_dtype, self.rows, self.cols
+        return self.args, self.scale_dtype, self.rows, self.cols, self.signs
 
 
 def quantize(
@@ -73,7 +74,7 @@ def quantize(
 ) -> dict[str, Outcome]:
     """Every Linear in `names`, by the statistics of its input."""
     found: dict[str, Outcome] = {}
-    inputs: dict[tuple[int, QuantizationArgs, torch.dtype], tuple[Statistics, list[str]]] = {}
+    inputs: dict[tuple[int, QuantizationArgs, torch.dtype, bool], tuple[Statistics, list[str]]] = {}
     extended: dict[int, Statistics] = {}
     for name in names:
         seen = working.statistics[name]
@@ -89,11 +90,12 @@ def quantize(
             if id(seen) not in extended:
                 extended[id(seen)] = _with_all_tokens(name, seen, working)
             seen = extended[id(seen)]
-        key = (id(seen), modules[name].scheme.weights, scale_dtypes[name])
+        scheme = modules[name].scheme
+        key = (id(seen), scheme.weights, scale_dtypes[name], modifier.signed_scales and scheme.scales_may_be_negative)
         inputs.setdefault(key, (seen, []))[1].append(name)
     jobs = [
-        Job(seen, tuple(members), args, dtype, sum(modules[m].rows for m in members), modules[members[0]].cols)
-        for (_, args, dtype), (seen, members) in inputs.items()
+        Job(seen, tuple(members), args, dtype, sum(modules[m].rows for m in members), modules[members[0]].cols, signs)
+        for (_, args, dtype, signs), (seen, members) in inputs.items()
     ]
     for batch in _batches(jobs):
         for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs), strict=True):
@@ -170,8 +172,8 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
                 f"({error}); give more or more varied calibration data, or quantize this layer with "
                 "QuantizationModifier"
             ) from None
-    factors, dead, used = zip(*found, strict=True)
-    return torch.stack(factors), [int(columns.sum()) for columns in dead], list(used)
+    factors = torch.stack([factor for factor, _, _ in found])
+    return factors, [int(dead.sum()) for _, dead, _ in found], [used for _, _, used in found]
 
 
 def _sweep(
@@ -212,6 +214,7 @@ def _sweep(
         scale_dtype=batch[0].scale_dtype,
         search_range=search_range,
         search_steps=search_steps,
+        signs=batch[0].signs,
     )
     found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):
