@@ -30,9 +30,13 @@ void check_arguments(int64_t q_min, int64_t q_max, bool symmetric, double diviso
 std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
                                      const OptionalTensor& importance, int64_t q_min, int64_t q_max,
                                      bool symmetric, double divisor, ScalarType scale_dtype,
-                                     double norm, double search_range, int64_t search_steps) {
+                                     double norm, double search_range, int64_t search_steps,
+                                     bool signs) {
   const Matrix matrix = float_matrix(kOp, x);
   const Blocks blocks = blocks_of(kOp, x, check_matrix(kOp, x, block));
+  check(!signs || (symmetric && q_min < 0), kOp,
+        "signs are for symmetric codes with a negative q_min");
+  if (signs) divisor = -static_cast<double>(q_min);
   check_arguments(q_min, q_max, symmetric, divisor, norm, search_range, search_steps);
   check_scale_dtype(kOp, scale_dtype);
   if (importance) {
@@ -49,6 +53,7 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
                         static_cast<float>(norm),
                         search_range,
                         static_cast<int>(search_steps),
+                        signs,
                         importance ? data_of<float>(kOp, "importance", *importance) : nullptr};
   check(int64_t{blocks.rows} * blocks.cols <= kMaxExtent, kOp, "blocks of ", blocks.rows, " x ",
         blocks.cols, " elements are too large; the CUDA kernels take ", kMaxExtent);

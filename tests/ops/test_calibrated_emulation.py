@@ -169,7 +169,7 @@ def test_mse_beyond_registers(emulated: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
 def test_mse_of_nothing(emulated: Any, shape: tuple[int, int]) -> None:
-    args = (torch.zeros(shape), [1, 4], None, -8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+    args = (torch.zeros(shape), [1, 4], None, -8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20, False)
     assert_same("mse_scale", emulated("mse_scale", args), ops._library.REFERENCES["mse_scale"](*args))
 
 
@@ -177,7 +177,7 @@ def test_mse_refuses(emulated: Any) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.ones(4, 40)
         x[2, 33] = value
-        how = (-8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+        how = (-8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20, False)
         with pytest.raises(RuntimeError, match="quantkit::mse_scale: x must be finite"):
             emulated("mse_scale", (x, [1, 16], None, *how))
         with pytest.raises(RuntimeError, match="mse_scale: importance must be finite and not negative"):

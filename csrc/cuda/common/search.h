@@ -16,9 +16,11 @@ struct ScaleSearch {
   float norm;
   double range;  // candidate i has 1 - range * i / steps of the block's range
   int steps;
+  bool signs;               // after all of these scales, the same ones negated
   const float* importance;  // [cols], or null
 };
 
+// One scale and zero point, null if symmetric, for each block.
 cudaError_t search_scales(const Matrix& x, const Blocks& blocks, const ScaleSearch& how,
                           float* scale, int8_t* zero_point, int* status, cudaStream_t stream);
 
