@@ -94,6 +94,13 @@ def test_gram_of_numbers_that_have_no_rounding(emulated: Any) -> None:
         assert_same("gram_accumulate", emulated("gram_accumulate", args), tuple(wanted[2:]))
 
 
+def test_gram_of_tokens_in_parts(emulated: Any) -> None:
+    """A small g is summed by several blocks of threads, each with a part of the tokens."""
+    for tokens, cols in ((257, 24), (700, 140), (1100, 8)):
+        for args in list(gram_cases(tokens, cols))[4::3]:
+            assert_gram(emulated("gram_accumulate", args), args)
+
+
 def test_gram_of_many_tokens(emulated: Any) -> None:
     """More than one launch takes: none is lost or counted twice."""
     x = torch.ones(8192 + 40, 8, dtype=torch.bfloat16)
