@@ -228,6 +228,13 @@ __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int 
         const int ahead = col + kTeam * 4;
         next.load(sweep, at_row, first + ahead, width - ahead);
       }
+      float inverse[4], low[4], high[4];  // of the codes less the zero point
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        inverse[e] = div_rn(1.0f, scales.scale[e]);
+        low[e] = sub_rn(q_min, scales.zero[e]);
+        high[e] = sub_rn(q_max, scales.zero[e]);
+      }
       uint32_t codes = 0;
 #pragma unroll 1
       for (int owner = 0; owner < kTeam; ++owner) {
@@ -235,9 +242,7 @@ __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int 
         for (int e = 0; e < 4; ++e) {
           const int c = start + owner * 4 + e;
           // Every thread rounds its own column, the owner's counts.
-          const float steps = mul_rn(w[i][e], div_rn(1.0f, scales.scale[e]));
-          const int code = round_to_int(
-              fmaxf(sub_rn(q_min, scales.zero[e]), fminf(sub_rn(q_max, scales.zero[e]), steps)));
+          const int code = round_to_int(fmaxf(low[e], fminf(high[e], mul_rn(w[i][e], inverse[e]))));
           const float rounded = mul_rn(static_cast<float>(code), scales.scale[e]);
           const float own = mul_rn(sub_rn(rounded, w[i][e]), scratch.inverse[c]);
           const float minus = shuffle_from(own, leader + owner);
