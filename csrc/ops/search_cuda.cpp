@@ -5,7 +5,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "ops/cuda_tensor.h"
+#include "ops/reduce_cuda.h"
 
 namespace qk::cuda {
 namespace ops {
@@ -64,9 +64,27 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
   if (scale.numel() == 0 || x.numel() == 0) return {scale, zero_point};
   Tensor status = new_tensor(x, {1}, ScalarType::Int);
   torch::stable::zero_(status);
-  check_launch(kOp, search_scales(matrix, blocks, how, data<float>(scale),
-                                  symmetric ? nullptr : data<int8_t>(zero_point), data<int>(status),
-                                  current_stream(x)));
+  const cudaStream_t stream = current_stream(x);
+  if (importance)
+    check_launch(kOp, check_importance(how.importance, matrix.cols, data<int>(status), stream));
+  int8_t* const zeros = symmetric ? nullptr : data<int8_t>(zero_point);
+  if (int64_t{blocks.rows} * blocks.cols <= kLargestSearch) {
+    check_launch(kOp, search_scales(matrix, blocks, how, data<float>(scale), zeros,
+                                    data<int>(status), stream));
+  } else {
+    const Tensor low = new_tensor(x, symmetric ? Shape{0} : grid_shape(blocks), ScalarType::Float);
+    const Tensor high = new_tensor(x, grid_shape(blocks), ScalarType::Float);
+    reduce_blocks(kOp, matrix, blocks,
+                  {symmetric ? data<float>(high) : nullptr, symmetric ? nullptr : data<float>(low),
+                   symmetric ? nullptr : data<float>(high)},
+                  x);
+    const Tensor workspace =
+        new_tensor(x, {search_workspace(matrix, blocks, how)}, ScalarType::Double);
+    check_launch(kOp,
+                 search_large_scales(matrix, blocks, how, {data<float>(low), data<float>(high)},
+                                     data<double>(workspace), data<float>(scale), zeros,
+                                     data<int>(status), stream));
+  }
   const int bad = fetch(status);
   check(!(bad & kBadImportance), kOp, "importance must be finite and not negative");
   check(!(bad & kBadValue), kOp, "x must be finite");

@@ -172,6 +172,12 @@ def test_mse_of_strides_and_magnitudes(emulated: Any) -> None:
 def test_mse_beyond_registers(emulated: Any) -> None:
     for args in mse_cases(torch.randn(130, 300), [-1, -1]):
         assert_least(emulated("mse_scale", args), args)
+    for x, block in ((torch.randn(500, 300), [-1, -1]), (torch.randn(700, 400).bfloat16(), [400, -1])):
+        for args in list(mse_cases(x, block))[1:]:
+            assert_least(emulated("mse_scale", args), args)
+    x[450, 333] = torch.inf
+    with pytest.raises(RuntimeError, match="quantkit::mse_scale: x must be finite"):
+        emulated("mse_scale", args)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
