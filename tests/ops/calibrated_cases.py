@@ -36,22 +36,23 @@ def sweep_cases(rows: int, cols: int, batch: int = 0, shared: bool = False) -> I
     wide = torch.cat([w, w], -1)[..., 1 : cols + 1] if cols > 1 else w
 
     for size in (16, 32, 128, 24, 100, 160, -1):
-        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.0, 0
-    yield wide, u, None, None, 32, -8, 7, False, 0.0, torch.bfloat16, None, 0.0, 0
-    yield w, u, None, None, 48, -128, 127, False, 0.0, torch.float16, None, 0.0, 0
+        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.0, 0, False
+    yield wide, u, None, None, 32, -8, 7, False, 0.0, torch.bfloat16, None, 0.0, 0, False
+    yield w, u, None, None, 48, -128, 127, False, 0.0, torch.float16, None, 0.0, 0, False
     for size in (64, 24, -1):
-        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.4, 5
-        yield w, u, None, None, size, -8, 7, False, 0.0, torch.float32, None, 0.7, 14
+        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.4, 5, False
+        yield w, u, None, None, size, -8, 7, False, 0.0, torch.float32, None, 0.7, 14, False
+        yield w, u, None, None, size, -8, 7, True, 0.0, torch.bfloat16, None, 0.4, 3, True
     flat = w.reshape(-1, cols)
     shape = (*w.shape[:-1], -1)
     order = torch.randperm(cols, generator=torch.Generator().manual_seed(1))
     g_idx = (torch.arange(cols) // 32)[order].to(torch.int32)
     scale = ops.symmetric_scale(ops.absmax(flat, [1, 32]), 7.3).view(shape)
-    yield w, u, scale, None, 32, -8, 7, True, 7.3, torch.float32, g_idx, 0.0, 0
+    yield w, u, scale, None, 32, -8, 7, True, 7.3, torch.float32, g_idx, 0.0, 0, False
     pair = ops.asymmetric_scale(*ops.minmax(flat, [1, 32]), -8, 7)
     scale, zero_point = (t.view(shape) for t in pair)
-    yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0
-    yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0
+    yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0, False
+    yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0, False
 
 
 def gram_cases(tokens: int, cols: int) -> Iterator[Arguments]:

@@ -47,7 +47,22 @@ def test_sweep_of_a_batch(emulated: Any, shared: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 3, 8)], ids=str)
 def test_sweep_of_nothing(emulated: Any, shape: tuple[int, ...]) -> None:
-    args = (torch.empty(shape), torch.eye(shape[-1]), None, None, 4, -8, 7, True, 7.5, torch.float32, None, 0.0, 0)
+    args = (
+        torch.empty(shape),
+        torch.eye(shape[-1]),
+        None,
+        None,
+        4,
+        -8,
+        7,
+        True,
+        7.5,
+        torch.float32,
+        None,
+        0.0,
+        0,
+        False,
+    )
     same_as_cpu(emulated, "gptq_sweep", args)
 
 
@@ -56,7 +71,7 @@ def test_sweep_of_nothing(emulated: Any, shape: tuple[int, ...]) -> None:
     [
         (0, (2, 3), float("inf"), "w holds NaN or infinities"),
         (1, (3, 9), float("nan"), "the loss is not finite"),
-        (1, (7, 7), 0.0, "u's diagonal must be positive"),
+        (1, (7, 7), 0.0, "factor's diagonal must be positive"),
     ],
 )
 def test_sweep_refuses(emulated: Any, which: int, place: tuple[int, int], value: float, words: str) -> None:
@@ -70,7 +85,22 @@ def test_sweep_refuses(emulated: Any, which: int, place: tuple[int, int], value:
 
 def test_sweep_refuses_groups_that_are_not_there(emulated: Any) -> None:
     g_idx = torch.tensor([0, 1, 2, 0], dtype=torch.int32)
-    args = (torch.ones(2, 4), torch.eye(4), torch.ones(2, 2), None, 2, -8, 7, True, 7.5, torch.float32, g_idx, 0.0, 0)
+    args = (
+        torch.ones(2, 4),
+        torch.eye(4),
+        torch.ones(2, 2),
+        None,
+        2,
+        -8,
+        7,
+        True,
+        7.5,
+        torch.float32,
+        g_idx,
+        0.0,
+        0,
+        False,
+    )
     with pytest.raises(RuntimeError, match="quantkit::gptq_sweep: g_idx must lie"):
         emulated("gptq_sweep", args)
     assert "gptq_sweep" in ops._library.compiled_ops("CUDA")
