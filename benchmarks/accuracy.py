@@ -1,73 +1,133 @@
-"""Accuracy of every data-free and static scheme, measured by a client: Transformers loads the output in fp32.
+"""Accuracy of every recipe against llm-compressor's: the same model, calibration rows and windows.
 
-usage: python benchmarks/accuracy.py MODEL --calibration FILE --text FILE [--schemes W4A16 W8A8 ...]
+usage: python benchmarks/accuracy.py --data DIR [--peer-python PATH] [--models tiny-llama tiny-moe stories260K]
+           [--recipes rtn_w4a16 gptq ...]
 
-Perplexity, KL(full precision || quantized) per token and top-1 agreement on the first 100 windows of 256 tokens of
-`--text`, no special tokens; static schemes calibrate on the first 64 rows of 256 tokens of `--calibration`.
+DIR holds models/<name>, wiki_cal.txt, wikitext2.test.tokens.txt and stories260K.bin. Calibration: the first 64 rows of
+256 tokens; evaluation: 100 windows of 256 tokens, no BOS: perplexity, KL(full precision || quantized) per token and
+top-1 agreement, in fp32, of what either tool has written, read back by `quantkit.evaluate`. With `--client`
+Transformers loads and runs it instead, where it can.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from recipes import IGNORE, RECIPES
+from stories import convert, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit import engine
-from quantkit.config.yaml_file import load_run_config
+from quantkit.calibration.dataset import text_rows
+from quantkit.config.recipe_file import recipe_of
+from quantkit.config.run_config import CompressionConfig, DatasetConfig, GlobalConfig, ModelConfig, RunConfig
+from quantkit.evaluate import compare, open_source
 
-SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
-
-
-def log_probabilities(folder: Path, windows: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return torch.cat([model(input_ids=part).logits.log_softmax(-1) for part in windows.split(10)])
+PER_CHANNEL = {"w4": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}}
 
 
-def figures(got: torch.Tensor, reference: torch.Tensor, windows: torch.Tensor) -> tuple[float, float, float]:
-    loss = -got[:, :-1].gather(-1, windows[:, 1:, None]).mean()
-    divergence = (reference.exp() * (reference - got)).sum(-1).mean()
-    same = (got.argmax(-1) == reference.argmax(-1)).float().mean()
-    return math.exp(loss), float(divergence), float(same)
+def recipe_for(model: str, name: str) -> dict[str, dict[str, Any]]:
+    """Groups of 128 do not fit stories260K: its weights get a scale per channel."""
+    recipe = json.loads(json.dumps(RECIPES[name]))
+    if model == "stories260K":
+        for arguments in recipe.values():
+            if str(arguments.get("scheme", "")).startswith("W4A16"):
+                del arguments["scheme"], arguments["targets"]
+                arguments["config_groups"] = PER_CHANNEL
+    return recipe  # type: ignore[no-any-return]
+
+
+def ours(model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> Path:
+    dataset = DatasetConfig(data_path="rows", max_seq_length=len(rows[0]), num_samples=len(rows))
+    config = RunConfig(
+        GlobalConfig(save_path=str(folder), overwrite=True),
+        ModelConfig(str(model)),
+        CompressionConfig(recipe=recipe_of(recipe)),
+        dataset,
+        source=folder,
+        stem="ours",
+    )
+    return engine.run(config, rows=rows).output
+
+
+def peers(python: str, model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> Path:
+    (folder / "rows.json").write_text(json.dumps(rows))
+    script = Path(__file__).with_name("peer_oneshot.py")
+    command = [python, str(script), str(model), str(folder / "theirs"), str(folder / "rows.json"), json.dumps(recipe)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    return folder / "theirs"
+
+
+def by_client(output: Path, model: Path, windows: list[list[int]]) -> dict[str, float]:
+    """What Transformers computes with it."""
+
+    def log_probabilities(folder: Path) -> torch.Tensor:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return torch.cat([loaded(input_ids=part).logits.log_softmax(-1) for part in ids.split(10)])
+
+    ids = torch.tensor(windows)
+    got, reference = log_probabilities(output), log_probabilities(model)
+    loss = -got[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    return {
+        "perplexity": math.exp(loss),
+        "kl": float((reference.exp() * (reference - got)).sum(-1).mean()),
+        "top1": float((got.argmax(-1) == reference.argmax(-1)).float().mean()),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["tiny-llama", "tiny-moe", "stories260K"])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--client", action="store_true")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = tokenizer(args.text.read_text(), add_special_tokens=False)["input_ids"][:25600]
-    windows = torch.tensor(ids).reshape(100, 256)
-    reference = log_probabilities(args.model, windows)
-    print(f"{args.model.name}: torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'full precision':<16} ppl {figures(reference, reference, windows)[0]:8.4f}")
-    with tempfile.TemporaryDirectory() as folder:
-        for scheme in args.schemes:
-            config = Path(folder) / f"{scheme}.yaml"
-            config.write_text(
-                f"global: {{save_path: {folder}}}\nmodel: {{model_path: {args.model}}}\n"
-                f"compression: {{name: PTQ, quantization: {{scheme: {scheme}, ignore_layers: [lm_head]}}}}\n"
-                f"dataset: {{data_path: {args.calibration}, max_seq_length: 256, num_samples: 64}}\n"
-            )
-            result = engine.run(load_run_config(config))
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, groups {IGNORE}")
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(name, Path(folder), args)
+
+
+def measure(name: str, folder: Path, args: argparse.Namespace) -> None:
+    if name == "stories260K":
+        model = convert(args.data / "stories260K.bin", folder / "model")
+        rows, windows = told(model, 64, seed=1), told(model, 100, seed=2)
+    else:
+        model = args.data / "models" / name
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        rows = text_rows(args.data / "wiki_cal.txt", tokenizer, 256, 64)
+        windows = text_rows(args.data / "wikitext2.test.tokens.txt", tokenizer, 256, 100)
+    for recipe_name in args.recipes:
+        recipe = recipe_for(name, recipe_name)
+        for who in ("quantkit", "llm-compressor") if args.peer_python else ("quantkit",):
+            line = f"{name:<12} {recipe_name:<17} {who:<15}"
             try:
-                got = log_probabilities(result.output, windows)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                print(f"{scheme:<16} Transformers does not load it: {str(error).splitlines()[0][:90]}")
+                if who == "quantkit":
+                    output = ours(model, recipe, rows, folder)
+                else:
+                    output = peers(args.peer_python, model, recipe, rows, folder)
+                if args.client:
+                    found = by_client(output, model, windows)
+                else:
+                    found = compare([model, model], [open_source(output), open_source(model)], windows, progress=False)
+            except Exception as error:  # a tool or a client that cannot do it is a result, too
+                print(f"{line} {type(error).__name__}: {(str(error).splitlines() or ['?'])[0][:90]}", flush=True)
                 continue
-            ppl, kl, same = figures(got, reference, windows)
-            seconds = sum(result.seconds.values())
-            print(f"{scheme:<16} ppl {ppl:8.4f}  KL {kl:.5f}  top-1 {same:.4f}  quantize {seconds:.1f} s", flush=True)
+            print(f"{line} ppl {found['perplexity']:8.4f}  KL {found['kl']:.5f}  top-1 {found['top1']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,4 +32,15 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+// What the kernels left in a device word, once all that was launched before is done.
+inline int fetch(const Tensor& word) {
+  const cudaStream_t stream = current_stream(word);
+  int value = 0;
+  cudaError_t status =
+      cudaMemcpyAsync(&value, word.const_data_ptr(), sizeof(value), cudaMemcpyDeviceToHost, stream);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  return value;
+}
+
 }  // namespace qk::cuda

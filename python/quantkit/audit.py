@@ -70,13 +70,14 @@ class Record:
     methods: Mapping[str, str] = field(default_factory=dict)
     rescaled: Mapping[str, str] = field(default_factory=dict)
     rewritten: frozenset[str] = frozenset()
+    missing: bool = False
 
     @classmethod
     def of(cls, folder: Path) -> Record:
         """That of the output in `folder`. CheckpointError if it is there and cannot be read."""
         path = folder / RECORD
         if not path.is_file():
-            return cls()
+            return cls(missing=True)
         try:
             found = json.loads(path.read_bytes())
             methods, rescaled, rewritten = (found.get(key) or () for key in ("methods", "rescaled", "rewritten"))
@@ -153,6 +154,8 @@ def audit(output: Path, source: Checkpoint, *, progress: bool = True) -> AuditRe
         _check_structure(quantized, source, result)
         if result.ok:
             _check_values(quantized, source, record, result, progress)
+            if result.problems and record.missing:
+                result.problems.append(f"{RECORD}: missing, so every weight counts as rounded to nearest")
         for path in source.side_files:
             if not (output / path.name).is_file():
                 result.problems.append(f"{path.name}: side file of the source is missing")

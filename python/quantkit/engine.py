@@ -60,6 +60,7 @@ def run(
     *,
     rows: Sequence[Sequence[int]] | None = None,
     show: Callable[[Plan], None] | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Quantize as `config` says: plan, write, audit. `show` is called with the plan before work starts; `rows` of token
     ids take the place of the dataset section.
@@ -89,14 +90,16 @@ def run(
         lap("plan")
         with writer:
             if plan.recipe.needs_data:
-                report = _calibrated(plan, writer, rows)
+                report = _calibrated(plan, writer, rows, progress)
             else:
-                data_free(plan, plan.checkpoint, WrittenOutput(plan, writer), copy=_copier(plan, writer))
+                data_free(
+                    plan, plan.checkpoint, WrittenOutput(plan, writer), copy=_copier(plan, writer), progress=progress
+                )
             lap("quantize")
-            _side_files(plan, writer, report)
+            side_files(plan, writer, report)
             output = writer.finish()
             lap("write")
-        result = audit(output, plan.checkpoint)
+        result = audit(output, plan.checkpoint, progress=progress)
         lap("audit")
     return RunResult(output, result, seconds, report)
 
@@ -191,7 +194,9 @@ def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
     return lambda name: writer.copy(name, plan.checkpoint.tensors[name], plan.checkpoint)
 
 
-def _calibrated(plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None) -> CalibrationReport:
+def _calibrated(
+    plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None, progress: bool
+) -> CalibrationReport:
     import torch
 
     from .calibration.dataset import load_rows, load_tokenizer
@@ -209,10 +214,11 @@ def _calibrated(plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[in
     copy = _copier(plan, writer)
     for name in plan.carried:
         copy(name)
-    return calibrate(plan, skeleton, WeightSource(checkpoint), rows, WrittenOutput(plan, writer))
+    return calibrate(plan, skeleton, WeightSource(checkpoint), rows, WrittenOutput(plan, writer), progress=progress)
 
 
-def _side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
+def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
+    """Everything in an output that is no weight: what the source brings along, and what tells how it was made."""
     for path in plan.checkpoint.side_files:
         if path.name not in (RECORD, REPORT):  # of an earlier job on this model; this one writes its own
             writer.copy_side_file(path)

@@ -88,6 +88,11 @@ def oracle(source: Path, output: Path) -> torch.Tensor:
             if activations is not None:
                 linear.register_forward_pre_hook(lambda _, args, a=activations, s=stored: (rounded(args[0], a, s),))
         cache = RoundedCache(checkpoint, weights.kv_cache) if weights.kv_cache is not None else None
+        for attention, quantizers in weights.cache_quantizers.items():
+            assert cache is not None
+            for quantize, name in zip(quantizers, (f"{attention}.k_scale", f"{attention}.v_scale"), strict=True):
+                x = (torch.randn(3, 2, 5, 32) * 40).clamp(-127, 127) * cache.scales[name]
+                assert torch.equal(quantize(x), cache.held(x, name)), "what `eval` does with the cache"
     return logits(model, cache)
 
 

@@ -85,4 +85,5 @@ def test_without_its_record_an_output_counts_as_rounded(made: Path, tmp_path: Pa
         (copy / "quantkit_config.json").write_text("[")
         (broken,) = audit(copy, source, progress=False).problems
     assert any("half a code" in p for p in problems) and any("bytes differ" in p for p in problems)
+    assert "missing, so every weight counts as rounded" in problems[-1]
     assert "not a record of quantkit" in broken

@@ -160,11 +160,11 @@ def test_too_little_text_is_refused(plain: Any, tmp_path: Path) -> None:
 
 
 def test_ids_and_their_mask(tokenizer: Any) -> None:
-    expected = [[5, 6], [7]]
+    expected = [[5, 6], [7, 8]]
     assert rows_of(torch.tensor([[5, 6], [7, 8]]), tokenizer, max_seq_length=2) == [[5, 6], [7, 8]]
-    assert rows_of([[5, 6], [7]], tokenizer) == expected
-    assert rows_of([torch.tensor([5, 6]), torch.tensor([7])], tokenizer) == expected
-    padded = [{"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [2, 7], "attention_mask": [0, 1]}]
+    assert rows_of([[5, 6], [7, 8]], tokenizer) == expected
+    assert rows_of([torch.tensor([5, 6]), torch.tensor([7, 8])], tokenizer) == expected
+    padded = [{"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [2, 7, 8], "attention_mask": [0, 1, 1]}]
     assert rows_of(padded, tokenizer) == expected
 
 

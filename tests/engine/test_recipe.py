@@ -13,6 +13,7 @@ from quantkit.config.presets import preset
 from quantkit.config.recipe import Mapping, Recipe, SchemeGroup
 from quantkit.config.recipe_file import recipe_of
 from quantkit.config.schemes import QuantizationArgs
+from quantkit.config.yaml_file import load_run_config
 from quantkit.errors import ConfigError, QuantkitError
 from quantkit.modifiers import AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuant, SmoothQuantModifier
 
@@ -154,6 +155,21 @@ def test_arguments_without_effect_are_accepted_and_known() -> None:
     )
     assert recipe_of(recipe, args={"dampening_frac": 0.2}).idle == recipe.idle
     assert recipe_of([SMOOTH, GPTQ]).idle == ()
+
+
+def test_a_recipe_in_a_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(SEED.replace("scheme:", "block_size: 64\n      scheme:"))
+    text = "model: {model_path: x}\ncompression: {recipe: RECIPE}\ndataset: {data_path: job.yaml}\n"
+    (tmp_path / "job.yaml").write_text(text.replace("RECIPE", str(tmp_path / "recipe.yaml")))
+    config = load_run_config(tmp_path / "job.yaml")
+    assert config.recipe == Recipe((SMOOTH, GPTQModifier(scheme="W8A8", ignore=["lm_head"], block_size=64)))
+    assert "accepted, without effect: compression.recipe: GPTQModifier.block_size" in config.notes
+    (tmp_path / "recipe.yaml").write_text(SEED.replace("smoothing_strength", "strength"))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:5: quant_stage\..*\.strength: unknown"):
+        load_run_config(tmp_path / "job.yaml")
+    (tmp_path / "job.yaml").write_text("model: {model_path: x}\ncompression:\n  recipe:\n    GPTQ: {scheme: W8A9}\n")
+    with pytest.raises(ConfigError, match=r"job\.yaml:4: compression\.recipe\.GPTQ\.scheme: no such scheme"):
+        load_run_config(tmp_path / "job.yaml")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from quantkit.calibration.sweep import Layer, SweepReport, embed, forward, sweep
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.attention import blockwise
 from quantkit.models.experts import Experts
+from quantkit.models.fused_norm import fused
 from quantkit.models.packed_linear import packed
 from quantkit.models.skeleton import Skeleton
 
@@ -494,6 +495,29 @@ def test_packed_linears_compute_the_same(rows_in: int, columns: int, bias: bool)
             # One rounding to bf16, of a sum of rounded products.
             torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-9)
         assert "forward" not in linear.__dict__
+
+
+@pytest.mark.parametrize(("model_type", "norms"), [("llama", 2), ("qwen3", 4), ("gemma3_text", 0), ("deepseek_v3", 4)])
+def test_fused_norms_are_the_models(model_type: str, norms: int, tmp_path: Path) -> None:
+    """Within bf16's rounding, and nearer to fp32 than the written-out form."""
+    make(tmp_path, model_type, torch.bfloat16)
+    skeleton, source = opened(tmp_path)
+    skeleton.materialize(0, source)
+    layer = skeleton.layers[0]
+    replaced = 0
+    for norm in [m for m in layer.modules() if type(m).__name__.endswith("RMSNorm")]:
+        norm.weight.data = (torch.randn(norm.weight.shape) / 4).bfloat16()
+        x = 3 * torch.randn(50, *norm.weight.shape).bfloat16()
+        with torch.no_grad():
+            written = norm(x).float()
+            exact = norm.float()(x.float())
+            norm.bfloat16()
+            with fused(layer):
+                replaced += "forward" in norm.__dict__
+                found = norm(x).float()
+        assert "forward" not in norm.__dict__
+        assert (found - exact).abs().mean() <= (written - exact).abs().mean()
+    assert replaced == norms
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen2_moe"])

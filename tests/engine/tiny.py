@@ -70,6 +70,7 @@ class FileSource:
     def __init__(self, folder: Path) -> None:
         self.tensors = load_file(folder / "model.safetensors")
         self.input_quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.cache_quantizers: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {}
         self.released: list[str] = []
 
     def names(self) -> set[str]:

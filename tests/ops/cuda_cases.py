@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,15 @@ def relocate(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
         return copy(value)
     extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     return copy(value.as_strided((extent,), (1,), value.storage_offset())).as_strided(value.shape, value.stride())
+
+
+# Of ops that give nothing back: the arguments they write to.
+WRITTEN = {"gram_accumulate": (2, 3), "histogram_accumulate": (2, 3)}
+
+
+def results(op: str, returned: Any, args: Sequence[Any]) -> Any:
+    """What the op gave back, or wrote to."""
+    return tuple(args[i] for i in WRITTEN[op] if args[i] is not None) if op in WRITTEN else returned
 
 
 def strided() -> Iterator[Tensor]:

@@ -13,10 +13,14 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import quantkit.ops
+
+from .cuda_cases import relocate, results
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
@@ -81,3 +85,20 @@ def load(folder: Path) -> torch.library.Library:
         library.define(schema)
     torch.ops.load_library(build(folder))
     return library
+
+
+def call(op: str, args: tuple[Any, ...]) -> Any:
+    """The op with two orders of threads, buffers touching forbidden memory with their end and with their beginning."""
+    found = []
+    for seed in (0, 1):
+        torch.ops.quantkit_emulated.set_seed(seed)
+        placed = [relocate(arg, torch.ops.quantkit_emulated.guarded) for arg in args]
+        found.append(results(op, getattr(torch.ops.quantkit_emulated, op)(*placed), placed))
+    one, two = (r if isinstance(r, (tuple, list)) else (r,) for r in found)
+    for first, second in zip(one, two, strict=True):
+        assert torch.equal(as_bytes(first), as_bytes(second)), f"{op} depends on the order of its threads"
+    return found[0]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -25,17 +25,11 @@ from .cuda_cases import (
     check,
     matrix,
     pack_cases,
-    relocate,
     strided,
     token_cases,
 )
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
-
-
-@pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest) -> Any:
-    return emulated_cuda.load(request.config.cache.mkdir("cuda_emulation"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,31 +39,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def emulated(library: Any) -> Any:
-    return call
-
-
-def call(op: str, args: tuple[Any, ...]) -> Any:
-    """The op with two orders of threads, buffers touching forbidden memory with their end and with their beginning."""
-    results = []
-    for seed in (0, 1):
-        torch.ops.quantkit_emulated.set_seed(seed)
-        results.append(
-            getattr(torch.ops.quantkit_emulated, op)(
-                *(relocate(arg, torch.ops.quantkit_emulated.guarded) for arg in args)
-            )
-        )
-    one, two = (r if isinstance(r, (tuple, list)) else (r,) for r in results)
-    for first, second in zip(one, two, strict=True):
-        assert torch.equal(as_bytes(first), as_bytes(second)), f"{op} depends on the order of its threads"
-    return results[0]
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -130,6 +130,27 @@ __device__ inline void store_codes(uint8_t* target, Words2 codes, int n) {
   }
 }
 
+// Four floats, zeros beyond n.
+__device__ inline Words4 load_four(const float* source, int n) {
+  if (n >= 4 && aligned_to(source, 16)) return load_vector<Words4>(source);
+  Words4 four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.w[i] = i < n ? bits_of(source[i]) : 0u;
+  return four;
+}
+
+__device__ inline void store_four(float* target, const float (&values)[4], int n) {
+  if (n >= 4 && aligned_to(target, 16)) {
+    store_vector(target, Words4{{bits_of(values[0]), bits_of(values[1]), bits_of(values[2]),
+                                 bits_of(values[3])}});
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < n) target[i] = values[i];
+  }
+}
+
 // How threads are laid over the chunks of a matrix: x over the chunks of a row, y over rows; both
 // loop past the grid.
 struct ChunkGrid {

@@ -79,7 +79,22 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, lane_mask);
 }
 
+// The value of the lane `source` of the warp.
+template <typename T>
+__device__ __forceinline__ T shuffle_from(T value, int source) {
+  return __shfl_sync(0xFFFFFFFFu, value, source);
+}
+
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+__device__ __forceinline__ void atomic_or(int* address, int bits) { atomicOr(address, bits); }
+__device__ __forceinline__ void atomic_add(uint32_t* address, uint32_t value) {
+  atomicAdd(address, value);
+}
+__device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
 
 template <typename Vector>
 __device__ __forceinline__ Vector load_vector(const void* address) {
@@ -123,7 +138,29 @@ T shuffle_xor(T value, int lane_mask) {
   });
 }
 
+template <typename T>
+T shuffle_from(T value, int source) {
+  struct Operand {
+    T value;
+    int source;
+  };
+  return emulation::warp_collective<Operand, T>("shuffle_from", Operand{value, source},
+                                                [](const Operand* in, T* out) {
+                                                  for (int lane = 0; lane < kWarp; ++lane)
+                                                    out[lane] = in[in[lane].source % kWarp].value;
+                                                });
+}
+
 inline void sync_block() { emulation::sync_block(); }
+inline void sync_warp() {
+  emulation::warp_collective<int, int>("sync_warp", 0, [](const int*, int* out) {
+    for (int lane = 0; lane < kWarp; ++lane) out[lane] = 0;
+  });
+}
+
+inline void atomic_or(int* address, int bits) { *address |= bits; }
+inline void atomic_add(uint32_t* address, uint32_t value) { *address += value; }
+inline void atomic_add(int64_t* address, int64_t value) { *address += value; }
 
 template <typename Vector>
 Vector load_vector(const void* address) {

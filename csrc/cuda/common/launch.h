@@ -18,6 +18,7 @@ namespace qk::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
+constexpr size_t kPlainSharedBytes = 48 << 10;  // more has to be asked for; every device has 99 KB
 
 #ifdef __CUDACC__
 
@@ -30,6 +31,11 @@ __device__ inline Shared& shared() {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > kPlainSharedBytes) {
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
   kernel<<<grid, block, shared_bytes, stream>>>(Parameters(arguments)...);
   return cudaGetLastError();
 }

@@ -13,6 +13,8 @@ namespace qk::cuda {
 QK_HOST_DEVICE uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 QK_HOST_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
+QK_HOST_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
+
 // Each operation rounds once, whatever -fmad and -prec-div say.
 QK_HOST_DEVICE float mul_rn(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -27,6 +29,15 @@ QK_HOST_DEVICE float add_rn(float a, float b) {
   return __fadd_rn(a, b);
 #else
   return a + b;
+#endif
+}
+
+// a * b + c, rounded once.
+QK_HOST_DEVICE float fma_rn(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
 #endif
 }
 

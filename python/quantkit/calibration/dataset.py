@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from ..errors import CalibrationError, CheckpointError
 
@@ -89,19 +92,34 @@ def rows_of(
     `seed` alone. Samples without a single token are passed over. Raises CalibrationError naming the file, the line and
     what is wrong with it, and for ids outside a vocabulary of `vocab_size`.
     """
-    if max_seq_length < 1:
-        raise CalibrationError(f"max_seq_length: {max_seq_length} must be positive")
+    if max_seq_length < 2:
+        raise CalibrationError(f"max_seq_length: {max_seq_length} must be at least 2")
     wanted = num_samples if num_samples > 0 else None
-    if isinstance(data, (str, Path)) and _is_plain_text(Path(data)):
+    if isinstance(data, (str, Path)) and is_plain_text(Path(data)):
         rows = text_rows(Path(data), tokenizer, max_seq_length, None if shuffle else wanted)
         if shuffle:
             random.Random(seed).shuffle(rows)
         located = [(f"{data}, row {i}", row) for i, row in enumerate(rows)]
     else:
-        located = _sampled(data, tokenizer, wanted, shuffle, seed, text_column, max_seq_length)
+        located = sampled(data, tokenizer, wanted, shuffle, seed, text_column, max_seq_length)
     located = located[:wanted]
     if not located:
         raise CalibrationError(f"{_name(data)}: no sample has any text")
+    if wanted is not None and len(located) < wanted:
+        tqdm.write(
+            f"warning: {_name(data)}: {wanted} samples were asked for, {len(located)} are there", file=sys.stderr
+        )
+    return checked_rows(located, vocab_size)
+
+
+def checked_rows(located: Sequence[tuple[str, list[int]]], vocab_size: int | None) -> list[list[int]]:
+    """The rows of (where it is, row); CalibrationError for one of a single token, which attends to nothing but itself
+    and says little of what the model does in use, and for ids outside a vocabulary of `vocab_size`.
+    """
+    short = [where for where, row in located if len(row) < 2]
+    if short:
+        more = f" (and {len(short) - 1} more of {len(located)} rows)" if len(short) > 1 else ""
+        raise CalibrationError(f"{short[0]}: has one token only{more}; rows need at least two, leave shorter ones out")
     for where, row in located:
         bad = [] if vocab_size is None else [token for token in row if not 0 <= token < vocab_size]
         if bad:
@@ -136,14 +154,17 @@ def text_rows(path: Path, tokenizer: Any, length: int, count: int | None) -> lis
     return rows
 
 
-def _sampled(
-    data: Any, tokenizer: Any, wanted: int | None, shuffle: bool, seed: int, text_column: str, max_seq_length: int
+def sampled(
+    data: Any,
+    tokenizer: Any,
+    wanted: int | None,
+    shuffle: bool,
+    seed: int,
+    text_column: str,
+    max_seq_length: int | None,
 ) -> list[tuple[str, list[int]]]:
-    samples: Iterable[tuple[str, Any]] = _samples(data)
-    if shuffle:
-        everything = list(samples)
-        random.Random(seed).shuffle(everything)
-        samples = everything
+    """(where it is, its first `max_seq_length` tokens) of the first `wanted` samples that have any; see `rows_of`."""
+    samples = _samples(data, seed if shuffle else None)
     rows: list[tuple[str, list[int]]] = []
     for where, sample in samples:
         if wanted is not None and len(rows) == wanted:
@@ -161,21 +182,25 @@ def _name(data: Any) -> str:
     return str(data) if isinstance(data, (str, Path)) else "calibration data"
 
 
-def _is_plain_text(path: Path) -> bool:
+def is_plain_text(path: Path) -> bool:
     if not path.exists():
         raise CalibrationError(f"{path}: no such file or folder (dataset.data_path)")
     return path.is_file() and path.suffix.lower() not in (".jsonl", ".json", ".parquet")
 
 
-def _samples(data: Any) -> Iterator[tuple[str, Any]]:
-    """(where it is, sample) of everything in `data`."""
+def _samples(data: Any, seed: int | None) -> Iterator[tuple[str, Any]]:
+    """(where it is, sample) of everything in `data`, in its order or in one that depends on `seed`."""
     if isinstance(data, (str, Path)):
         path = Path(data)
         if path.is_dir():
-            return _indexed(_library("load_from_disk", path), str(path))
+            return _indexed(_library("load_from_disk", path), str(path), seed)
         if path.suffix.lower() == ".parquet":
-            return _indexed(_library("parquet", path), str(path))
-        return _json_samples(path)
+            return _indexed(_library("parquet", path), str(path), seed)
+        if seed is None:
+            return _json_samples(path)
+        samples = list(_json_samples(path))
+        random.Random(seed).shuffle(samples)
+        return iter(samples)
     # A DatasetDict, or any other mapping; a Dataset has keys of its own, but columns too.
     if hasattr(data, "keys") and not isinstance(getattr(data, "column_names", None), list):
         raise CalibrationError(
@@ -186,11 +211,14 @@ def _samples(data: Any) -> Iterator[tuple[str, Any]]:
         raise CalibrationError(f"calibration data: a tensor of ids has to be [rows, tokens], got {list(data.shape)}")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise CalibrationError(f"calibration data: {type(data).__name__} is not a list, a tensor or a Dataset")
-    return _indexed(data, "calibration data")
+    return _indexed(data, "calibration data", seed)
 
 
-def _indexed(data: Any, name: str) -> Iterator[tuple[str, Any]]:
-    for i in range(len(data)):
+def _indexed(data: Any, name: str, seed: int | None) -> Iterator[tuple[str, Any]]:
+    order = list(range(len(data)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    for i in order:
         yield f"{name}, sample {i}", data[i]
 
 

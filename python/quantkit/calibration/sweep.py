@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError
+from ..models.fused_norm import fused
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
@@ -192,7 +193,8 @@ class _Run:
     def _complete(self, layer: Layer, names: Sequence[str], statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """Statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection."""
         silent = [name for name in names if name not in statistics]
-        borrowed: dict[tuple[str, str], Statistics] = {}
+        loans: dict[str, Statistics] = {}
+        borrowed: dict[tuple[object, ...], Statistics] = {}
         family = self.skeleton.family
         for name in names:
             if family.is_expert(name):
@@ -200,11 +202,14 @@ class _Run:
         for name in silent:
             if not family.is_expert(name):
                 raise CalibrationError(f"{name}: the model's forward never calls this Linear, so its input is unknown")
-            key = (name.rpartition(".experts.")[0], name.rpartition(".")[2])
+            # Its own copy, which smoothing may change; its Linears that read one input share it as the others' do.
+            others = _others(name, statistics)
+            key = (name.rpartition(".")[0], *map(id, others))
             if key not in borrowed:
                 borrowed[key] = merged_experts(name, statistics)
                 borrowed[key].count = 0
-            statistics[name] = borrowed[key]
+            loans[name] = borrowed[key]
+        statistics.update(loans)
         new = [name for name in silent if name not in self.report.silent_experts]
         if new:
             self.report.silent_experts.extend(new)
@@ -220,21 +225,26 @@ class _Run:
 
 def merged_experts(name: str, statistics: Mapping[str, Statistics]) -> Statistics:
     """What all experts of `name`'s layer saw at the same projection, together."""
+    found = _others(name, statistics)
+    if not found:
+        raise CalibrationError(
+            f"{name}: no calibration token reached any of its layer's experts; use more calibration data"
+        )
+    merged = found[0].copy()
+    for other in found[1:]:
+        merged.merge(other)
+    return merged
+
+
+def _others(name: str, statistics: Mapping[str, Statistics]) -> list[Statistics]:
+    """The distinct statistics of the same projection of all experts that saw anything."""
     experts, _, part = name.rpartition(".experts.")
     projection = part.partition(".")[2]
     found: dict[int, Statistics] = {}
     for other, seen in statistics.items():
         if other.startswith(f"{experts}.experts.") and other.endswith(f".{projection}") and seen.count:
             found.setdefault(id(seen), seen)
-    if not found:
-        raise CalibrationError(
-            f"{name}: no calibration token reached any of its layer's experts; use more calibration data"
-        )
-    first, *rest = found.values()
-    merged = first.copy()
-    for other_seen in rest:
-        merged.merge(other_seen)
-    return merged
+    return list(found.values())
 
 
 def embed(
@@ -276,7 +286,7 @@ def forward(
     """
     dense = [m for n, m in skeleton.linears(index).items() if not skeleton.family.is_expert(n)]
     # Packing a weight costs about what it saves in one call.
-    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()):
+    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(skeleton.layers[index]):
         for number, (batch, view) in enumerate(zip(batches, hidden.views, strict=True)):
             mask = None if batch.mask is None else batch.mask.reshape(-1).bool()
             for experts in skeleton.experts[index]:

@@ -110,7 +110,7 @@ class Algorithm:
             zero_point=zero_point,
             block_size=block,
             actorder=True if "actorder" in self.options and method.actorder is None else method.actorder,
-            mse_range=False if "mse_range" in self.options and method.mse_range is None else method.mse_range,
+            mse_range=True if "mse_range" in self.options and method.mse_range is None else method.mse_range,
         )
         weights = _weights(self.scheme.weights, str(weight), group_size, block, zero_point)
         inputs = self.scheme.input_activations

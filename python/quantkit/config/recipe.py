@@ -248,8 +248,9 @@ class AWQModifier(QuantizationModifier):
     """AWQ (Lin et al., 2023): the smoothing vector is searched so that the quantized layer's output changes least.
 
     Without a scheme of its own it is a transform for the quantizer that follows; with one it also rounds to nearest.
-    `duo_scaling`: candidates look at weights too (True), do not (False), or both kinds are tried ("both"). `clip`: a
-    search for each group's range follows. `loss`: "gram" from the Gram matrix, "parent" by running the layer.
+    `duo_scaling`: candidates look at weights too (True), do not (False), or both kinds are tried ("both"). `clip`:
+    where 4-bit weights are then rounded to nearest, each group's range is searched, columns weighed by their inputs.
+    `loss`: "gram" from the Gram matrix, "parent" by running the layer.
     """
 
     kind: ClassVar[str] = "awq"
@@ -258,7 +259,7 @@ class AWQModifier(QuantizationModifier):
     mappings: Sequence[Any] | None = None
     duo_scaling: bool | Literal["both"] = True
     n_grid: int = 20
-    clip: bool = False
+    clip: bool = True
     loss: Literal["gram", "parent"] = "gram"
     offload_device: str | None = None
 

@@ -222,7 +222,7 @@ class _Reader:
         )
 
     def _notes(self, config: RunConfig) -> Iterator[str]:
-        idle = list(self.idle)
+        idle = [*self.idle, *(f"compression.recipe: {name}" for name in config.recipe.idle)]
         if not config.recipe.needs_data:
             idle += [key for key in ("model.torch_dtype", "model.trust_remote_code") if key in self.given]
         if "compression.quantization.smooth_alpha" in self.given and not any(

@@ -6,6 +6,7 @@ recorded by running the whole model with layers that only take notes, so nothing
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ class LayerCall:
 
 
 class Skeleton:
-    """The model of `folder`'s config.json, for a checkpoint with tensors `names`.
+    """The model of `folder`'s config.json, for a checkpoint with tensors `names`. With `like`, a model in memory, its
+    config and class are taken, and `folder` only names it in errors.
 
     Every parameter is on the meta device until `materialize` (a layer) or `outer` (the rest) fills it from a source;
     floating-point ones are converted to `dtype`, the checkpoint's own unless given. Raises CheckpointError
@@ -60,13 +62,19 @@ class Skeleton:
         *,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        like: Any = None,
     ) -> None:
         self.folder = Path(folder)
-        config, raw = _read_config(self.folder, trust_remote_code)
+        if like is None:
+            config, raw = _read_config(self.folder, trust_remote_code)
+        else:
+            config, raw = plain_config(like.config), like.config.to_dict()
+            dtype = dtype or like.dtype
         self.family: Family = family_of(raw)
         self.names = frozenset(names)
         self.root = self.family.root(self.names)
-        self.model = _build(config, self.family, dtype, trust_remote_code, self.folder)
+        make = _auto(trust_remote_code) if like is None else type(like)._from_config
+        self.model = _build(make, config, self.family, dtype, self.folder)
         self.dtype: torch.dtype = self.model.dtype
         self.base: Any = self.model.base_model
         self.layers: nn.ModuleList = self.base.get_submodule(self.family.layers)
@@ -367,27 +375,35 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, 
         raise CheckpointError(f"{path}: not found; the model folder has to be one that Transformers can load") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {str(error).strip()}") from error
-    config = config.get_text_config()
+    return plain_config(config), raw
+
+
+def plain_config(config: Any) -> Any:
+    """A copy of Transformers' `config` of the decoder, for a forward with plain weights."""
+    config = copy.deepcopy(config.get_text_config())
     # The weights this model gets are plain ones, whatever they are stored as.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # Router logits are a training matter; collecting them would keep every layer's.
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
-    return config, raw
+    return config
 
 
-def _build(config: Any, family: Family, dtype: torch.dtype | None, trust_remote_code: bool, folder: Path) -> Any:
+def _auto(trust_remote_code: bool) -> Callable[..., Any]:
+    """Transformers' own way from a config to a causal language model."""
     from transformers import AutoModelForCausalLM
 
     models: Any = AutoModelForCausalLM
+    return lambda config, **options: models.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+
+def _build(make: Callable[..., Any], config: Any, family: Family, dtype: torch.dtype | None, folder: Path) -> Any:
     dtype = dtype or config.dtype or torch.float32
 
     def build(implementation: str) -> Any:
         with torch.device("meta"):
-            return models.from_config(
-                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=trust_remote_code
-            )
+            return make(config, dtype=dtype, attn_implementation=implementation)
 
     try:
         if family.attention != "sdpa":

@@ -18,7 +18,7 @@ from ..config.schemes import QuantizationArgs
 from ..errors import CalibrationError
 from ..plan import PlannedModule
 from ..quantized import QuantizedTensor
-from .rtn import quantize_weight, weight_scale
+from .rtn import check_finite, quantize_weight, weight_scale
 from .working import Working
 
 # Rows of the weight from which the output's energy is estimated, for the relative loss.
@@ -183,7 +183,10 @@ def _sweep(
         gram = job.seen.gram
         assert gram is not None
         order = _order(modifier, gram.diagonal(), size)
-        weight = torch.cat([working.weight(name) for name in job.members]).float()
+        parts = [working.weight(name) for name in job.members]
+        for name, part in zip(job.members, parts, strict=True):
+            check_finite(name, part, part.abs().amax())
+        weight = torch.cat(parts).float()
         weights.append(weight if order is None else weight[:, order])
         grams.append(gram if order is None else gram[order][:, order])
         orders.append(order)
@@ -264,5 +267,5 @@ def _one_scale(batch: Sequence[Job], weight: Tensor) -> tuple[Tensor, Tensor | N
 def energy(weight: Tensor, seen: Statistics) -> float:
     """tr(W G W^T), the squared output over all tokens, estimated from evenly spaced rows."""
     assert seen.gram is not None
-    sample = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)].float()
+    sample = weight[:: -(-weight.shape[0] // SAMPLE_ROWS)].float()
     return float((sample @ seen.gram).mul_(sample).sum(dtype=torch.float64)) * weight.shape[0] / sample.shape[0]

@@ -44,6 +44,7 @@ class Pipeline:
         self.modules = plan.modules
         self.scale_dtypes = {name: scale_dtype(name) for name in plan.modules}
         self.packs = {name: plan.format.packs(planned.scheme) for name, planned in plan.modules.items()}
+        self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
         self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
         self.statistics = self._statistics()
@@ -102,19 +103,17 @@ class Pipeline:
         if isinstance(modifier, GPTQModifier):
             outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs)
         else:
-            outcomes = {name: self._round(name, working.weight(name), working, modifier) for name in names}
+            outcomes = {name: self._round(name, working.weight(name), working) for name in names}
         each = (time.perf_counter() - started) / len(names)
         for name, outcome in outcomes.items():
             self._keep(working.layer, name, outcome, each)
 
-    def _round(
-        self, name: str, weight: torch.Tensor, working: Working | None = None, modifier: object = None
-    ) -> gptq.Outcome:
+    def _round(self, name: str, weight: torch.Tensor, working: Working | None = None) -> gptq.Outcome:
         """To nearest; with a Gram matrix the loss is told."""
         args: QuantizationArgs = self.modules[name].scheme.weights
         seen = working.statistics.get(name) if working is not None else None
         gram = seen.gram if seen is not None else None
-        clip = isinstance(modifier, AWQModifier) and modifier.clip and gram is not None
+        clip = self.clips and args.type == "int" and args.num_bits == 4
         if clip and gram is not None:
             args = _clipped(args)
         quantized = quantize_weight(
@@ -127,7 +126,7 @@ class Pipeline:
         )
         if gram is None or seen is None:
             return gptq.Outcome(quantized, "rtn", seen.count if seen is not None else 0)
-        total = float(awq.gram_losses(weight, gram, torch.ones(1, weight.shape[1]), args)[0, 0])
+        total = gptq.energy(quantized.dequantize() - weight.float(), seen)
         power = gptq.energy(weight, seen)
         per_output = max(1, seen.count) * weight.shape[0]
         return gptq.Outcome(quantized, "awq", seen.count, total / per_output, total / power if power > 0 else None)
@@ -175,4 +174,4 @@ class Pipeline:
 
 def _clipped(args: QuantizationArgs) -> QuantizationArgs:
     """The same with each group's range searched for least squared error, columns weighed by their inputs."""
-    return replace(args, observer="mse", observer_kwargs={"norm": 2.0, "search_range": 0.5, "search_steps": 20})
+    return replace(args, observer="mse", observer_kwargs={"norm": 2.0, "search_range": 0.3, "search_steps": 6})

@@ -4,8 +4,8 @@ An op is a schema, a fake (shapes and dtypes only, for torch.compile) and a refe
 reference is registered as the default kernel, so an op exists on every device; the compiled libraries add
 faster kernels for CPU and CUDA, which take precedence when they are loaded (`quantkit.ops._load`).
 
-An op says which devices the compiled libraries have a kernel for. Without any, its reference is the kernel: it is made
-of torch's own fast ops. With "CPU" alone it refuses CUDA tensors instead of serving them by the slow reference.
+An op says which devices the compiled libraries have a kernel for. On any other its reference is the kernel: it is made
+of torch's own fast ops there.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ def declare(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     kernels: tuple[str, ...] = ("CPU", "CUDA"),
-    cuda_by_reference: bool = False,
 ) -> torch._ops.OpOverload:
     """Define `quantkit::<schema>` with its fake and its reference kernel; gives back the callable overload.
 
-    `kernels` are the devices that the compiled libraries have one for: both, ("CPU",), or () where torch's ops do it.
-    `cuda_by_reference`: of the CPU's alone, but torch's ops do it well on CUDA.
+    `kernels` are the devices that the compiled libraries have one for: both, or one or none where torch's ops do it
+    well.
     """
     name = schema[: schema.index("(")]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,18 +44,7 @@ def declare(
     _LIB.impl(name, reference, "CompositeExplicitAutograd")
     REFERENCES[name] = reference
     _KERNELS[name] = kernels
-    if kernels == ("CPU",) and not cuda_by_reference:
-        _LIB.impl(name, _refuse_cuda(name), "CUDA")
     return getattr(torch.ops.quantkit, name).default
-
-
-def _refuse_cuda(name: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            f"quantkit::{name} has no CUDA kernel in this version: call it with CPU tensors and move the results"
-        )
-
-    return refuse
 
 
 def grid(rows: int, cols: int, block: Sequence[int]) -> tuple[int, int]:

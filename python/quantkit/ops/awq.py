@@ -106,7 +106,6 @@ _search = declare(
     "bool symmetric, float divisor, ScalarType scale_dtype) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 

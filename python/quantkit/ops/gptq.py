@@ -285,7 +285,6 @@ _factor = declare(
     fake=_factor_fake,
     reference=_factor_reference,
     kernels=("CPU",),
-    cuda_by_reference=True,
 )
 _sweep = declare(
     "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
@@ -293,7 +292,6 @@ _sweep = declare(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
-    kernels=("CPU",),
 )
 
 

@@ -61,7 +61,6 @@ _accumulate = declare(
     "gram_accumulate(Tensor x, Tensor? mask, Tensor(a!) g, Tensor(b!)? channels) -> ()",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 

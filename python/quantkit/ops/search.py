@@ -173,7 +173,6 @@ _mse = declare(
     "bool signs=False) -> (Tensor, Tensor)",
     fake=_mse_fake,
     reference=_mse_reference,
-    kernels=("CPU",),
 )
 
 

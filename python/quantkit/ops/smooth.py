@@ -47,7 +47,6 @@ _scales = declare(
     "smoothquant_scales(Tensor activation, Tensor weight, float strength, float minimum) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 

@@ -28,7 +28,7 @@ class Progress:
 
     def expect(self, total: int) -> None:
         """How much there is to do."""
-        self._bar.reset(total)
+        self._bar.total = total  # reset() would show the bar at once
 
     def advance(self, amount: int) -> None:
         self._bar.update(amount)

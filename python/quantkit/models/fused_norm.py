@@ -1,0 +1,51 @@
+"""bf16 RMS norms by PyTorch's fused op, for layers that run many batches: a tenth of the written-out form's time.
+
+Architectures write the norm in their own ways. Whether the fused op computes what a class means is found out by trying,
+to within bf16's rounding; if it does not (Gemma's multiplies by one plus weight), the norm runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# The written-out form rounds to bf16 twice, the fused one once.
+TOLERANCE = 2.0**-6
+_SAME: dict[type[nn.Module], bool] = {}
+
+
+@contextmanager
+def fused(layer: nn.Module) -> Iterator[None]:
+    """Within the block, the RMS norms below `layer` run fused where that is the same."""
+    replaced = []
+    try:
+        for norm in layer.modules():
+            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            weight = norm._parameters.get("weight")
+            if not type(norm).__name__.endswith("RMSNorm") or not isinstance(eps, float) or weight is None:
+                continue
+            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+                continue
+            if type(norm) not in _SAME:
+                _SAME[type(norm)] = _same(norm, weight, eps)
+            if _SAME[type(norm)]:
+                norm.__dict__["forward"] = _forward(weight, eps)
+                replaced.append(norm)
+        yield
+    finally:
+        for norm in replaced:
+            norm.__dict__.pop("forward", None)
+
+
+def _forward(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def _same(norm: nn.Module, weight: Tensor, eps: float) -> bool:
+    x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad():
+        found, expected = _forward(weight, eps)(x).float(), norm(x).float()
+    return torch.allclose(found, expected, rtol=TOLERANCE, atol=2.0**-20)
