@@ -14,11 +14,13 @@ namespace {
 constexpr auto kOp = "mse_scale";
 
 void check_arguments(int64_t q_min, int64_t q_max, bool symmetric, double divisor, double norm,
-                     double search_range, int64_t search_steps) {
+                     double search_range, int64_t search_steps, bool signs) {
+  check(!signs || (symmetric && q_min < 0), kOp,
+        "signs are for symmetric codes with a negative q_min");
   check_code_range(kOp, q_min, q_max);
   check(!symmetric || (q_min <= 0 && 0 <= q_max), kOp, "[q_min, q_max] must hold 0, got [", q_min,
         ", ", q_max, "]");
-  check(!symmetric || (divisor > 0.0 && std::isfinite(divisor)), kOp,
+  check(!symmetric || signs || (divisor > 0.0 && std::isfinite(divisor)), kOp,
         "divisor must be positive, got ", divisor);
   check(norm > 0.0 && norm <= 8.0, kOp, "norm must be above 0 and at most 8, got ", norm);
   check(search_range >= 0.0 && search_range < 1.0, kOp, "search_range must be in [0, 1), got ",
@@ -30,10 +32,11 @@ void check_arguments(int64_t q_min, int64_t q_max, bool symmetric, double diviso
 std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
                                      const OptionalTensor& importance, int64_t q_min, int64_t q_max,
                                      bool symmetric, double divisor, ScalarType scale_dtype,
-                                     double norm, double search_range, int64_t search_steps) {
+                                     double norm, double search_range, int64_t search_steps,
+                                     bool signs) {
   const Matrix matrix = float_matrix(kOp, x);
   const Blocks blocks = blocks_of(kOp, x, check_matrix(kOp, x, block));
-  check_arguments(q_min, q_max, symmetric, divisor, norm, search_range, search_steps);
+  check_arguments(q_min, q_max, symmetric, divisor, norm, search_range, search_steps, signs);
   check_scale_dtype(kOp, scale_dtype);
   if (importance) {
     check(importance->dim() == 1 && importance->size(0) == matrix.cols &&
@@ -44,11 +47,12 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
   const ScaleSearch how{static_cast<int>(q_min),
                         static_cast<int>(q_max),
                         symmetric,
-                        static_cast<float>(divisor),
+                        static_cast<float>(signs ? static_cast<double>(-q_min) : divisor),
                         dtype_of(kOp, scale_dtype),
                         static_cast<float>(norm),
                         search_range,
                         static_cast<int>(search_steps),
+                        signs,
                         importance ? data_of<float>(kOp, "importance", *importance) : nullptr};
   check(int64_t{blocks.rows} * blocks.cols <= kMaxExtent, kOp, "blocks of ", blocks.rows, " x ",
         blocks.cols, " elements are too large; the CUDA kernels take ", kMaxExtent);

@@ -142,13 +142,14 @@ def mse_cases(x: Tensor, block: list[int]) -> Iterator[Arguments]:
     yield x, block, importance, -8, 7, False, 0.0, torch.float16, 1.0, 0.8, 5
     yield x, block, None, -8, 7, False, 0.0, torch.float32, 2.0, 0.3, 3
     yield x, block, None, -8, 7, True, 7.5, torch.float32, 2.4, 0.2, 0
+    yield x, block, None, -8, 7, True, 0.0, torch.bfloat16, 2.4, 0.2, 6, True
 
 
 def assert_least(got: tuple[Tensor, Tensor], args: Arguments) -> None:
     """The result is a candidate, and its exact error the least but for what fp32 powers and differences lose."""
-    x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, search_range, steps = args
+    x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, *search = args
     scale, zero = got[0].cpu(), got[1].cpu()
-    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, search_range, steps)
+    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, *search)
     errors = _mse_errors(x, block, importance, scales, zeros, q_min, q_max, norm)
     same = scales == scale
     if not symmetric:

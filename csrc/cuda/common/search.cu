@@ -92,23 +92,27 @@ __global__ void __launch_bounds__(kMaxTeam)
     if (!(absmax < float_of(0x7F800000u))) atomic_or(status, kBadValue);
     range = Range{min_nan(range.low, 0.0f), max_nan(range.high, 0.0f)};
 
-    const auto scale_of = [&](int i) {
+    const int ratios = how.steps + 1, tried = how.signs ? 2 * ratios : ratios;
+    const auto scale_of = [&](int place) {
+      const int i = place < ratios ? place : place - ratios;
       const float part =
           i == 0 ? 1.0f : static_cast<float>(1.0 - how.range * static_cast<double>(i) / how.steps);
-      if (how.symmetric)
-        return ScaleAndZero{symmetric_scale(mul_rn(absmax, part), how.divisor, how.scale_dtype), 0};
+      if (how.symmetric) {
+        const float size = symmetric_scale(mul_rn(absmax, part), how.divisor, how.scale_dtype);
+        return ScaleAndZero{place < ratios ? size : -size, 0};
+      }
       return asymmetric_scale(Range{mul_rn(range.low, part), mul_rn(range.high, part)}, how.q_min,
                               how.q_max, how.scale_dtype);
     };
     const float unit = unit_of(absmax);
     int best = 0;
     double least = static_cast<double>(float_of(0x7F800000u));
-    for (int candidate = 0; candidate <= how.steps && how.steps > 0; candidate += kTogether) {
+    for (int candidate = 0; candidate < tried && tried > 1; candidate += kTogether) {
       Candidate candidates[kTogether];
       Errors errors;
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const ScaleAndZero found = scale_of(min(candidate + j, how.steps));
+        const ScaleAndZero found = scale_of(min(candidate + j, tried - 1));
         const float step = mul_rn(found.scale, unit), zero = static_cast<float>(found.zero_point);
         candidates[j] = {step, div_rn(1.0f, step), sub_rn(q_min, zero), sub_rn(q_max, zero)};
         errors.v[j] = 0.0;
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kMaxTeam)
       errors = combine(errors, team, scratch);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        if (candidate + j <= how.steps && errors.v[j] < least) {
+        if (candidate + j < tried && errors.v[j] < least) {
           least = errors.v[j];
           best = candidate + j;
         }

@@ -16,6 +16,7 @@ struct ScaleSearch {
   float norm;
   double range;  // candidate i has 1 - range * i / steps of the block's range
   int steps;
+  bool signs;               // also tries each scale negated, after all others; symmetric codes only
   const float* importance;  // [cols], or null
 };
 
