@@ -1,4 +1,4 @@
-"""histogram_accumulate and merge_histograms count alike in any split; histogram_scale's methods do what they say."""
+"""histogram_accumulate and merge_histograms count alike in any split, and as the reference counts."""
 
 from __future__ import annotations
 
@@ -117,43 +117,3 @@ def compiles_in_place(x: Tensor, mask: Tensor | None) -> None:
 def test_compiles() -> None:
     compiles_in_place(torch.randn(5, 70), None)
     compiles_in_place(torch.randn(5, 70).bfloat16(), torch.tensor([True, False, True, True, False]))
-
-
-def scale(x: Tensor, method: str, **how: object) -> tuple[Tensor, Tensor]:
-    how = {"q_min": -8, "q_max": 7, "divisor": 7.5, **how}
-    return ops.histogram_scale(*histogram(x), torch.stack((x.min(), x.max())), method=method, **how)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("method", ["percentile", "mse", "kl", "eq", "admm"])
-def test_every_method(method: str) -> None:
-    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
-    found, none = scale(x, method)
-    assert none.numel() == 0 and 0 < found.item() <= x.abs().max() / 7.5
-    # A power of two of the data is the same power of two of the scale.
-    assert scale(x * 2.0**-40, method)[0].item() == found.item() * 2.0**-40
-    lifted, zero = scale(x.abs(), method, symmetric=False, q_min=0, q_max=15)
-    assert 0 < lifted.item() <= x.abs().max() / 15 * 1.001 and zero.dtype == torch.int8 and zero.item() == 0
-    assert scale(torch.zeros(3, 4), method)[0].item() == 2.0**-100
-    with pytest.raises(RuntimeError, match="quantkit::histogram_scale: range must be finite"):
-        ops.histogram_scale(
-            *histogram(x), torch.tensor([0.0, float("nan")]), method=method, q_min=-8, q_max=7, divisor=7.5
-        )
-
-
-def test_a_wrong_method_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown method 'percentil', did you mean 'percentile'"):
-        scale(torch.ones(2, 2), "percentil")
-
-
-def test_percentile_is_an_order_statistic() -> None:
-    x = torch.randperm(1000).float().reshape(10, 100) + 1
-    found, _ = ops.percentile_scale(x, [-1, -1], percentile=99.0, q_min=-8, q_max=7, divisor=1.0)
-    assert found.item() == 990
-    found, _ = ops.percentile_scale(
-        x.bfloat16() - 500, [-1, -1], percentile=100.0, q_min=-128, q_max=127, symmetric=False
-    )
-    low, high = ops.minmax(x.bfloat16() - 500, [-1, -1])
-    assert torch.equal(found, ops.asymmetric_scale(low, high, -128, 127)[0])
-    x[3, 3] = float("nan")
-    with pytest.raises(RuntimeError, match="quantkit::percentile_scale: x must be finite"):
-        ops.percentile_scale(x, [1, 7], q_min=-8, q_max=7, divisor=7.5)

@@ -284,7 +284,7 @@ _percentile = declare(
     "ScalarType scale_dtype) -> (Tensor, Tensor)",
     fake=_percentile_fake,
     reference=_percentile_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
