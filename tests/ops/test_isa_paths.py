@@ -24,6 +24,8 @@ FAMILIES = (
     "awq",
     "search",
     "histogram",
+    "histogram_scale",
+    "percentile",
 )
 
 
