@@ -122,11 +122,11 @@ def gram_of(cols: int) -> Tensor:
 
 def one_weight(rows: int, cols: int, rounds: int, peer: Peer | None) -> None:
     w, g = torch.randn(rows, cols), gram_of(cols)
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     timers = {
         "factor": seconds(lambda: ops.gptq_factor(g)),
-        "sweep": seconds(lambda: ops.gptq_sweep(w, u, **SWEEP)),
-        "with search": seconds(lambda: ops.gptq_sweep(w, u, **SWEEP, **SEARCH)),
+        "sweep": seconds(lambda: ops.gptq_sweep(w, factor, **SWEEP)),
+        "with search": seconds(lambda: ops.gptq_sweep(w, factor, **SWEEP, **SEARCH)),
     }
     if peer:
         timers["llm-compressor"] = peer.timer(rows, cols)
@@ -140,14 +140,16 @@ def one_weight(rows: int, cols: int, rounds: int, peer: Peer | None) -> None:
 
 def experts(count: int, rows: int, cols: int, rounds: int) -> None:
     w, g = torch.randn(count, rows, cols), torch.stack([gram_of(cols) for _ in range(count)])
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     found = in_turns(
         rounds,
         **{
             "factors": seconds(lambda: ops.gptq_factor(g)),
             "factors one by one": seconds(lambda: [ops.gptq_factor(one) for one in g]),
-            "sweeps": seconds(lambda: ops.gptq_sweep(w, u, **SWEEP)),
-            "sweeps one by one": seconds(lambda: [ops.gptq_sweep(*one, **SWEEP) for one in zip(w, u, strict=True)]),
+            "sweeps": seconds(lambda: ops.gptq_sweep(w, factor, **SWEEP)),
+            "sweeps one by one": seconds(
+                lambda: [ops.gptq_sweep(*one, **SWEEP) for one in zip(w, factor, strict=True)]
+            ),
         },
     )
     report(f"{count} experts {rows} x {cols}", found)

@@ -1,8 +1,18 @@
-"""How near the CUDA ops come to the memory bandwidth of the device: bytes they must move over the time they take.
+"""How near the CUDA ops come to what the device can do: the least time their work takes over the time they take.
 
-    python benchmarks/ops_cuda.py [--rows 4096 --cols 14336] [--peak GB/s]
+    python benchmarks/ops_cuda.py [--rows 4096 --cols 14336] [--peak GB/s] [--bf16 TFLOP/s] [--fp32 TFLOP/s]
 
-The ceiling is a device-to-device copy of as many bytes, measured in the same run, unless --peak names one.
+Ceilings are measured in the same run, unless named: a device-to-device copy of as many bytes, and torch's matrix
+products of 8192 x 8192, bf16 and fp32. For the ops of the calibrated algorithms, the floor is the largest of the bytes
+over the copy's rate, the fp32 operations and the bf16 operations that the task needs over the products' rates:
+
+- gram_accumulate: the upper half of x^T x, tokens * cols^2 operations, in x's precision;
+- gptq_sweep: rows * cols^2 fp32 operations (errors of earlier columns, each product and sum counted);
+- awq_search: rows * cols^2 bf16 operations a candidate, half of a symmetric product; for fp32 losses the kernel makes
+  three such products, so that a third of the roofline is all it can reach;
+- mse_scale: 8 fp32 operations an element and candidate.
+
+The sweep's columns wait for one another besides: --chain cycles of --clock for each are printed with it.
 """
 
 from __future__ import annotations
@@ -60,13 +70,79 @@ def workloads(x: Tensor) -> Iterator[tuple[str, Callable[[], Any], int]]:
     yield "quantization_error", lambda: ops.quantization_error(x, codes, scale, None, channel), size(x, codes)
 
 
+Work = tuple[str, Callable[[], Any], float, float, float]
+
+
+def calibrated(rows: int, cols: int, tokens: int) -> Iterator[Work]:
+    """Name, call, bytes, fp32 operations and bf16 operations, all of them the least that the task needs."""
+    g = torch.zeros(cols, cols, device="cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(tokens, cols, device="cuda").to(dtype)
+        mask = torch.ones(tokens, dtype=torch.bool, device="cuda")
+        channels = torch.zeros(3, cols, device="cuda")
+        work = float(tokens) * cols**2
+        moved = size(x) + 2 * size(g)
+        operations = (0.0, work) if dtype == torch.bfloat16 else (work, 0.0)
+        name = str(dtype).removeprefix("torch.")
+        yield f"gram_accumulate {name}", lambda x=x: ops.gram_accumulate(x, g), moved, *operations
+        yield (
+            f"gram_accumulate {name} all",
+            lambda x=x, mask=mask, channels=channels: ops.gram_accumulate(x, g, mask=mask, channels=channels),
+            moved,
+            *operations,
+        )
+        counts, span = torch.zeros(8192, dtype=torch.int64, device="cuda"), torch.zeros(1, device="cuda")
+        yield (
+            f"histogram_accumulate {name}",
+            lambda x=x, counts=counts, span=span: ops.histogram_accumulate(x, counts, span),
+            2 * size(x),  # the span first, then the counts
+            0.0,
+            0.0,
+        )
+    w = torch.randn(rows, cols, device="cuda")
+    g = x.T @ x + torch.eye(cols, device="cuda")
+    u, _ = ops.gptq_factor(g)
+    how: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5, "group_size": 128}
+    work = float(rows) * cols**2
+    search = {"search_range": 0.2, "search_steps": 20}
+    yield "gptq_sweep", lambda: ops.gptq_sweep(w, u, **how), size(w, u) + size(w) / 4, work, 0.0
+    yield "gptq_sweep search", lambda: ops.gptq_sweep(w, u, **how, **search), size(w, u) + size(w) / 4, work, 0.0
+    half = w.bfloat16()
+    scales = torch.exp(torch.randn(20, cols, device="cuda") / 4)
+    yield "awq_search 20", lambda: ops.awq_search(half, g, scales, **how), size(half, g, scales), 0.0, 20 * work
+    how.pop("group_size")
+    for name, norm in (("2.4", 2.4), ("2", 2.0)):
+        yield (
+            f"mse_scale norm {name}",
+            lambda norm=norm: ops.mse_scale(half, [1, 128], **how, norm=norm),
+            size(half),
+            8.0 * 21 * half.numel(),
+            0.0,
+        )
+    a, b = x.abs().amax(0), w.abs().amax(0)
+    yield "smoothquant_scales", lambda: ops.smoothquant_scales(a, b), size(a, b, a), 0.0, 0.0
+
+
+def products(dtype: torch.dtype, flush: Tensor) -> float:
+    """torch's rate, in operations a second, without TF32."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, flush, 10)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--cols", type=int, default=14336)
     parser.add_argument("--peak", type=float, help="bandwidth to compare with, in GB/s")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--bf16", type=float, help="rate of bf16 products to compare with, in TFLOP/s")
+    parser.add_argument("--fp32", type=float, help="rate of fp32 products to compare with, in TFLOP/s")
+    parser.add_argument("--clock", type=float, default=1.98, help="of the device, in GHz")
+    parser.add_argument("--chain", type=float, default=40.0, help="cycles from one column of the sweep to the next")
     args = parser.parse_args()
     ops._load.require("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
 
     x = torch.randn(args.rows, args.cols, device="cuda").to(torch.bfloat16)
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
@@ -79,6 +155,16 @@ def main() -> None:
         moved = read + size(*(result if isinstance(result, tuple) else (result,)))
         taken = seconds(call, flush)
         print(f"{name:24} {taken * 1e6:8.1f} {moved / taken / 1e9:8.0f} {moved / taken / 1e9 / peak:11.0%}")
+
+    fp32 = args.fp32 * 1e12 if args.fp32 else products(torch.float32, flush)
+    bf16 = args.bf16 * 1e12 if args.bf16 else products(torch.bfloat16, flush)
+    print(f"\n{args.tokens} tokens; ceilings: {fp32 / 1e12:.0f} TFLOP/s fp32, {bf16 / 1e12:.0f} bf16")
+    print(f"{'op':30} {'ms':>9} {'floor ms':>9} {'of roofline':>12}")
+    for name, call, moved, single, half in calibrated(args.rows, args.cols, args.tokens):
+        floor = max(moved / peak / 1e9, single / fp32, half / bf16)
+        taken = seconds(call, flush, 10)
+        note = f"   chain {args.cols * args.chain / args.clock * 1e-6:.2f} ms" if name.startswith("gptq_sweep") else ""
+        print(f"{name:30} {taken * 1e3:9.3f} {floor * 1e3:9.3f} {floor / taken:12.0%}{note}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-// The upper Cholesky factor of an inverse: block rows from the last one up, each of which takes all
-// rows below it in one product. Both factors are kept as stripes: [stripe of columns][k][width].
+// The upper R with R R^T = h: blocks of columns from the last one on, each of which takes all
+// columns right of it in one product. R is kept transposed, in stripes of its rows:
+// [stripe][column][width].
 #pragma once
 
 #include <cstdint>

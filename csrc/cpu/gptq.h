@@ -11,12 +11,14 @@ namespace qk {
 // Columns [first, first + width) of the sweep, the same for all rows.
 struct GptqStripe {
   int64_t first, width;
-  // Rows [0, first + width) of the factor in these columns: [panel of columns][row][panel_cols].
-  const float* u;
-  const float* inverse;  // 1 / the factor's diagonal, for each of these columns
-  const int32_t* group;  // the group of each of these columns
+  // Rows [0, first + width) of the factor in these columns, over its diagonal: [panel of
+  // columns][row][panel_cols].
+  const float* factor;
+  const float* diagonal;  // the factor's, for each of these columns
+  const int32_t* group;   // the group of each of these columns
   // Whether the stripe is a group that gets its scale here, from its weights as updated so far.
   bool fit, symmetric;
+  bool signs;  // whether each scale is also tried negated, after all others
   // What a range is shrunk by to find the scale with the least error: the first is 1.
   const float* shrink;
   int shrinks;
@@ -27,7 +29,7 @@ struct GptqStripe {
 
 // `panel_rows` rows side by side; those beyond `rows` are zero.
 struct GptqPanel {
-  float* values;  // [column][panel_rows]: the weight, then, once it is rounded, minus its error
+  float* values;  // [column][panel_rows]: the weight, then, once it is rounded, by how much it fell
   float* scale;   // [group][panel_rows]
   float* zero;    // the zero points likewise
   float* loss;    // [panel_rows]
@@ -38,13 +40,15 @@ struct GptqPanel {
 
 struct GptqKernels {
   int panel_rows, panel_cols;
-  // Columns [first, first + width) of u's rows [begin, end), as GptqStripe::u, which has `depth`.
-  void (*pack)(const float* u, int64_t stride, int64_t first, int64_t width, int64_t begin,
-               int64_t end, int64_t depth, float* packed);
+  // Columns [first, first + width) of the factor's rows [begin, end), as GptqStripe::factor, which
+  // has `depth`.
+  void (*pack)(const float* factor, const float* diagonal, int64_t stride, int64_t first,
+               int64_t width, int64_t begin, int64_t end, int64_t depth, float* packed);
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
-  // `scratch` has panel_rows * width bytes.
-  void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* scratch);
+  // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *
+  // (3 * width + 2 * panel_cols) zeros.
+  void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights);
 };
 
 // Those of the instruction set that dispatch.h chose.

@@ -19,14 +19,14 @@ struct Problem {
   const float* g;
   int64_t stride, n;
   double damp;
-  float* u;
+  float* out;
 };
 
-// One step: rows [begin, end) of both factors, those below them being known. A diagonal block `h`,
-// the stripes above it (r, transposed), and those right of it (u).
+// One step: columns [begin, end) of the factor, those right of them being known. A diagonal block
+// `h`, and the stripes of rows above it. Rows are lanes: what is kept is the factor transposed.
 class Step {
  public:
-  Step(const Problem& problem, int64_t padded, float* r, float* u, int64_t begin, int64_t end)
+  Step(const Problem& problem, int64_t padded, float* r, int64_t begin, int64_t end)
       : problem_(problem),
         kernels_(factor_kernels()),
         padded_(padded),
@@ -35,7 +35,6 @@ class Step {
         rows_(end - begin),
         width_(kernels_.width),
         r_(r),
-        u_(u),
         diagonals_(rows_ / width_),
         above_(begin / width_),
         pending_(diagonals_),
@@ -44,41 +43,38 @@ class Step {
 
   // Whether the damped matrix is positive definite; if not, done() says how far it is.
   bool run() {
-    const int64_t stripes = padded_ / width_;
     // The diagonal first: whoever ends it factors it, while the others go on.
-    parallel_queue(stripes, [&](int64_t i) {
+    parallel_queue(diagonals_ + above_, [&](int64_t i) {
       if (i < diagonals_) {
         sum_diagonal(i);
-      } else if (i < diagonals_ + above_) {
-        sum_above(i - diagonals_);
       } else {
-        sum_right(stripes - 1 - (i - diagonals_ - above_));  // long ones first
+        sum(begin_, i - diagonals_, r(i - diagonals_, begin_));
       }
     });
     if (done_ != rows_) return false;
-    parallel_queue(stripes, [&](int64_t i) { finish(i); });
+    finish_diagonal();
+    parallel_queue(above_, [&](int64_t i) { finish(i); });
     return true;
   }
   int64_t done() const { return done_; }
 
  private:
   float* r(int64_t stripe, int64_t k) const { return r_ + (stripe * padded_ + k) * width_; }
-  float* u(int64_t stripe, int64_t k) const { return u_ + (stripe * padded_ + k) * width_; }
 
-  // sum of the rows below, minus g, for rows [row, end) and the columns of a stripe.
-  void sum(int64_t row, int64_t stripe, const float* below, int64_t depth, bool with_g, float* x) {
+  // The sum of products with what is right of here, minus g, for rows [row, end) and a stripe.
+  void sum(int64_t row, int64_t stripe, float* x) {
     const Problem& p = problem_;
     const int64_t col = stripe * width_;
-    const bool inside = with_g && row < p.n && col < p.n;
-    kernels_.product(r(row / width_, end_), padded_ * width_, below, depth, end_ - row,
-                     inside ? p.g + row * p.stride + col : nullptr, p.stride, p.n - row, p.n - col,
-                     x);
+    const bool inside = row < p.n && col < p.n;
+    kernels_.product(r(row / width_, end_), padded_ * width_, r(stripe, end_), padded_ - end_,
+                     end_ - row, inside ? p.g + row * p.stride + col : nullptr, p.stride, p.n - row,
+                     p.n - col, x);
   }
 
   void sum_diagonal(int64_t i) {
     const int64_t first = i * width_, stripe = begin_ / width_ + i;
     std::vector<float> x((rows_ - first) * width_);
-    sum(begin_ + first, stripe, r(stripe, end_), padded_ - end_, true, x.data());
+    sum(begin_ + first, stripe, x.data());
     for (int64_t row = first; row < rows_; ++row) {
       for (int64_t c = 0; c < width_; ++c) {
         h_[row * rows_ + first + c] = -x[(row - first) * width_ + c];
@@ -100,35 +96,23 @@ class Step {
     for (int64_t i = 0; i < rows_ * rows_; ++i) inverse_[i] = static_cast<float>(inverse[i]);
   }
 
-  void sum_above(int64_t stripe) {
-    sum(begin_, stripe, r(stripe, end_), padded_ - end_, true, r(stripe, begin_));
-  }
-
-  void sum_right(int64_t stripe) {
-    const int64_t depth = (stripe + 1) * width_ - end_;  // u is a triangle
-    sum(begin_, stripe, u(stripe, end_), depth, false, u(stripe, begin_));
+  void finish_diagonal() {
+    for (int64_t row = begin_; row < std::min(end_, problem_.n); ++row) {
+      float* const out = problem_.out + row * problem_.n;
+      std::fill(out, out + row, 0.0f);
+      for (int64_t k = row; k < std::min(end_, problem_.n); ++k) {
+        out[k] = static_cast<float>(h_[(k - begin_) * rows_ + row - begin_]);
+      }
+    }
   }
 
   void finish(int64_t stripe) {
-    const int64_t first = stripe * width_, last = std::min(problem_.n, first + width_);
-    if (stripe < above_) {
-      kernels_.triangle(inverse_.data(), rows_, r(stripe, begin_));
-    } else if (first < end_) {
-      for (int64_t row = 0; row < rows_; ++row) {
-        for (int64_t c = 0; c < width_; ++c) {
-          u(stripe, begin_ + row)[c] = inverse_[(first - begin_ + c) * rows_ + row];
-        }
-      }
-    } else {
-      kernels_.triangle(inverse_.data(), rows_, u(stripe, begin_));
-    }
-    for (int64_t row = begin_; row < std::min(end_, problem_.n); ++row) {
-      float* const out = problem_.u + row * problem_.n;
-      if (stripe < above_) {
-        std::fill(out + first, out + last, 0.0f);
-      } else if (first < last) {
-        std::copy_n(u(stripe, row), last - first, out + first);
-      }
+    const float* const block = r(stripe, begin_);
+    kernels_.triangle(inverse_.data(), rows_, r(stripe, begin_));
+    const int64_t count = std::min(end_, problem_.n) - begin_;
+    for (int64_t c = 0; c < width_; ++c) {
+      float* const out = problem_.out + (stripe * width_ + c) * problem_.n + begin_;
+      for (int64_t k = 0; k < count; ++k) out[k] = block[k * width_ + c];
     }
   }
 
@@ -136,7 +120,6 @@ class Step {
   const FactorKernels& kernels_;
   const int64_t padded_, begin_, end_, rows_, width_;
   float* const r_;
-  float* const u_;
   const int64_t diagonals_, above_;
   std::atomic<int64_t> pending_;
   int64_t done_ = 0;
@@ -147,11 +130,10 @@ class Step {
 // 0, or the minor, counted from the last row, that is not positive.
 int64_t factor(const Tensor& g, const Problem& problem) {
   const int64_t width = factor_kernels().width, padded = (problem.n + width - 1) / width * width;
-  Tensor memory = output(g, {2, padded, padded}, ScalarType::Float);
-  float* const r = data<float>(memory);
+  Tensor memory = output(g, {padded, padded}, ScalarType::Float);
   for (int64_t end = padded; end > 0;) {
     const int64_t begin = (end - 1) / kBlock * kBlock;
-    Step step(problem, padded, r, r + padded * padded, begin, end);
+    Step step(problem, padded, data<float>(memory), begin, end);
     if (!step.run()) return problem.n - end + step.done() + 1;
     end = begin;
   }
@@ -169,17 +151,17 @@ std::tuple<Tensor, Tensor> gptq_factor(const Tensor& g, double dampening) {
   check_rows(kOp, "g", g);
   const int64_t batch = dim == 3 ? g.size(0) : 1;
   const std::vector<int64_t> shape(g.sizes().begin(), g.sizes().end());
-  Tensor u = output(g, shape, ScalarType::Float);
+  Tensor out = output(g, shape, ScalarType::Float);
   Tensor dead =
       torch::stable::new_empty(g, IntList(shape.data(), shape.size() - 1), ScalarType::Bool);
-  if (n == 0 || batch == 0) return {u, dead};
+  if (n == 0 || batch == 0) return {out, dead};
   const auto name = [&](int64_t b) { return dim == 3 ? "g[" + std::to_string(b) + "]" : "g"; };
 
   std::vector<Problem> problems(batch);
   for (int64_t b = 0; b < batch; ++b) {
     Problem& p = problems[b];
     p = {reinterpret_cast<const float*>(element(g, dim == 3 ? b * g.stride(0) : 0)), g.stride(-2),
-         n, 0.0, data<float>(u) + b * n * n};
+         n, 0.0, data<float>(out) + b * n * n};
     int64_t bad = 0, first = 0;
     double sum = 0.0;
     for (int64_t c = n - 1; c >= 0; --c) {
@@ -207,7 +189,7 @@ std::tuple<Tensor, Tensor> gptq_factor(const Tensor& g, double dampening) {
           ")) is not positive definite (minor ", minors[b], " of ", n,
           "): raise the dampening, or give more calibration tokens");
   }
-  return {u, dead};
+  return {out, dead};
 }
 
 }  // namespace qk::cpu

@@ -10,7 +10,7 @@
 
 namespace qk {
 
-// w [batch, rows, cols], the first of which may be missing; u of one or of each.
+// w [batch, rows, cols], the first of which may be missing; one factor for all, or one for each.
 struct SweepShape {
   bool batched;
   int64_t batch, rows, cols, groups, size;
@@ -28,7 +28,7 @@ struct SweepShape {
 
 struct SweepArguments {
   const Tensor& w;
-  const Tensor& u;
+  const Tensor& factor;
   const std::optional<Tensor>& scale;
   const std::optional<Tensor>& zero_point;
   const std::optional<Tensor>& g_idx;
@@ -36,6 +36,7 @@ struct SweepArguments {
   ScalarType scale_dtype;
   double search_range;
   int64_t search_steps;
+  bool symmetric, signs;
 };
 
 inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
@@ -45,14 +46,15 @@ inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
         text_of(a.w.sizes()));
   SweepShape shape = {dim == 3, dim == 3 ? a.w.size(0) : 1, a.w.size(-2), a.w.size(-1), 0, 0, 1};
   const int64_t cols = shape.cols;
-  const bool own = a.u.dim() == 3 && dim == 3 && a.u.size(0) == shape.batch;
-  check((a.u.dim() == 2 || own) && a.u.size(-2) == cols && a.u.size(-1) == cols &&
-            a.u.scalar_type() == ScalarType::Float,
-        op, "u must be torch.float32 [", cols, ", ", cols, "], or as many as w has matrices, got ",
-        name_of(a.u.scalar_type()), " ", text_of(a.u.sizes()));
+  const bool own = a.factor.dim() == 3 && dim == 3 && a.factor.size(0) == shape.batch;
+  check((a.factor.dim() == 2 || own) && a.factor.size(-2) == cols && a.factor.size(-1) == cols &&
+            a.factor.scalar_type() == ScalarType::Float,
+        op, "factor must be torch.float32 [", cols, ", ", cols,
+        "], or as many as w has matrices, got ", name_of(a.factor.scalar_type()), " ",
+        text_of(a.factor.sizes()));
   if (own) shape.factors = shape.batch;
   check_rows(op, "w", a.w);
-  check_rows(op, "u", a.u);
+  check_rows(op, "factor", a.factor);
   check(a.group_size == -1 || a.group_size > 0, op,
         "group_size must be positive, or -1 for the whole row, got ", a.group_size);
   check(-128 <= a.q_min && a.q_min < a.q_max && a.q_max <= 127, op,
@@ -61,6 +63,8 @@ inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
   check(a.search_steps >= 0 && a.search_range >= 0 && a.search_range < 1, op,
         "search_steps must be >= 0 and search_range in [0, 1), got ", a.search_steps, " and ",
         a.search_range);
+  check(!a.signs || (a.symmetric && !a.scale && a.q_min < 0), op,
+        "signs are for symmetric codes with a negative q_min, and scales that are computed here");
   shape.size = a.group_size == -1 ? (cols > 0 ? cols : 1) : a.group_size;
   shape.groups = (cols + shape.size - 1) / shape.size;
 

@@ -40,16 +40,16 @@ const float* matrix(const Tensor& x, int64_t index) {
   return reinterpret_cast<const float*>(element(x, x.dim() == 3 ? index * x.stride(0) : 0));
 }
 
-std::vector<float> inverse_diagonals(const Tensor& u, const SweepShape& shape) {
-  std::vector<float> inverse(shape.factors * shape.cols);
+std::vector<float> diagonals_of(const Tensor& factor, const SweepShape& shape) {
+  std::vector<float> diagonal(shape.factors * shape.cols);
   for (int64_t i = 0; i < shape.factors * shape.cols; ++i) {
     const int64_t c = i % shape.cols;
-    const float d = matrix(u, i / shape.cols)[c * (u.stride(-2) + 1)];
-    check(d > 0.0f && std::isfinite(d), kOp, "u's diagonal must be positive and finite, got ", d,
-          " in column ", c);
-    inverse[i] = 1.0f / d;
+    const float d = matrix(factor, i / shape.cols)[c * (factor.stride(-2) + 1)];
+    check(d > 0.0f && std::isfinite(d), kOp, "factor's diagonal must be positive and finite, got ",
+          d, " in column ", c);
+    diagonal[i] = d;
   }
-  return inverse;
+  return diagonal;
 }
 
 // Rows [first, first + rows) of w as a panel, zero beyond them; whether they are all finite.
@@ -73,11 +73,13 @@ bool load_panel(const float* source, int64_t stride, int64_t cols, int64_t rows,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
-    const Tensor& w, const Tensor& u, const Optional& scale, const Optional& zero_point,
+    const Tensor& w, const Tensor& factor, const Optional& scale, const Optional& zero_point,
     int64_t group_size, int64_t q_min, int64_t q_max, bool symmetric, double divisor,
-    ScalarType scale_dtype, const Optional& g_idx, double search_range, int64_t search_steps) {
-  const SweepShape shape = check_sweep(kOp, {w, u, scale, zero_point, g_idx, group_size, q_min,
-                                             q_max, scale_dtype, search_range, search_steps});
+    ScalarType scale_dtype, const Optional& g_idx, double search_range, int64_t search_steps,
+    bool signs) {
+  const SweepShape shape =
+      check_sweep(kOp, {w, factor, scale, zero_point, g_idx, group_size, q_min, q_max, scale_dtype,
+                        search_range, search_steps, symmetric, signs});
   const int64_t rows = shape.rows, cols = shape.cols, groups = shape.groups;
   const bool with_zero = scale ? zero_point.has_value() : !symmetric;
   Tensor codes = output(w, shape.with(cols), ScalarType::Char);
@@ -91,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   }
   const std::vector<int32_t> group = groups_of(shape, g_idx);
   const std::vector<float> shrink = shrinks_of(search_range, search_steps);
-  const std::vector<float> inverse = inverse_diagonals(u, shape);
+  const std::vector<float> diagonal = diagonals_of(factor, shape);
 
   // Panels of rows, those of each matrix of the batch after the ones before.
   const GptqKernels& kernels = gptq_kernels();
@@ -110,18 +112,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   };
   const auto factor_of = [&](int64_t p) { return shape.factors == 1 ? 0 : p / each; };
   // A scale of a group waits for the group's weights; a given one, or the row's, does not.
-  const bool fit = !scale && groups > 1;
-  const auto stripe_of = [&](int64_t first, int64_t columns, const float* packed, int64_t factor) {
+  const bool fit = !scale && group_size != -1;
+  const auto stripe_of = [&](int64_t first, int64_t columns, const float* packed, int64_t which) {
     return GptqStripe{first,
                       columns,
                       packed,
-                      inverse.data() + factor * cols + first,
+                      diagonal.data() + which * cols + first,
                       group.data() + first,
                       fit,
                       symmetric,
+                      signs,
                       shrink.data(),
                       static_cast<int>(shrink.size()),
-                      static_cast<float>(divisor),
+                      static_cast<float>(signs ? -q_min : divisor),
                       dtype_of(kOp, scale_dtype),
                       static_cast<int>(q_min),
                       static_cast<int>(q_max)};
@@ -146,21 +149,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   check(finite, kOp, "w holds NaN or infinities: is the checkpoint damaged?");
 
   // A stripe whose scale is to be fitted is one group: it needs all its weights updated at once.
-  const int64_t step = fit ? shape.size : kStripe, stripe_cols = (step + tile - 1) / tile * tile;
+  const int64_t step = fit ? std::min(shape.size, cols) : kStripe,
+                stripe_cols = (step + tile - 1) / tile * tile;
   Tensor packed = output(w, {shape.factors, stripe_cols, cols}, ScalarType::Float);
   for (int64_t first = 0; first < cols; first += step) {
     const int64_t columns = std::min(step, cols - first), depth = first + columns;
     const int64_t pieces = (depth + 63) / 64;
     parallel_queue(shape.factors * pieces, [&](int64_t i) {
-      const int64_t factor = i / pieces, begin = i % pieces * 64;
-      kernels.pack(matrix(u, factor), u.stride(-2), first, columns, begin,
-                   std::min(depth, begin + 64), depth,
-                   data<float>(packed) + factor * stripe_cols * cols);
+      const int64_t which = i / pieces, begin = i % pieces * 64;
+      kernels.pack(matrix(factor, which), diagonal.data() + which * cols + first, factor.stride(-2),
+                   first, columns, begin, std::min(depth, begin + 64), depth,
+                   data<float>(packed) + which * stripe_cols * cols);
     });
     parallel_queue(panels, [&](int64_t p) {
-      std::vector<int8_t> scratch(columns * width);
-      const float* const factor = data<float>(packed) + factor_of(p) * stripe_cols * cols;
-      kernels.sweep(stripe_of(first, columns, factor, factor_of(p)), panel_of(p), scratch.data());
+      std::vector<int8_t> rounded(columns * width);
+      std::vector<float> weights((3 * columns + 2 * tile) * width);
+      const float* const part = data<float>(packed) + factor_of(p) * stripe_cols * cols;
+      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.data(),
+                    weights.data());
     });
   }
 
@@ -170,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
       const int64_t row = p / each * rows + p % each * width + r;
       data<float>(loss)[row] = panel.loss[r];
       check(std::isfinite(panel.loss[r]), kOp,
-            "the loss is not finite: u holds NaN or infinities, or a scale does");
+            "the loss is not finite: factor holds NaN or infinities, or a scale does");
       for (int64_t g = 0; g < groups; ++g) {
         data<float>(out_scale)[row * groups + g] = panel.scale[g * width + r];
         if (with_zero) {

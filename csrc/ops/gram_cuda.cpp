@@ -45,9 +45,11 @@ void gram_accumulate(const Tensor& x, const OptionalTensor& mask, const Tensor& 
   if (channels)
     check_launch(kOp, channel_statistics(tokens, counted, data<float>(*channels), stream));
   const int rows = tokens.rows;
+  tokens.rows = std::min(kGramTokens, rows);
+  const Tensor workspace = new_tensor(x, {gram_workspace(tokens)}, ScalarType::Float);
   for (int first = 0; first < rows; first += kGramTokens) {
     tokens.rows = std::min(kGramTokens, rows - first);
-    check_launch(kOp, gram(tokens, counted, data<float>(g), stream));
+    check_launch(kOp, gram(tokens, counted, data<float>(g), data<float>(workspace), stream));
     tokens.data = static_cast<const char*>(tokens.data) +
                   kGramTokens * tokens.row_stride * static_cast<int64_t>(x.element_size());
     if (counted.data != nullptr) counted.data += kGramTokens * counted.stride;

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "ops/cuda_tensor.h"
+#include "ops/reduce_cuda.h"
 
 namespace qk::cuda {
 namespace ops {
@@ -14,13 +14,11 @@ namespace {
 constexpr auto kOp = "mse_scale";
 
 void check_arguments(int64_t q_min, int64_t q_max, bool symmetric, double divisor, double norm,
-                     double search_range, int64_t search_steps, bool signs) {
-  check(!signs || (symmetric && q_min < 0), kOp,
-        "signs are for symmetric codes with a negative q_min");
+                     double search_range, int64_t search_steps) {
   check_code_range(kOp, q_min, q_max);
   check(!symmetric || (q_min <= 0 && 0 <= q_max), kOp, "[q_min, q_max] must hold 0, got [", q_min,
         ", ", q_max, "]");
-  check(!symmetric || signs || (divisor > 0.0 && std::isfinite(divisor)), kOp,
+  check(!symmetric || (divisor > 0.0 && std::isfinite(divisor)), kOp,
         "divisor must be positive, got ", divisor);
   check(norm > 0.0 && norm <= 8.0, kOp, "norm must be above 0 and at most 8, got ", norm);
   check(search_range >= 0.0 && search_range < 1.0, kOp, "search_range must be in [0, 1), got ",
@@ -36,7 +34,10 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
                                      bool signs) {
   const Matrix matrix = float_matrix(kOp, x);
   const Blocks blocks = blocks_of(kOp, x, check_matrix(kOp, x, block));
-  check_arguments(q_min, q_max, symmetric, divisor, norm, search_range, search_steps, signs);
+  check(!signs || (symmetric && q_min < 0), kOp,
+        "signs are for symmetric codes with a negative q_min");
+  if (signs) divisor = -static_cast<double>(q_min);
+  check_arguments(q_min, q_max, symmetric, divisor, norm, search_range, search_steps);
   check_scale_dtype(kOp, scale_dtype);
   if (importance) {
     check(importance->dim() == 1 && importance->size(0) == matrix.cols &&
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
   const ScaleSearch how{static_cast<int>(q_min),
                         static_cast<int>(q_max),
                         symmetric,
-                        static_cast<float>(signs ? static_cast<double>(-q_min) : divisor),
+                        static_cast<float>(divisor),
                         dtype_of(kOp, scale_dtype),
                         static_cast<float>(norm),
                         search_range,
@@ -63,9 +64,27 @@ std::tuple<Tensor, Tensor> mse_scale(const Tensor& x, IntList block,
   if (scale.numel() == 0 || x.numel() == 0) return {scale, zero_point};
   Tensor status = new_tensor(x, {1}, ScalarType::Int);
   torch::stable::zero_(status);
-  check_launch(kOp, search_scales(matrix, blocks, how, data<float>(scale),
-                                  symmetric ? nullptr : data<int8_t>(zero_point), data<int>(status),
-                                  current_stream(x)));
+  const cudaStream_t stream = current_stream(x);
+  if (importance)
+    check_launch(kOp, check_importance(how.importance, matrix.cols, data<int>(status), stream));
+  int8_t* const zeros = symmetric ? nullptr : data<int8_t>(zero_point);
+  if (int64_t{blocks.rows} * blocks.cols <= kLargestSearch) {
+    check_launch(kOp, search_scales(matrix, blocks, how, data<float>(scale), zeros,
+                                    data<int>(status), stream));
+  } else {
+    const Tensor low = new_tensor(x, symmetric ? Shape{0} : grid_shape(blocks), ScalarType::Float);
+    const Tensor high = new_tensor(x, grid_shape(blocks), ScalarType::Float);
+    reduce_blocks(kOp, matrix, blocks,
+                  {symmetric ? data<float>(high) : nullptr, symmetric ? nullptr : data<float>(low),
+                   symmetric ? nullptr : data<float>(high)},
+                  x);
+    const Tensor workspace =
+        new_tensor(x, {search_workspace(matrix, blocks, how)}, ScalarType::Double);
+    check_launch(kOp,
+                 search_large_scales(matrix, blocks, how, {data<float>(low), data<float>(high)},
+                                     data<double>(workspace), data<float>(scale), zeros,
+                                     data<int>(status), stream));
+  }
   const int bad = fetch(status);
   check(!(bad & kBadImportance), kOp, "importance must be finite and not negative");
   check(!(bad & kBadValue), kOp, "x must be finite");

@@ -221,15 +221,18 @@ def _check_weight(
     weight = quantized.quantized(module)
     original = source.tensor(f"{module}.weight")
     scale = weight.scale
-    if not _usable(scale):
-        result.problems.append(f"{module}.weight_scale: has values that are not finite and positive")
+    rounded = record.is_rounded(module, weight.args)
+    negative = quantized.schemes[module].scales_may_be_negative and not rounded
+    if not _usable(scale, negative):
+        wanted = "finite and not zero" if negative else "finite and positive"
+        result.problems.append(f"{module}.weight_scale: has values that are not {wanted}")
         return
     if weight.g_idx is not None and not _even_groups(weight.g_idx, weight.args.group_size or 1):
         result.problems.append(
             f"{module}.weight_g_idx: does not put {weight.args.group_size} of {weight.cols} columns into each group"
         )
         return
-    if record.is_rounded(module, weight.args):
+    if rounded:
         _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
     else:
         _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
@@ -284,8 +287,8 @@ def _check_noise(module: str, original: Tensor, weight: QuantizedTensor, rescale
 
 
 def _rescaling(original: Tensor, found: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """c [cols] and r [rows] for which r * original * c is nearest to `found`, by turns of least squares; 1 unless
-    `what` names them.
+    """c [cols] and r [rows], none negative, for which r * original * c is nearest to `found`, by turns of least
+    squares; 1 unless `what` names them.
     """
     import torch
 
@@ -297,11 +300,11 @@ def _rescaling(original: Tensor, found: Tensor, what: str) -> tuple[Tensor, Tens
             scaled = original[part].float() * r[part, None]
             dot += (found[part] * scaled).sum(0)
             square += scaled.square().sum(0)
-        c = torch.where(square > 0, dot / square, c)
+        c = torch.where(square > 0, dot.clamp(min=0) / square, c)
         for part in _parts(found) if "rows" in what else ():
             scaled = original[part].float() * c
             over = scaled.square().sum(1)
-            r[part] = torch.where(over > 0, (found[part] * scaled).sum(1) / over, r[part])
+            r[part] = torch.where(over > 0, (found[part] * scaled).sum(1).clamp(min=0) / over, r[part])
     return c, r
 
 
@@ -346,11 +349,11 @@ def _check_rewritten(
     written.release(name)
 
 
-def _usable(scale: Tensor) -> bool:
-    """Whether every scale is finite and positive."""
+def _usable(scale: Tensor, negative: bool = False) -> bool:
+    """Whether every scale is finite and positive, or, if it may be negative, not zero."""
     import torch
 
-    return bool((torch.isfinite(scale) & (scale > 0)).all())
+    return bool((torch.isfinite(scale) & ((scale.abs() if negative else scale) > 0)).all())
 
 
 def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str) -> float:

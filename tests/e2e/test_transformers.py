@@ -111,6 +111,8 @@ def test_transformers_computes_what_the_codes_say(scheme: str, tmp_path: Path) -
     error = float((got - expected).abs().mean() / spread)
     with Checkpoint(output) as checkpoint:
         weights = WeightSource(checkpoint)
+        scales = [checkpoint.tensor(f"{name}.weight_scale") for name in weights.modules]
+        assert all(bool((scale < 0).any()) == (scheme == "negative scales") for scale in scales)
         limit = WITH_ACTIVATIONS if weights.input_quantizers or weights.kv_cache is not None else WEIGHT_ONLY
     assert error < limit, f"{error:.2e} of the logits' spread"
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

@@ -61,7 +61,16 @@ def test_calibrated_weights_are_near_their_source(made: Path, tmp_path: Path) ->
             lambda t: t[f"{OUT}.weight"].clamp_(-20, 20),
             r"o_proj: 1?\d\.\d dB of signal .*8 bits give",
         ),
-        (lambda t: t[f"{UP}.weight_scale"][0, 0].fill_(float("inf")), "weight_scale: has values that are not finite"),
+        (
+            lambda t: t[f"{UP}.weight_scale"][0, 0].fill_(float("inf")),
+            "weight_scale: .* finite and not zero",
+        ),
+        (lambda t: t[f"{UP}.weight_scale"][0, 0].zero_(), "weight_scale: .* finite and not zero"),
+        (lambda t: t[f"{UP}.weight_scale"].neg_(), r"up_proj: -?\d.* dB of signal"),
+        (
+            lambda t: t[f"{OUT}.weight_scale"][0].neg_(),
+            "o_proj.weight_scale: .* finite and positive",
+        ),
         (lambda t: t[NORM][3].fill_(float("nan")), f"{NORM}: rescaled, and has NaN or Inf"),
         (lambda t: t[NORM][3].zero_(), f"{NORM}: rescaled, and has zeros that the source has not"),
         (lambda t: t.update({NORM: t[NORM].float()}), rf"{NORM}: F32 \[256\], expected BF16 \[256\]"),

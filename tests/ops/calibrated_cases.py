@@ -36,22 +36,23 @@ def sweep_cases(rows: int, cols: int, batch: int = 0, shared: bool = False) -> I
     wide = torch.cat([w, w], -1)[..., 1 : cols + 1] if cols > 1 else w
 
     for size in (16, 32, 128, 24, 100, 160, -1):
-        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.0, 0
-    yield wide, u, None, None, 32, -8, 7, False, 0.0, torch.bfloat16, None, 0.0, 0
-    yield w, u, None, None, 48, -128, 127, False, 0.0, torch.float16, None, 0.0, 0
+        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.0, 0, False
+    yield wide, u, None, None, 32, -8, 7, False, 0.0, torch.bfloat16, None, 0.0, 0, False
+    yield w, u, None, None, 48, -128, 127, False, 0.0, torch.float16, None, 0.0, 0, False
     for size in (64, 24, -1):
-        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.4, 5
-        yield w, u, None, None, size, -8, 7, False, 0.0, torch.float32, None, 0.7, 14
+        yield w, u, None, None, size, -8, 7, True, 7.3, torch.float32, None, 0.4, 5, False
+        yield w, u, None, None, size, -8, 7, False, 0.0, torch.float32, None, 0.7, 14, False
+        yield w, u, None, None, size, -8, 7, True, 0.0, torch.bfloat16, None, 0.4, 3, True
     flat = w.reshape(-1, cols)
     shape = (*w.shape[:-1], -1)
     order = torch.randperm(cols, generator=torch.Generator().manual_seed(1))
     g_idx = (torch.arange(cols) // 32)[order].to(torch.int32)
     scale = ops.symmetric_scale(ops.absmax(flat, [1, 32]), 7.3).view(shape)
-    yield w, u, scale, None, 32, -8, 7, True, 7.3, torch.float32, g_idx, 0.0, 0
+    yield w, u, scale, None, 32, -8, 7, True, 7.3, torch.float32, g_idx, 0.0, 0, False
     pair = ops.asymmetric_scale(*ops.minmax(flat, [1, 32]), -8, 7)
     scale, zero_point = (t.view(shape) for t in pair)
-    yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0
-    yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0
+    yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0, False
+    yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0, False
 
 
 def gram_cases(tokens: int, cols: int) -> Iterator[Arguments]:
@@ -137,19 +138,20 @@ def assert_smooth(got: Tensor, args: Arguments) -> None:
 
 def mse_cases(x: Tensor, block: list[int]) -> Iterator[Arguments]:
     importance = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(1)) * 1e20
-    yield x, block, None, -8, 7, True, 7.5, torch.bfloat16, 2.4, 0.2, 20
-    yield x, block, importance, -127, 127, True, 127.0, torch.float32, 2.0, 0.6, 9
-    yield x, block, importance, -8, 7, False, 0.0, torch.float16, 1.0, 0.8, 5
-    yield x, block, None, -8, 7, False, 0.0, torch.float32, 2.0, 0.3, 3
-    yield x, block, None, -8, 7, True, 7.5, torch.float32, 2.4, 0.2, 0
-    yield x, block, None, -8, 7, True, 0.0, torch.bfloat16, 2.4, 0.2, 6, True
+    yield x, block, None, -8, 7, True, 7.5, torch.bfloat16, 2.4, 0.2, 20, False
+    yield x, block, importance, -127, 127, True, 127.0, torch.float32, 2.0, 0.6, 9, True
+    yield x, block, importance, -8, 7, False, 0.0, torch.float16, 1.0, 0.8, 5, False
+    yield x, block, None, -8, 7, False, 0.0, torch.float32, 2.0, 0.3, 3, False
+    yield x, block, None, -8, 7, True, 7.5, torch.float32, 2.4, 0.2, 0, False
+    yield x, block, None, -8, 7, True, 0.0, torch.bfloat16, 2.4, 0.3, 10, True
+    yield x, block, None, -8, 7, True, 0.0, torch.float32, 2.0, 0.0, 0, True
 
 
 def assert_least(got: tuple[Tensor, Tensor], args: Arguments) -> None:
     """The result is a candidate, and its exact error the least but for what fp32 powers and differences lose."""
-    x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, *search = args
+    x, block, importance, q_min, q_max, symmetric, divisor, scale_dtype, norm, *grid = args
     scale, zero = got[0].cpu(), got[1].cpu()
-    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, *search)
+    scales, zeros = _mse_candidates(x, block, q_min, q_max, symmetric, divisor, scale_dtype, *grid)
     errors = _mse_errors(x, block, importance, scales, zeros, q_min, q_max, norm)
     same = scales == scale
     if not symmetric:

@@ -47,7 +47,22 @@ def test_sweep_of_a_batch(emulated: Any, shared: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 3, 8)], ids=str)
 def test_sweep_of_nothing(emulated: Any, shape: tuple[int, ...]) -> None:
-    args = (torch.empty(shape), torch.eye(shape[-1]), None, None, 4, -8, 7, True, 7.5, torch.float32, None, 0.0, 0)
+    args = (
+        torch.empty(shape),
+        torch.eye(shape[-1]),
+        None,
+        None,
+        4,
+        -8,
+        7,
+        True,
+        7.5,
+        torch.float32,
+        None,
+        0.0,
+        0,
+        False,
+    )
     same_as_cpu(emulated, "gptq_sweep", args)
 
 
@@ -56,7 +71,7 @@ def test_sweep_of_nothing(emulated: Any, shape: tuple[int, ...]) -> None:
     [
         (0, (2, 3), float("inf"), "w holds NaN or infinities"),
         (1, (3, 9), float("nan"), "the loss is not finite"),
-        (1, (7, 7), 0.0, "u's diagonal must be positive"),
+        (1, (7, 7), 0.0, "factor's diagonal must be positive"),
     ],
 )
 def test_sweep_refuses(emulated: Any, which: int, place: tuple[int, int], value: float, words: str) -> None:
@@ -70,7 +85,22 @@ def test_sweep_refuses(emulated: Any, which: int, place: tuple[int, int], value:
 
 def test_sweep_refuses_groups_that_are_not_there(emulated: Any) -> None:
     g_idx = torch.tensor([0, 1, 2, 0], dtype=torch.int32)
-    args = (torch.ones(2, 4), torch.eye(4), torch.ones(2, 2), None, 2, -8, 7, True, 7.5, torch.float32, g_idx, 0.0, 0)
+    args = (
+        torch.ones(2, 4),
+        torch.eye(4),
+        torch.ones(2, 2),
+        None,
+        2,
+        -8,
+        7,
+        True,
+        7.5,
+        torch.float32,
+        g_idx,
+        0.0,
+        0,
+        False,
+    )
     with pytest.raises(RuntimeError, match="quantkit::gptq_sweep: g_idx must lie"):
         emulated("gptq_sweep", args)
     assert "gptq_sweep" in ops._library.compiled_ops("CUDA")
@@ -92,6 +122,13 @@ def test_gram_of_numbers_that_have_no_rounding(emulated: Any) -> None:
         wanted = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         torch.ops.quantkit.gram_accumulate(*wanted)
         assert_same("gram_accumulate", emulated("gram_accumulate", args), tuple(wanted[2:]))
+
+
+def test_gram_of_tokens_in_parts(emulated: Any) -> None:
+    """A small g is summed by several blocks of threads, each with a part of the tokens."""
+    for tokens, cols in ((257, 24), (700, 140), (1100, 8)):
+        for args in list(gram_cases(tokens, cols))[4::3]:
+            assert_gram(emulated("gram_accumulate", args), args)
 
 
 def test_gram_of_many_tokens(emulated: Any) -> None:
@@ -165,11 +202,17 @@ def test_mse_of_strides_and_magnitudes(emulated: Any) -> None:
 def test_mse_beyond_registers(emulated: Any) -> None:
     for args in mse_cases(torch.randn(130, 300), [-1, -1]):
         assert_least(emulated("mse_scale", args), args)
+    for x, block in ((torch.randn(500, 300), [-1, -1]), (torch.randn(700, 400).bfloat16(), [400, -1])):
+        for args in list(mse_cases(x, block))[1:]:
+            assert_least(emulated("mse_scale", args), args)
+    x[450, 333] = torch.inf
+    with pytest.raises(RuntimeError, match="quantkit::mse_scale: x must be finite"):
+        emulated("mse_scale", args)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
 def test_mse_of_nothing(emulated: Any, shape: tuple[int, int]) -> None:
-    args = (torch.zeros(shape), [1, 4], None, -8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+    args = (torch.zeros(shape), [1, 4], None, -8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20, False)
     assert_same("mse_scale", emulated("mse_scale", args), ops._library.REFERENCES["mse_scale"](*args))
 
 
@@ -177,7 +220,7 @@ def test_mse_refuses(emulated: Any) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.ones(4, 40)
         x[2, 33] = value
-        how = (-8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20)
+        how = (-8, 7, False, 0.0, torch.float32, 2.4, 0.2, 20, False)
         with pytest.raises(RuntimeError, match="quantkit::mse_scale: x must be finite"):
             emulated("mse_scale", (x, [1, 16], None, *how))
         with pytest.raises(RuntimeError, match="mse_scale: importance must be finite and not negative"):

@@ -45,6 +45,7 @@ def textbook(
     zero_point: Tensor | None = None,
     g_idx: Tensor | None = None,
     shrinks: tuple[float, ...] = (1.0,),
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, zero points, loss, and how far each weight was from a tie, all in fp64."""
 
@@ -55,6 +56,17 @@ def textbook(
         low, high = group.amin(1).clamp(max=0) * shrink, group.amax(1).clamp(min=0) * shrink
         found = (high - low) / (q_max - q_min)
         return found, (q_min - torch.round(low / found)).clamp(q_min, q_max)
+
+    def cost(group: Tensor, step: Tensor, zero: Tensor, u: Tensor) -> Tensor:
+        total, group, step, zero = 0.0, group.clone(), step[:, None], zero[:, None]
+        for j in range(group.shape[1]):
+            column = group[:, j : j + 1]
+            rounded = (torch.round((column / step + zero).clamp(q_min, q_max)) - zero) * step
+            error = (column - rounded) / u[j, j]
+            total = total + error.square()[:, 0]
+            if group_size != -1:  # of a whole row, columns are rounded alone
+                group[:, j + 1 :] -= error * u[j, j + 1 :]
+        return total
 
     w, u = w.double().clone(), u.double()
     rows, cols = w.shape
@@ -67,21 +79,22 @@ def textbook(
         g = c // size if g_idx is None else int(g_idx[c])
         if scale is None and c % size == 0:
             group = w[:, c : c + size]
-            errors = []
-            for shrink in shrinks:
-                step, zero = (t[:, None] for t in range_scale(group, shrink))
-                rounded = (torch.round((group / step + zero).clamp(q_min, q_max)) - zero) * step
-                errors.append(((group - rounded) / u.diagonal()[c : c + size]).square().sum(1))
-            order = torch.stack(errors).sort(0)
+            part = slice(c, c + size)
+            candidates = [
+                (step * sign, zero)
+                for sign in ((1, -1) if signs else (1,))
+                for step, zero in (range_scale(group, shrink) for shrink in shrinks)
+            ]
+            costs = torch.stack([cost(group, *candidate, u[part, part]) for candidate in candidates])
+            order = costs.sort(dim=0, stable=True)
             for row, i in enumerate(order.indices[0].tolist()):
-                found = range_scale(group[row : row + 1], shrinks[i])
-                scales[row, g], zeros[row, g] = found[0][0], found[1][0]
-            if len(shrinks) > 1:  # two candidates as good as one another are a tie
+                scales[row, g], zeros[row, g] = candidates[i][0][row], candidates[i][1][row]
+            if len(candidates) > 1:  # two candidates as good as one another are a tie
                 even = order.values[1] - order.values[0] <= 1e-3 * order.values[0]
         exact = w[:, c] / scales[:, g] + zeros[:, g]
         codes[:, c] = torch.round(exact.clamp(q_min, q_max))
         ties[:, c] = (exact - exact.floor() - 0.5).abs()
-        if scale is None and c % size == 0 and len(shrinks) > 1:
+        if scale is None and c % size == 0 and len(candidates) > 1:
             ties[even, c] = 0.0
         error = (w[:, c] - (codes[:, c] - zeros[:, g]) * scales[:, g]) / u[c, c]
         loss += error.square() / 2
@@ -119,8 +132,8 @@ def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: 
     w, g = problem(rows, cols)
     before = w.clone()
     q_min, q_max, divisor = RANGES[bits]
-    u, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
+    factor, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0, False)
     assert torch.equal(w, before)
     wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor)
     if rows * bits > 8:  # of a single row, a tie may be all there is
@@ -130,20 +143,25 @@ def test_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: 
 
 
 @pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mode", ["symmetric", "signs", "asymmetric"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(60, 70, 24), (49, 131, 32), (97, 300, 128), (64, 64, -1)])
-def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, symmetric: bool) -> None:
+def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, mode: str) -> None:
     w, g = problem(rows, cols)
     q_min, q_max, divisor = RANGES[bits]
-    u, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.4, 5)
+    symmetric, signs = mode != "asymmetric", mode == "signs"
+    factor, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.4, 5, signs)
     shrinks = tuple(1 - 0.4 * i / 5 for i in range(6))
-    wanted = textbook(w, textbook_factor(g, 0.01), group, q_min, q_max, symmetric, divisor, shrinks=shrinks)
+    exact = textbook_factor(g, 0.01)
+    wanted = textbook(
+        w, exact, group, q_min, q_max, symmetric, -q_min if signs else divisor, shrinks=shrinks, signs=signs
+    )
+    assert not signs or 0.2 < (wanted[1] < 0).double().mean() < 0.8
     compare(got, wanted, symmetric)
-    plain = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0)
+    plain = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 0, False)
     assert not torch.equal(plain[1], got[1]) or bits == 8
-    none = kernel(w, u, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 3)
+    none = kernel(w, factor, None, None, group, q_min, q_max, symmetric, divisor, torch.float32, None, 0.0, 3, False)
     assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
 
 
@@ -154,30 +172,49 @@ def test_search_like_the_textbook(kernel: Any, rows: int, cols: int, group: int,
 def test_batch_is_one_by_one(kernel: Any, own: bool, given: bool, rows: int, group: int) -> None:
     both = [problem(rows + i, 100) for i in range(3)]
     w = torch.stack([w[:rows] for w, _ in both])[:, :, :100]
-    u = torch.stack([ops.gptq_factor(g)[0] for _, g in both])
+    factor = torch.stack([ops.gptq_factor(g)[0] for _, g in both])
     zero = None
     found = ops.asymmetric_scale(*ops.minmax(w.view(-1, 100), [1, group]), -8, 7)
     scale, zero = (t.view(3, rows, -1) if given else None for t in found)
-    arguments = (-8, 7, False, 7.5, torch.float32, None, 0.3, 4)
-    got = kernel(w, u if own else u[1], scale, zero, group, *arguments)
+    arguments = (-8, 7, False, 7.5, torch.float32, None, 0.3, 4, False)
+    got = kernel(w, factor if own else factor[1], scale, zero, group, *arguments)
     for b in range(3):
         one = kernel(
-            w[b], u[b if own else 1], scale[b] if given else None, zero[b] if given else None, group, *arguments
+            w[b], factor[b if own else 1], scale[b] if given else None, zero[b] if given else None, group, *arguments
         )
         assert all(torch.equal(x[b], y) for x, y in zip(got, one, strict=True))
 
 
 def test_search_leaves_less_error() -> None:
     w, g = problem(64, 256)
-    u, _ = ops.gptq_factor(g, 0.01)
+    factor, _ = ops.gptq_factor(g, 0.01)
     common: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5, "group_size": 64}
-    plain = ops.gptq_sweep(w, u, **common)[3]
-    assert ops.gptq_sweep(w, u, **common, search_range=0.5, search_steps=20)[3].sum() < 0.95 * plain.sum()
+    plain = ops.gptq_sweep(w, factor, **common)[3]
+    assert ops.gptq_sweep(w, factor, **common, search_range=0.5, search_steps=20)[3].sum() < 0.95 * plain.sum()
     # A row of zeros has candidates without error: the first one counts.
     w[3] = 0.0
-    codes, scale, _, loss = ops.gptq_sweep(w, u, **common, search_range=0.5, search_steps=20)
+    codes, scale, _, loss = ops.gptq_sweep(w, factor, **common, search_range=0.5, search_steps=20)
     assert (codes[3].any().item(), loss[3].item()) == (False, 0.0)
-    assert torch.equal(scale[3], ops.gptq_sweep(w, u, **common)[1][3])
+    assert torch.equal(scale[3], ops.gptq_sweep(w, factor, **common)[1][3])
+
+
+@pytest.mark.parametrize("group", [64, -1])
+def test_signs_leave_less_error(group: int) -> None:
+    w, g = problem(64, 256)
+    w[3] = 0.0
+    factor, _ = ops.gptq_factor(g, 0.01)
+    common: dict[str, Any] = {"q_min": -8, "q_max": 7, "group_size": group, "search_range": 0.25, "search_steps": 5}
+    plain = ops.gptq_sweep(w, factor, divisor=7.5, **common)[3]
+    codes, scale, _, loss = ops.gptq_sweep(w, factor, **common, signs=True, scale_dtype=torch.bfloat16)
+    assert loss.sum() < 0.95 * plain.sum()
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert (codes.min(), codes.max()) == (-8, 7)
+    assert bool((scale[3] > 0).all())  # equally good either way: the first counts
+    assert bool((scale < 0).any())
+    # Alone, the sign is a search of two.
+    both = {**common, "search_steps": 0}
+    chosen = ops.gptq_sweep(w, factor, **both, signs=True)[3]
+    assert chosen.sum() < ops.gptq_sweep(w, factor, divisor=8.0, **both)[3].sum()
 
 
 @pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
@@ -192,8 +229,8 @@ def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
     else:
         scale, zero_point = ops.asymmetric_scale(*ops.minmax(w, [1, 32]), -8, 7)
     w, g = w[:, order].contiguous(), g[order][:, order].contiguous()
-    u, _ = ops.gptq_factor(g, 0.01)
-    got = kernel(w, u, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx, 0.0, 0)
+    factor, _ = ops.gptq_factor(g, 0.01)
+    got = kernel(w, factor, scale, zero_point, 32, -8, 7, symmetric, 7.5, torch.float32, g_idx, 0.0, 0, False)
     u64 = textbook_factor(g, 0.01)
     compare(got, textbook(w, u64, 32, -8, 7, symmetric, 7.5, scale, zero_point, g_idx), symmetric)
     assert torch.equal(got[1], scale)
@@ -202,8 +239,8 @@ def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
 
 def test_less_error_than_rounding_to_nearest() -> None:
     w, g = problem(64, 256)
-    u, _ = ops.gptq_factor(g, 0.01)
-    codes, scale, _, loss = ops.gptq_sweep(w, u, q_min=-8, q_max=7, divisor=7.5, group_size=64)
+    factor, _ = ops.gptq_factor(g, 0.01)
+    codes, scale, _, loss = ops.gptq_sweep(w, factor, q_min=-8, q_max=7, divisor=7.5, group_size=64)
     plain, plain_scale, _ = ops.rtn_int(w, [1, 64], q_min=-8, q_max=7, divisor=7.5)
 
     def error(q: Tensor, s: Tensor) -> Tensor:
@@ -218,20 +255,20 @@ def test_less_error_than_rounding_to_nearest() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_fit_the_dtype_that_will_hold_them(dtype: torch.dtype) -> None:
     w, g = problem(20, 96)
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     for group in (32, -1):
-        scale = ops.gptq_sweep(w, u, q_min=-8, q_max=7, divisor=7.5, group_size=group, scale_dtype=dtype)[1]
+        scale = ops.gptq_sweep(w, factor, q_min=-8, q_max=7, divisor=7.5, group_size=group, scale_dtype=dtype)[1]
         assert torch.equal(scale, scale.to(dtype).float())
 
 
 def test_threads_leave_no_trace() -> None:
     w, g = problem(200, 260)
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            results.append(ops.gptq_sweep(w, u, q_min=-8, q_max=7, symmetric=False, group_size=32))
+            results.append(ops.gptq_sweep(w, factor, q_min=-8, q_max=7, symmetric=False, group_size=32))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -244,28 +281,28 @@ FACTOR_COLS = (1, 5, 16, 47, 96, 97, 300, 700)
 @pytest.mark.parametrize("cols", FACTOR_COLS)
 def test_factor(cols: int) -> None:
     _, g = problem(1, cols)
-    exact = textbook_factor(g, 0.01)
-    u, dead = ops.gptq_factor(g.double(), 0.01)
+    exact = torch.linalg.inv(textbook_factor(g, 0.01))
+    factor, dead = ops.gptq_factor(g.double(), 0.01)
     assert not dead.any()
-    torch.testing.assert_close(u, exact, rtol=1e-8, atol=1e-12)
-    assert torch.equal(u, u.triu())
-    u, dead = ops.gptq_factor(g, 0.01)
+    torch.testing.assert_close(factor, exact, rtol=1e-8, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+    factor, dead = ops.gptq_factor(g, 0.01)
     assert not dead.any()
-    assert torch.equal(u, u.triu())
+    assert torch.equal(factor, factor.triu())
     plain = ops._library.REFERENCES["gptq_factor"](g, 0.01)[0]
-    assert (u - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-7 * exact.norm()
+    assert (factor - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-7 * exact.norm()
 
 
 @pytest.mark.parametrize("cols", FACTOR_COLS)
 def test_factors_of_a_batch_are_those_one_by_one(cols: int) -> None:
     wide = torch.stack([problem(seed, cols)[1] for seed in (1, 2, 3)])
     g = torch.zeros(3, cols + 2, cols + 5)[:, 1:-1, 2 : cols + 2].copy_(wide)
-    u, dead = ops.gptq_factor(g, 0.02)
+    factor, dead = ops.gptq_factor(g, 0.02)
     for b in range(3):
-        assert torch.equal(u[b], ops.gptq_factor(wide[b], 0.02)[0])
-    assert (u.shape, dead.shape, dead.any().item()) == ((3, cols, cols), (3, cols), False)
+        assert torch.equal(factor[b], ops.gptq_factor(wide[b], 0.02)[0])
+    assert (factor.shape, dead.shape, dead.any().item()) == ((3, cols, cols), (3, cols), False)
     reference = ops._library.REFERENCES["gptq_factor"](g, 0.02)
-    torch.testing.assert_close(u, reference[0], rtol=1e-3, atol=1e-4 * float(u.abs().max()))
+    torch.testing.assert_close(factor, reference[0], rtol=1e-3, atol=1e-4 * float(factor.abs().max()))
     assert torch.equal(dead, reference[1])
 
 
@@ -297,38 +334,38 @@ def test_which_minor_is_not_positive(minor: int) -> None:
 def test_dead_columns_are_rounded_alone() -> None:
     w, g = problem(30, 90, dead=True)
     before = g.clone()
-    u, dead = ops.gptq_factor(g, 0.01)
+    factor, dead = ops.gptq_factor(g, 0.01)
     assert torch.equal(g, before)
     assert dead.tolist() == [c % 30 == 0 for c in range(90)]
-    assert u[dead].count_nonzero() == dead.sum()
-    codes, scale, _, loss = ops.gptq_sweep(w, u, q_min=-128, q_max=127, divisor=127.5)
+    assert factor[dead].count_nonzero() == dead.sum()
+    codes, scale, _, loss = ops.gptq_sweep(w, factor, q_min=-128, q_max=127, divisor=127.5)
     assert torch.equal(codes[:, dead], ops.quantize_int(w, scale, None, [1, -1], q_min=-128, q_max=127)[:, dead])
     assert loss.isfinite().all()
-    u, dead = ops.gptq_factor(torch.zeros(4, 4), 0.0)
+    factor, dead = ops.gptq_factor(torch.zeros(4, 4), 0.0)
     assert dead.all()
-    assert torch.equal(u, torch.eye(4))
+    assert torch.equal(factor, torch.eye(4))
 
 
 def test_dampening_is_raised_until_it_works() -> None:
     g = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # the least eigenvalue is -0.5
     with pytest.raises(torch.linalg.LinAlgError, match=r"is not positive definite .* raise the dampening"):
         ops.gptq_factor(g, 0.01)
-    u, _, used = ops.factor_with_retry(g, 0.01)
+    factor, _, used = ops.factor_with_retry(g, 0.01)
     assert used == 1.0
-    assert torch.equal(u, ops.gptq_factor(g, used)[0])
+    assert torch.equal(factor, ops.gptq_factor(g, used)[0])
     with pytest.raises(torch.linalg.LinAlgError):
         ops.factor_with_retry(g, 0.001, limit=0.01)
 
 
 def test_refuses() -> None:
     w, g = problem(4, 8)
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     common: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5}
     for value in (float("nan"), float("inf")):
         bad = w.clone()
         bad[2, 3] = value
         with pytest.raises(RuntimeError, match="w holds NaN or infinities"):
-            ops.gptq_sweep(bad, u, **common)
+            ops.gptq_sweep(bad, factor, **common)
         bad = g.clone()
         bad[3, 3] = value
         with pytest.raises(
@@ -345,24 +382,27 @@ def test_refuses() -> None:
         "gptq_factor", r"g must be float32 \[K, K\] or \[B, K, K\], got torch.float32 \[8, 7\]", g[:, :7], 0.01
     )
     check_refused("gptq_factor", r"dampening must be >= 0, got -1", g, -1.0)
-    with pytest.raises(RuntimeError, match="u's diagonal must be positive and finite"):
+    with pytest.raises(RuntimeError, match="factor's diagonal must be positive and finite"):
         ops.gptq_sweep(w, torch.zeros(8, 8), **common)
-    bad = u.clone()
+    bad = factor.clone()
     bad[0, 1] = float("nan")
     with pytest.raises(RuntimeError, match="the loss is not finite"):
         ops.gptq_sweep(w, bad, **common)
-    with pytest.raises(RuntimeError, match=r"u must be torch.float32 \[8, 8\]"):
-        ops.gptq_sweep(w, u[:4], **common)
+    with pytest.raises(RuntimeError, match=r"factor must be torch.float32 \[8, 8\]"):
+        ops.gptq_sweep(w, factor[:4], **common)
     with pytest.raises(RuntimeError, match="zero_point and g_idx go with a given scale"):
-        ops.gptq_sweep(w, u, g_idx=torch.zeros(8, dtype=torch.int32), **common)
+        ops.gptq_sweep(w, factor, g_idx=torch.zeros(8, dtype=torch.int32), **common)
     with pytest.raises(RuntimeError, match=r"g_idx must lie in \[0, 1\)"):
-        ops.gptq_sweep(w, u, scale=torch.ones(4, 1), g_idx=torch.ones(8, dtype=torch.int32), **common)
+        ops.gptq_sweep(w, factor, scale=torch.ones(4, 1), g_idx=torch.ones(8, dtype=torch.int32), **common)
     with pytest.raises(RuntimeError, match=r"or as many as w has matrices"):
-        ops.gptq_sweep(w.expand(3, 4, 8), u.expand(2, 8, 8), **common)
+        ops.gptq_sweep(w.expand(3, 4, 8), factor.expand(2, 8, 8), **common)
     with pytest.raises(RuntimeError, match=r"search_range in \[0, 1\), got 3 and 1"):
-        ops.gptq_sweep(w, u, **common, search_range=1.0, search_steps=3)
+        ops.gptq_sweep(w, factor, **common, search_range=1.0, search_steps=3)
+    for wrong in ({"symmetric": False}, {"scale": torch.ones(4, 1)}):
+        with pytest.raises(RuntimeError, match="signs are for symmetric codes"):
+            ops.gptq_sweep(w, factor, **common, **wrong, signs=True)
     with pytest.raises(RuntimeError, match="scale must be"):
-        ops.gptq_sweep(w, u, scale=torch.ones(4, 2), **common)
+        ops.gptq_sweep(w, factor, scale=torch.ones(4, 2), **common)
 
 
 def test_empty() -> None:
@@ -371,18 +411,33 @@ def test_empty() -> None:
     codes, scale, _, loss = ops.gptq_sweep(torch.zeros(0, 3, 8), torch.eye(8), q_min=-8, q_max=7, divisor=7.5)
     assert (codes.shape, scale.shape, loss.shape) == ((0, 3, 8), (0, 3, 1), (0, 3))
     for shape in ((0, 0), (0, 3, 3), (2, 0, 0)):
-        u, dead = ops.gptq_factor(torch.zeros(shape))
-        assert (u.shape, dead.shape) == (shape, shape[:-1])
+        factor, dead = ops.gptq_factor(torch.zeros(shape))
+        assert (factor.shape, dead.shape) == (shape, shape[:-1])
 
 
 def test_compiles() -> None:
     w, g = problem(6, 20)
-    u, _ = ops.gptq_factor(g)
+    factor, _ = ops.gptq_factor(g)
     scale = ops.symmetric_scale(ops.absmax(w, [1, 8]), 7.5)
     sweep = torch.ops.quantkit.gptq_sweep.default
-    torch.library.opcheck(sweep, (w, u, None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.0, 0))
-    torch.library.opcheck(sweep, (w, u, scale, None, 8, -8, 7, True, 7.5, torch.float32, None, 0.0, 0))
-    batch = (w.view(2, 3, 20), u.expand(2, 20, 20), None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.2, 3)
+    torch.library.opcheck(sweep, (w, factor, None, None, 8, -8, 7, False, 7.5, torch.float32, None, 0.0, 0, False))
+    torch.library.opcheck(sweep, (w, factor, scale, None, 8, -8, 7, True, 7.5, torch.float32, None, 0.0, 0, False))
+    batch = (
+        w.view(2, 3, 20),
+        factor.expand(2, 20, 20),
+        None,
+        None,
+        8,
+        -8,
+        7,
+        False,
+        7.5,
+        torch.float32,
+        None,
+        0.2,
+        3,
+        False,
+    )
     torch.library.opcheck(sweep, batch)
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g, 0.01))
     torch.library.opcheck(torch.ops.quantkit.gptq_factor.default, (g.expand(2, 20, 20), 0.01))

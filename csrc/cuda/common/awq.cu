@@ -117,7 +117,7 @@ struct LossScratch {
   double warps[kThreads / kWarp];
 };
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     loss_kernel(const float* errors, int64_t stride, int count, int rows, int cols, const float* g,
                 int64_t g_stride, double* parts) {
   LossScratch& scratch = shared<LossScratch>();

@@ -60,15 +60,40 @@ struct GramScratch {
   uint16_t left[2][kMmaDepth][kMmaRow], right[2][kMmaDepth][kMmaRow];
 };
 
+// Into how many parts the tokens are cut, each with its own sums: a small g has few tiles. The
+// device is not asked, for the order of summation must not depend on it.
+struct GramParts {
+  int count, tokens;  // of each
+};
+
+constexpr int kBusyTiles = 264;    // two on each of a large device's multiprocessors
+constexpr int kLeastTokens = 256;  // of a part
+
+int64_t most_parts(const Matrix& x) {
+  const int64_t edge = ceil_div(x.cols, kMmaTile), wanted = kBusyTiles / (edge * (edge + 1) / 2);
+  const int64_t most = ceil_div(x.rows, kLeastTokens);
+  return wanted < 1 ? 1 : wanted < most ? wanted : most;
+}
+
+GramParts parts_of(const Matrix& x) {
+  const int64_t tokens = ceil_div(ceil_div(x.rows, most_parts(x)), kMmaDepth) * kMmaDepth;
+  return {static_cast<int>(ceil_div(x.rows, tokens)), static_cast<int>(tokens)};
+}
+
+// `sums` [part][tile][128][128], or null if there is one part.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, 2) gram_kernel(Matrix x, TokenMask mask, float* g) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gram_kernel(Matrix all, TokenMask mask, GramParts parts, float* g, float* sums_of_parts) {
   GramScratch& scratch = shared<GramScratch>();
-  const int edge = (x.cols + kMmaTile - 1) / kMmaTile;
+  const int edge = (all.cols + kMmaTile - 1) / kMmaTile;
   const int64_t tiles = int64_t{edge} * (edge + 1) / 2;
   const int chunk = static_cast<int>(threadIdx.x) % 16 * kChunk;
   const int token = static_cast<int>(threadIdx.x) / 16;  // and 16 after it
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const TilePlace place(tile);
+  for (int64_t index = blockIdx.x; index < tiles * parts.count; index += gridDim.x) {
+    const int part = static_cast<int>(index / tiles), begin = part * parts.tokens;
+    Matrix x = all;
+    x.rows = min(all.rows, begin + parts.tokens);
+    const TilePlace place(index - part * tiles);
     const int row = place.row * kMmaTile, col = place.col * kMmaTile;
     Chunk<Element> left[2], right[2];
     const auto load = [&](int first) {
@@ -89,10 +114,10 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(Matrix x, TokenMask m
     };
     const WarpTile warp;
     Sums sums[2][8];
-    load(0);
+    load(begin);
     store(0);
     sync_block();
-    for (int first = 0, stage = 0; first < x.rows; first += kMmaDepth, stage ^= 1) {
+    for (int first = begin, stage = 0; first < x.rows; first += kMmaDepth, stage ^= 1) {
       const bool more = first + kMmaDepth < x.rows;
       if (more) load(first + kMmaDepth);
 #pragma unroll
@@ -114,7 +139,28 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(Matrix x, TokenMask m
       if (more) store(stage ^ 1);
       sync_block();
     }
-    warp.each(sums, [&](int r, int c, float sum) { add_both(g, x.cols, row + r, col + c, sum); });
+    if (sums_of_parts == nullptr) {
+      warp.each(sums, [&](int r, int c, float sum) { add_both(g, x.cols, row + r, col + c, sum); });
+    } else {
+      float* const own = sums_of_parts + index * (kMmaTile * kMmaTile);
+      warp.each(sums, [&](int r, int c, float sum) { own[r * kMmaTile + c] = sum; });
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    join_parts_kernel(int cols, int parts, const float* sums_of_parts, float* g) {
+  constexpr int kSquare = kMmaTile * kMmaTile;
+  const int edge = (cols + kMmaTile - 1) / kMmaTile;
+  const int64_t values = int64_t{edge} * (edge + 1) / 2 * kSquare;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < values;
+       i += int64_t{gridDim.x} * kThreads) {
+    float sum = sums_of_parts[i];
+    for (int part = 1; part < parts; ++part) sum = add_rn(sum, sums_of_parts[part * values + i]);
+    const TilePlace place(i / kSquare);
+    const int within = static_cast<int>(i % kSquare);
+    add_both(g, cols, place.row * kMmaTile + within / kMmaTile,
+             place.col * kMmaTile + within % kMmaTile, sum);
   }
 }
 
@@ -251,21 +297,35 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned tiles_grid(int cols, int tile) {
+int64_t tiles_of(int cols, int tile) {
   const int64_t edge = ceil_div(cols, tile);
-  return grid_extent(edge * (edge + 1) / 2);
+  return edge * (edge + 1) / 2;
 }
 
 }  // namespace
 
-cudaError_t gram(const Matrix& x, const TokenMask& mask, float* g, cudaStream_t stream) {
+int64_t gram_workspace(const Matrix& x) {
+  const int64_t parts = x.dtype == DType::kFloat32 ? 1 : most_parts(x);
+  return parts == 1 ? 0 : parts * tiles_of(x.cols, kMmaTile) * kMmaTile * kMmaTile;
+}
+
+cudaError_t gram(const Matrix& x, const TokenMask& mask, float* g, float* workspace,
+                 cudaStream_t stream) {
   if (x.dtype == DType::kFloat32) {
-    return launch(gram_float_kernel, dim3(tiles_grid(x.cols, kFloatTile)), dim3(kFloatThreads),
-                  sizeof(FloatScratch), stream, x, mask, g);
+    return launch(gram_float_kernel, dim3(grid_extent(tiles_of(x.cols, kFloatTile))),
+                  dim3(kFloatThreads), sizeof(FloatScratch), stream, x, mask, g);
   }
-  return launch(x.dtype == DType::kBFloat16 ? gram_kernel<BFloat16> : gram_kernel<Float16>,
-                dim3(tiles_grid(x.cols, kMmaTile)), dim3(kThreads), sizeof(GramScratch), stream, x,
-                mask, g);
+  const GramParts parts = parts_of(x);
+  const int64_t tiles = tiles_of(x.cols, kMmaTile);
+  float* const sums = parts.count == 1 ? nullptr : workspace;
+  const cudaError_t status =
+      launch(x.dtype == DType::kBFloat16 ? gram_kernel<BFloat16> : gram_kernel<Float16>,
+             dim3(grid_extent(tiles * parts.count)), dim3(kThreads), sizeof(GramScratch), stream, x,
+             mask, parts, g, sums);
+  if (status != cudaSuccess || sums == nullptr) return status;
+  return launch(join_parts_kernel,
+                dim3(grid_extent(ceil_div(tiles * kMmaTile * kMmaTile, kThreads))), dim3(kThreads),
+                0, stream, x.cols, parts.count, workspace, g);
 }
 
 cudaError_t channel_statistics(const Matrix& x, const TokenMask& mask, float* channels,

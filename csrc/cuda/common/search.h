@@ -16,11 +16,29 @@ struct ScaleSearch {
   float norm;
   double range;  // candidate i has 1 - range * i / steps of the block's range
   int steps;
-  bool signs;               // also tries each scale negated, after all others; symmetric codes only
+  bool signs;               // after all of these scales, the same ones negated
   const float* importance;  // [cols], or null
 };
 
+cudaError_t check_importance(const float* importance, int n, int* status, cudaStream_t stream);
+
+// Blocks of more elements are searched in pieces, by all of the device.
+constexpr int64_t kLargestSearch = 131072;
+
+// One scale and zero point, null if symmetric, for each block.
 cudaError_t search_scales(const Matrix& x, const Blocks& blocks, const ScaleSearch& how,
                           float* scale, int8_t* zero_point, int* status, cudaStream_t stream);
+
+// Of each block; the largest magnitude is `high` alone if symmetric.
+struct SearchRanges {
+  const float *low, *high;
+};
+
+// Doubles that search_large_scales needs.
+int64_t search_workspace(const Matrix& x, const Blocks& blocks, const ScaleSearch& how);
+
+cudaError_t search_large_scales(const Matrix& x, const Blocks& blocks, const ScaleSearch& how,
+                                const SearchRanges& ranges, double* workspace, float* scale,
+                                int8_t* zero_point, int* status, cudaStream_t stream);
 
 }  // namespace qk::cuda

@@ -162,7 +162,9 @@ class GPTQModifier(QuantizationModifier):
     `actorder`: "weight" (alias "static") takes columns with the largest inputs first and leaves groups where they are;
     "group" makes groups of columns in that order too (written as g_idx, read by few servers); None takes them as they
     come. `min_tokens_per_module`: an expert that saw fewer tokens gets what `low_data` says: "rtn", "all_tokens" (the
-    statistics of all its layer's experts), or "error".
+    statistics of all its layer's experts), or "error". `signed_scales`: 4-bit symmetric groups and rows may get a
+    negative scale, so that the larger of their tails reaches the code -8, which no positive one lets the upper tail do;
+    only where activations are not quantized. False keeps all scales positive, for readers that insist on it.
     """
 
     kind: ClassVar[str] = "gptq"
@@ -173,6 +175,7 @@ class GPTQModifier(QuantizationModifier):
     offload_hessians: bool = False
     min_tokens_per_module: int = 32
     low_data: Literal["rtn", "all_tokens", "error"] = "all_tokens"
+    signed_scales: bool = True
 
     def _ordered(self, groups: tuple[SchemeGroup, ...]) -> tuple[SchemeGroup, ...]:
         """Groups of columns in their order, written in a scheme, are taken as the modifier's own `actorder`."""

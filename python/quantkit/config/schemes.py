@@ -99,6 +99,13 @@ class QuantizationScheme:
             )
 
     @property
+    def scales_may_be_negative(self) -> bool:
+        """Whether a search may negate a weight's scales: only where nothing but a multiplication reads them."""
+        weights, alone = self.weights, self.input_activations is None
+        integers = weights.type == "int" and weights.num_bits == 4 and weights.symmetric
+        return alone and integers and weights.strategy in ("group", "channel")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether activation scales are fixed from data (static) and not computed at run time (dynamic)."""
         return self.input_activations is not None and not self.input_activations.dynamic

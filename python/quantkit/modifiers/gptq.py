@@ -56,11 +56,12 @@ class Job:
     scale_dtype: torch.dtype
     rows: int
     cols: int
+    signs: bool
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What jobs of one batch have in common."""
-        return self.args, self.scale_dtype, self.rows, self.cols
+        return self.args, self.scale_dtype, self.rows, self.cols, self.signs
 
 
 def quantize(
@@ -73,7 +74,7 @@ def quantize(
 ) -> dict[str, Outcome]:
     """Every Linear in `names`, by the statistics of its input."""
     found: dict[str, Outcome] = {}
-    inputs: dict[tuple[int, QuantizationArgs, torch.dtype], tuple[Statistics, list[str]]] = {}
+    inputs: dict[tuple[int, QuantizationArgs, torch.dtype, bool], tuple[Statistics, list[str]]] = {}
     extended: dict[int, Statistics] = {}
     for name in names:
         seen = working.statistics[name]
@@ -89,11 +90,12 @@ def quantize(
             if id(seen) not in extended:
                 extended[id(seen)] = _with_all_tokens(name, seen, working)
             seen = extended[id(seen)]
-        key = (id(seen), modules[name].scheme.weights, scale_dtypes[name])
+        scheme = modules[name].scheme
+        key = (id(seen), scheme.weights, scale_dtypes[name], modifier.signed_scales and scheme.scales_may_be_negative)
         inputs.setdefault(key, (seen, []))[1].append(name)
     jobs = [
-        Job(seen, tuple(members), args, dtype, sum(modules[m].rows for m in members), modules[members[0]].cols)
-        for (_, args, dtype), (seen, members) in inputs.items()
+        Job(seen, tuple(members), args, dtype, sum(modules[m].rows for m in members), modules[members[0]].cols, signs)
+        for (_, args, dtype, signs), (seen, members) in inputs.items()
     ]
     for batch in _batches(jobs):
         for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs), strict=True):
@@ -156,8 +158,8 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
     tried again with more; CalibrationError if nothing helps.
     """
     try:
-        u, dead = ops.gptq_factor(grams, modifier.dampening_frac)
-        return u, dead.sum(1).tolist(), [modifier.dampening_frac] * len(batch)
+        factor, dead = ops.gptq_factor(grams, modifier.dampening_frac)
+        return factor, dead.sum(1).tolist(), [modifier.dampening_frac] * len(batch)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     found = []
@@ -170,7 +172,8 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
                 f"({error}); give more or more varied calibration data, or quantize this layer with "
                 "QuantizationModifier"
             ) from None
-    return torch.stack([u for u, _, _ in found]), [int(d.sum()) for _, d, _ in found], [used for _, _, used in found]
+    factors = torch.stack([factor for factor, _, _ in found])
+    return factors, [int(dead.sum()) for _, dead, _ in found], [used for _, _, used in found]
 
 
 def _sweep(
@@ -190,7 +193,7 @@ def _sweep(
         weights.append(weight if order is None else weight[:, order])
         grams.append(gram if order is None else gram[order][:, order])
         orders.append(order)
-    u, dead, dampening = _factor(modifier, torch.stack(grams), batch)
+    factor, dead, dampening = _factor(modifier, torch.stack(grams), batch)
     del grams
     weight = torch.stack(weights)
     scale = zero_point = None
@@ -200,7 +203,7 @@ def _sweep(
     search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 else (0.0, 0)
     codes, scale, zero, loss = ops.gptq_sweep(
         weight,
-        u,
+        factor,
         q_min=q_min,
         q_max=q_max,
         group_size=size,
@@ -211,6 +214,7 @@ def _sweep(
         scale_dtype=batch[0].scale_dtype,
         search_range=search_range,
         search_steps=search_steps,
+        signs=batch[0].signs,
     )
     found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):

@@ -1,7 +1,9 @@
-"""GPTQ: the factor of the inverse Gram matrix, and the sweep that rounds a weight column by column with it.
+"""GPTQ: the factor of the Gram matrix, and the sweep that rounds a weight column by column with it.
 
-Each column is rounded to nearest, and its error, weighed by the factor's row, is taken off the columns that are still
-to come. The factor belongs to the input alone: Linears that share an input share it.
+With g = R R^T, R an upper triangle, the squared error of d = w - q is |d R|^2, whose term c has the columns up to c
+only. So each column is rounded to nearest after it has made up for those before it, by d_j R_jc / R_cc each. That is
+what GPTQ does with the factor R^-1 of g^-1, without an inverse. R belongs to the input alone: Linears that share an
+input share it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ._library import check_code_range, declare
 from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
 
-_LEAF = 256  # triangles up to this size are inverted by substitution, larger ones by matrix products
 _INDEFINITE = "not positive definite"
 
 
@@ -31,20 +32,6 @@ def _check_factor(g: Tensor, dampening: float) -> None:
 def _factor_fake(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     _check_factor(g, dampening)
     return g.new_empty(g.shape), g.new_empty(g.shape[:-1], dtype=torch.bool)
-
-
-def _invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangle, in place, in halves: a third of the work of solving for the identity."""
-    n = lower.shape[0]
-    if n <= _LEAF:
-        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    half = (n // 2 + 63) // 64 * 64
-    first, second, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert_lower(first)
-    _invert_lower(second)
-    torch.mm(second, corner @ first, out=corner).neg_()
-    return lower
 
 
 def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
@@ -66,32 +53,34 @@ def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]
             f"quantkit::gptq_factor: {name} + {dampening:g} * mean(diag({name})) is {_INDEFINITE} (minor {int(info)} "
             f"of {g.shape[0]}): raise the dampening, or give more calibration tokens"
         )
-    # With J the reversal, J chol(J H J)^-1 J is the upper Cholesky factor of H^-1: no inverse, one factorization.
-    return _invert_lower(lower.contiguous()).flip(0, 1), dead
+    # With J the reversal, J chol(J H J) J is the upper R with R R^T = H, the inverse of chol(H^-1).
+    return lower.flip(0, 1), dead
 
 
 def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     _check_factor(g, dampening)
     if g.dim() == 2:
         return _factor_one(g, dampening, "g")
-    u, dead = _factor_fake(g, dampening)
+    factor, dead = _factor_fake(g, dampening)
     for b, matrix in enumerate(g):
-        u[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
-    return u, dead
+        factor[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
+    return factor, dead
 
 
 def _check_sweep(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
     q_min: int,
     q_max: int,
+    symmetric: bool,
     scale_dtype: torch.dtype,
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[int, ...]:
     """Shape of the scales; says what is wrong with the arguments in the words of the compiled kernel."""
     op = "gptq_sweep"
@@ -100,12 +89,12 @@ def _check_sweep(
         lambda: f"quantkit::{op}: w must be torch.float32 [rows, K] or [B, rows, K], got {w.dtype} {list(w.shape)}",
     )
     cols = w.shape[-1]
-    own = w.dim() == 3 and tuple(u.shape) == (w.shape[0], cols, cols)
+    own = w.dim() == 3 and tuple(factor.shape) == (w.shape[0], cols, cols)
     torch._check(
-        (own or tuple(u.shape) == (cols, cols)) and u.dtype == w.dtype,
+        (own or tuple(factor.shape) == (cols, cols)) and factor.dtype == w.dtype,
         lambda: (
-            f"quantkit::{op}: u must be torch.float32 [{cols}, {cols}], or as many as w has matrices, "
-            f"got {u.dtype} {list(u.shape)}"
+            f"quantkit::{op}: factor must be torch.float32 [{cols}, {cols}], or as many as w has matrices, "
+            f"got {factor.dtype} {list(factor.shape)}"
         ),
     )
     torch._check(
@@ -119,6 +108,12 @@ def _check_sweep(
         lambda: (
             f"quantkit::{op}: search_steps must be >= 0 and search_range in [0, 1), "
             f"got {search_steps} and {search_range:g}"
+        ),
+    )
+    torch._check(
+        not signs or (symmetric and scale is None and q_min < 0),
+        lambda: (
+            f"quantkit::{op}: signs are for symmetric codes with a negative q_min, and scales that are computed here"
         ),
     )
     size = max(cols, 1) if group_size == -1 else group_size
@@ -148,7 +143,7 @@ def _check_sweep(
 
 def _sweep_fake(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
@@ -160,9 +155,22 @@ def _sweep_fake(
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w,
+        factor,
+        scale,
+        zero_point,
+        group_size,
+        q_min,
+        q_max,
+        symmetric,
+        scale_dtype,
+        g_idx,
+        search_range,
+        search_steps,
+        signs,
     )
     without = symmetric if scale is None else zero_point is None
     return (
@@ -183,6 +191,7 @@ class _Rounding:
     divisor: float
     scale_dtype: torch.dtype
     shrinks: tuple[float, ...]
+    signs: bool
 
     def codes(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # As quantize_int: the inverse of the scale, clamped before it is rounded. Less the zero point.
@@ -195,16 +204,30 @@ class _Rounding:
         low, high = group.amin(1).clamp(max=0.0) * shrink, group.amax(1).clamp(min=0.0) * shrink
         return _asymmetric_reference(low, high, self.q_min, self.q_max, self.scale_dtype)
 
-    def fit(self, group: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point per row, of the shrunk range with the least weighed error, the first of equals."""
-        scale, zero = self.range_scale(group, self.shrinks[0])
-        if len(self.shrinks) == 1:
+    def error(self, group: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, in_turn: bool) -> Tensor:
+        """Per row, what the group costs: its columns rounded alone, or each after it made up for those before it."""
+        scale, zero = scale[:, None], zero[:, None].float()
+        if not in_turn:
+            rounded = self.codes(group, scale, zero) * scale
+            return ((rounded - group) * factor.diagonal()).square().sum(1)
+        values, total = group.clone(), group.new_zeros(len(group))
+        for c in range(group.shape[1]):
+            rounded = self.codes(values[:, c : c + 1], scale, zero) * scale
+            total += ((rounded[:, 0] - values[:, c]) * factor[c, c]).square()
+            values[:, c + 1 :] += (group[:, c : c + 1] - rounded) * (factor[c, c + 1 :] / factor.diagonal()[c + 1 :])
+        return total
+
+    def fit(self, group: Tensor, factor: Tensor, in_turn: bool) -> tuple[Tensor, Tensor]:
+        """Scale and zero point per row, of the candidate with the least error, the first of equals."""
+        scale, zero = self.range_scale(group, 1.0)
+        candidates = [(shrink, sign) for sign in ((1, -1) if self.signs else (1,)) for shrink in self.shrinks]
+        if len(candidates) == 1:
             return scale, zero
         best = torch.full_like(scale, torch.inf)
-        for shrink in self.shrinks:
+        for shrink, sign in candidates:
             step, offset = self.range_scale(group, shrink)
-            rounded = self.codes(group, step[:, None], offset[:, None].float()) * step[:, None]
-            error = ((rounded - group) * (1.0 / diagonal)).square().sum(1)
+            step = step * sign
+            error = self.error(group, factor, step, offset, in_turn)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, step, scale), torch.where(better, offset, zero)
@@ -212,27 +235,41 @@ class _Rounding:
 
 
 def _sweep_one(
-    w: Tensor, u: Tensor, size: int, rounding: _Rounding, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, fit: bool
+    w: Tensor,
+    factor: Tensor,
+    group_size: int,
+    rounding: _Rounding,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor | None,
+    fit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Codes and loss; fills in the scales and zero points if they are to be found."""
+    size = w.shape[1] if group_size == -1 else group_size
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[0])
+    before = w.clone()
     for c in range(w.shape[1]):
         g = c // size if g_idx is None else int(g_idx[c])
         if fit and c % size == 0:
-            scales[:, g], zeros[:, g] = rounding.fit(w[:, c : c + size], u.diagonal()[c : c + size])
+            part = slice(c, c + size)
+            # What the group's weights would be if none of them were rounded: they make up for one another too.
+            moved = (w[:, part] - before[:, part]) * factor.diagonal()[part]
+            moved = torch.linalg.solve_triangular(factor[part, part], moved, upper=True, left=False)
+            scales[:, g], zeros[:, g] = rounding.fit(before[:, part] + moved, factor[part, part], group_size != -1)
         step, zero = scales[:, g], zeros[:, g].float()
         code = rounding.codes(w[:, c], step, zero)
         codes[:, c] = (code + zero).to(torch.int8)
-        error = (w[:, c] - code * step) * (1.0 / u[c, c])
+        error = (w[:, c] - code * step) * factor[c, c]
         loss += 0.5 * error * error
-        w[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+        fell = before[:, c] - code * step
+        w[:, c + 1 :] += fell[:, None] * (factor[c, c + 1 :] / factor.diagonal()[c + 1 :])
     return codes, loss
 
 
 def _sweep_reference(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
     group_size: int,
@@ -244,32 +281,46 @@ def _sweep_reference(
     g_idx: Tensor | None,
     search_range: float,
     search_steps: int,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
-        w, u, scale, zero_point, group_size, q_min, q_max, scale_dtype, g_idx, search_range, search_steps
+        w,
+        factor,
+        scale,
+        zero_point,
+        group_size,
+        q_min,
+        q_max,
+        symmetric,
+        scale_dtype,
+        g_idx,
+        search_range,
+        search_steps,
+        signs,
     )
     _check_values(w, g_idx, shape[-1])
     without = symmetric if scale is None else zero_point is None
-    size = max(w.shape[-1], 1) if group_size == -1 else group_size
     shrinks = tuple(1.0 - search_range * i / search_steps if i else 1.0 for i in range(search_steps + 1))
-    rounding = _Rounding(q_min, q_max, symmetric, divisor, scale_dtype, shrinks)
+    rounding = _Rounding(q_min, q_max, symmetric, -q_min if signs else divisor, scale_dtype, shrinks, signs)
     scales = w.new_empty(shape) if scale is None else scale.clone()
     zeros = torch.zeros(shape, dtype=torch.int8, device=w.device) if zero_point is None else zero_point.clone()
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
     loss = w.new_zeros(w.shape[:-1])
 
-    def sweep(w: Tensor, u: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
-        found = _sweep_one(w.clone(), u, size, rounding, scales, zeros, g_idx, scale is None)
+    def sweep(w: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, loss: Tensor) -> None:
+        found = _sweep_one(w.clone(), factor, group_size, rounding, scales, zeros, g_idx, scale is None)
         codes.copy_(found[0])
         loss.copy_(found[1])
 
     if w.dim() == 2:
-        sweep(w, u, scales, zeros, codes, loss)
+        sweep(w, factor, scales, zeros, codes, loss)
     else:
         for b in range(w.shape[0]):
-            sweep(w[b], u[b] if u.dim() == 3 else u, scales[b], zeros[b], codes[b], loss[b])
+            sweep(w[b], factor[b] if factor.dim() == 3 else factor, scales[b], zeros[b], codes[b], loss[b])
     if not bool(loss.isfinite().all()):
-        raise RuntimeError("quantkit::gptq_sweep: the loss is not finite: u holds NaN or infinities, or a scale does")
+        raise RuntimeError(
+            "quantkit::gptq_sweep: the loss is not finite: factor holds NaN or infinities, or a scale does"
+        )
     return codes, scales, w.new_empty((0,), dtype=torch.int8) if without else zeros, loss
 
 
@@ -287,20 +338,21 @@ _factor = declare(
     kernels=("CPU",),
 )
 _sweep = declare(
-    "gptq_sweep(Tensor w, Tensor u, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
-    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "gptq_sweep(Tensor w, Tensor factor, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
+    "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps, "
+    "bool signs=False) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
 )
 
 
 def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
-    """u and the dead columns of a Gram matrix g [K, K], or of one per expert [B, K, K], fp32.
+    """The factor R and the dead columns of a Gram matrix g [K, K], or of one per expert [B, K, K], fp32.
 
-    u is the upper Cholesky factor of (g + dampening * mean(diag(g)) * I)^-1. Dead columns, bool [K] or [B, K], are
-    those whose input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError
-    if g's diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
+    R is the upper triangle, diagonal positive, with R R^T = g + dampening * mean(diag(g)) * I: all that `gptq_sweep`
+    needs, and the inverse of the factor that the paper takes of g^-1. Dead columns, bool [K] or [B, K], are those whose
+    input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError if g's
+    diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
     definite. fp64 is served too, by the reference.
     """
     if g.dtype == torch.float64:
@@ -314,7 +366,7 @@ def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
 
 
 def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) -> tuple[Tensor, Tensor, float]:
-    """`gptq_factor` with ten times the dampening after each failure, up to `limit`: u, dead, the dampening used."""
+    """`gptq_factor` with ten times the dampening after each failure, up to `limit`: R, dead, the dampening used."""
     while True:
         try:
             return *gptq_factor(g, dampening), dampening
@@ -326,7 +378,7 @@ def factor_with_retry(g: Tensor, dampening: float = 0.01, limit: float = 1.0) ->
 
 def gptq_sweep(
     w: Tensor,
-    u: Tensor,
+    factor: Tensor,
     *,
     q_min: int,
     q_max: int,
@@ -339,23 +391,29 @@ def gptq_sweep(
     g_idx: Tensor | None = None,
     search_range: float = 0.0,
     search_steps: int = 0,
+    signs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
 
-    w is fp32 and stays as it is; u is `gptq_factor`'s. Without `scale`, each group of `group_size` columns (-1: the
-    row) gets its scale when the sweep reaches it, from the weights as updated by then, like `symmetric_scale` with
-    `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used, and
-    `g_idx` int32 [K] names each column's group: for columns in another order, permute w and u's g and pass it. `loss`
-    is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
+    w is fp32 and stays as it is; `factor` is `gptq_factor`'s R. Without `scale`, each group of `group_size` columns
+    (-1: the row) gets its scale when the sweep reaches it, from the weights as updated by then, like `symmetric_scale`
+    with `divisor` or `asymmetric_scale`; the last group may be shorter. With `scale` (and `zero_point`) these are used,
+    and `g_idx` int32 [K] names each column's group: for columns in another order, permute w and the factor's g and pass
+    it. `loss` is half the squared error of a row under the damped Gram matrix. RuntimeError if w is not finite.
 
     With `search_steps` n > 0, a scale that is computed here is the best of n + 1: those of the group's range times
-    1 - search_range * i / n, i = 0 to n. The best has the least sum over the group's columns of ((w - q) / u_cc)^2,
-    the first of equals. w may also be [B, R, K], say experts of one shape, with u [B, K, K], or [K, K] for all of them;
-    all results then have B in front.
+    1 - search_range * i / n, i = 0 to n. The best makes the least loss in the group's own columns, each of which makes
+    up for those before it; of a whole row (group_size -1), where that would be a sweep for each candidate, the least
+    sum of ((w - q) * R_cc)^2 with columns rounded alone. The first of equals wins. `signs` (symmetric codes): the whole
+    range is max|w| = -q_min steps instead of `divisor`, and after all positive scales the same ones negated are tried,
+    so that either tail of a group may be the one that reaches q_min; scales may then be negative.
+
+    w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all of them; all results
+    then have B in front.
     """
     return _sweep(
         w,
-        u,
+        factor,
         scale,
         zero_point,
         group_size,
@@ -367,4 +425,5 @@ def gptq_sweep(
         g_idx,
         search_range,
         search_steps,
+        signs,
     )
