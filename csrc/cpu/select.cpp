@@ -5,6 +5,7 @@
 #include "cpu/factor.h"
 #include "cpu/gptq.h"
 #include "cpu/gram.h"
+#include "cpu/histogram.h"
 #include "cpu/pack.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
@@ -58,5 +59,6 @@ QK_FAMILY(GptqKernels, gptq)
 QK_FAMILY(GramKernels, gram)
 QK_FAMILY(AwqKernels, awq)
 QK_FAMILY(SearchKernels, search)
+QK_FAMILY(HistogramKernels, histogram)
 
 }  // namespace qk

@@ -80,6 +80,8 @@ QK_INLINE F32 from_bits(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 // To the nearest integer, ties to even. |a| must be below 2^22, or NaN, whose lowest byte becomes
 // 0.
 QK_INLINE I32 round(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
+// Toward zero, for |a| below 2^31.
+QK_INLINE I32 truncate(F32 a) { return {_mm512_cvttps_epi32(a.v)}; }
 QK_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 QK_INLINE Mask is_nan(F32 a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 QK_INLINE Mask equal(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }

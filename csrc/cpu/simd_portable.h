@@ -90,6 +90,7 @@ QK_INLINE I32 round(F32 a) {
   const F32 magic = broadcast(12582912.0f);
   return select(is_nan(a), broadcast(0), bits(a + magic) - bits(magic));
 }
+QK_INLINE I32 truncate(F32 a) { return {__builtin_convertvector(a.v, IntVec)}; }
 QK_INLINE F32 to_float(I32 a) { return {__builtin_convertvector(a.v, FloatVec)}; }
 
 // ---- fp16 in integer arithmetic; subnormals never become fp32 subnormals, which a flush-to-zero

@@ -34,6 +34,7 @@ for cols in (1, 3, 15, 16, 17, 31, 33, 63, 65, 130):
         x = at_the_end(torch.randn(3, cols).to(dtype))
         ops.int8_quant_per_token(x, symmetric=False)
         ops.fp8_quant_per_token(x)
+        ops.histogram_accumulate(x, torch.zeros(8192, dtype=torch.int64), torch.zeros(1))
         for block in ([1, -1], [1, 1], [1, 7], [1, 32], [-1, 1], [2, 5], [-1, -1]):
             low, high = (at_the_end(t) for t in ops.minmax(x, block))
             ops.symmetric_scale(at_the_end(ops.absmax(x, block)), 127.0)
@@ -47,6 +48,10 @@ for cols in (1, 3, 15, 16, 17, 31, 33, 63, 65, 130):
                 ops.unpack_int32(at_the_end(ops.pack_int32(codes, bits)), bits, cols)
             ops.rtn_int(x, block, q_min=-8, q_max=7, symmetric=False, pack_bits=4)
             ops.rtn_fp8(x, block)
+            weights = at_the_end(torch.rand(cols))
+            for norm in (2.0, 2.4):
+                ops.mse_scale(x, block, q_min=-8, q_max=7, divisor=7.5, importance=weights, norm=norm, search_steps=2)
+            ops.percentile_scale(x, block, percentile=90.0, q_min=-8, q_max=7, symmetric=False)
 print("within bounds", len(mappings))
 """
 

@@ -1,4 +1,4 @@
-"""histogram_accumulate and merge_histograms count alike in any split; histogram_scale's methods do what they say."""
+"""histogram_accumulate and merge_histograms count alike in any split, and as the reference counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 import quantkit.ops as ops
 
-from .cpu_cases import FLOATS
+from .calibrated_cases import histogram_cases
+from .cpu_cases import FLOATS, check_refused, reference
 
 
 def histogram(*parts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def test_any_split_counts_alike(dtype: torch.dtype) -> None:
     for seed in range(5):
         x = mixed(seed).to(dtype)
         whole = histogram(x)
-        for split in (histogram(*x.split(1)), histogram(*x.flip(0).split(7)), histogram(x.T)):
+        for split in (histogram(*x.split(1)), histogram(*x.flip(0).split(7)), histogram(x.T.contiguous())):
             assert torch.equal(split[0], whole[0]) and torch.equal(split[1], whole[1])
         merged = ops.merge_histograms(*histogram(x[:13]), *histogram(x[13:]))
         assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
@@ -58,41 +59,61 @@ def test_zeros_and_masks() -> None:
             histogram(x)
 
 
-def scale(x: Tensor, method: str, **how: object) -> tuple[Tensor, Tensor]:
-    how = {"q_min": -8, "q_max": 7, "divisor": 7.5, **how}
-    return ops.histogram_scale(*histogram(x), torch.stack((x.min(), x.max())), method=method, **how)  # type: ignore[arg-type]
+def test_is_the_reference() -> None:
+    for x, mask, counts, span in histogram_cases():
+        for part in (x.contiguous(), torch.cat((x, x), 1)[:, 1 : 1 + x.shape[1]]):  # off any alignment, rows apart
+            wanted, got = (counts.clone(), span.clone()), (counts.clone(), span.clone())
+            reference("histogram_accumulate", part, mask, *wanted)
+            ops.histogram_accumulate(part, *got, mask=mask)
+            assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("method", ["percentile", "mse", "kl", "eq", "admm"])
-def test_every_method(method: str) -> None:
-    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
-    found, none = scale(x, method)
-    assert none.numel() == 0 and 0 < found.item() <= x.abs().max() / 7.5
-    # A power of two of the data is the same power of two of the scale.
-    assert scale(x * 2.0**-40, method)[0].item() == found.item() * 2.0**-40
-    lifted, zero = scale(x.abs(), method, symmetric=False, q_min=0, q_max=15)
-    assert 0 < lifted.item() <= x.abs().max() / 15 * 1.001 and zero.dtype == torch.int8 and zero.item() == 0
-    assert scale(torch.zeros(3, 4), method)[0].item() == 2.0**-100
-    with pytest.raises(RuntimeError, match="quantkit::histogram_scale: range must be finite"):
-        ops.histogram_scale(
-            *histogram(x), torch.tensor([0.0, float("nan")]), method=method, q_min=-8, q_max=7, divisor=7.5
-        )
+def test_large_matrices_and_threads() -> None:
+    """Threads and pieces whose spans differ."""
+    x = torch.randn(700, 700, generator=torch.Generator().manual_seed(6)) * torch.logspace(-6, 3, 700)[:, None]
+    threads = torch.get_num_threads()
+    for part in (x, x.flip(0), x[:, 3:].bfloat16(), x[:, 5:]):
+        wanted = torch.zeros(ops.HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1)
+        reference("histogram_accumulate", part, None, *wanted)
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            got = histogram(part)
+            assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    torch.set_num_threads(threads)
 
 
-def test_a_wrong_method_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown method 'percentil', did you mean 'percentile'"):
-        scale(torch.ones(2, 2), "percentil")
+def test_refuses_and_leaves_all_as_it_was() -> None:
+    counts, span = torch.arange(8192), torch.tensor([0.5])
+    for value in (float("nan"), float("inf"), -float("inf"), 2.0**127):
+        x = torch.ones(300, 400)
+        x[299, 399] = value
+        check_refused("histogram_accumulate", r"x must be finite and below 2\^127", x, None, counts, span)
+        assert torch.equal(counts, torch.arange(8192)) and span.item() == 0.5
+    x = torch.ones(3, 4)
+    for message, args in (
+        (r"x must be 2-D \[tokens, columns\], got 1-D", (x[0], None, counts, span)),
+        ("x must be float32, float16 or bfloat16", (x.int(), None, counts, span)),
+        (r"counts must be torch.int64 \[8192\], got torch.int32", (x, None, counts.int(), span)),
+        (r"span must be torch.float32 \[1\], got torch.float32 \[2\]", (x, None, counts, torch.zeros(2))),
+        (r"mask must be torch.bool \[3\]", (x, torch.ones(4, dtype=torch.bool), counts, span)),
+    ):
+        check_refused("histogram_accumulate", message, *args)
 
 
-def test_percentile_is_an_order_statistic() -> None:
-    x = torch.randperm(1000).float().reshape(10, 100) + 1
-    found, _ = ops.percentile_scale(x, [-1, -1], percentile=99.0, q_min=-8, q_max=7, divisor=1.0)
-    assert found.item() == 990
-    found, _ = ops.percentile_scale(
-        x.bfloat16() - 500, [-1, -1], percentile=100.0, q_min=-128, q_max=127, symmetric=False
-    )
-    low, high = ops.minmax(x.bfloat16() - 500, [-1, -1])
-    assert torch.equal(found, ops.asymmetric_scale(low, high, -128, 127)[0])
-    x[3, 3] = float("nan")
-    with pytest.raises(RuntimeError, match="quantkit::percentile_scale: x must be finite"):
-        ops.percentile_scale(x, [1, 7], q_min=-8, q_max=7, divisor=7.5)
+def compiles_in_place(x: Tensor, mask: Tensor | None) -> None:
+    args = (x, mask, torch.zeros(8192, dtype=torch.int64), torch.zeros(1))
+    torch.library.opcheck(torch.ops.quantkit.histogram_accumulate.default, args)
+    torch.compiler.reset()
+
+    def count(x: Tensor) -> tuple[Tensor, Tensor]:
+        counts, span = torch.zeros(8192, dtype=torch.int64), torch.zeros(1)
+        torch.ops.quantkit.histogram_accumulate(x, mask, counts, span)
+        return counts, span
+
+    for got, wanted in zip(torch.compile(count, fullgraph=True, backend="aot_eager")(x), count(x), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_compiles() -> None:
+    compiles_in_place(torch.randn(5, 70), None)
+    compiles_in_place(torch.randn(5, 70).bfloat16(), torch.tensor([True, False, True, True, False]))

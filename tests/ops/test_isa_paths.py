@@ -11,7 +11,22 @@ import pytest
 
 from quantkit.ops.isa import Isa, current_isa, supported_isas
 
-FAMILIES = ("reduce", "scale", "quantize", "pack", "rtn", "per_token", "error", "gptq", "gram", "awq", "search")
+FAMILIES = (
+    "reduce",
+    "scale",
+    "quantize",
+    "pack",
+    "rtn",
+    "per_token",
+    "error",
+    "gptq",
+    "gram",
+    "awq",
+    "search",
+    "histogram",
+    "histogram_scale",
+    "percentile",
+)
 
 
 @pytest.mark.parametrize("isa", [isa.name for isa in Isa])

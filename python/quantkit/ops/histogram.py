@@ -84,7 +84,7 @@ _accumulate = declare(
     "histogram_accumulate(Tensor x, Tensor? mask, Tensor(a!) counts, Tensor(b!) span) -> ()",
     fake=_accumulate_fake,
     reference=_accumulate_reference,
-    kernels=("CUDA",),
+    kernels=("CPU", "CUDA"),
 )
 
 

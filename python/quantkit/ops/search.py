@@ -198,7 +198,7 @@ def mse_scale(
     `importance` fp32 [cols], or none; i runs from 0 to `search_steps` and the first of equals wins. The defaults of
     the search are those of llm-compressor's MSE observer, without its early stop. `signs` (symmetric codes): the whole
     range is max|x| = -q_min steps instead of `divisor`, and after all positive scales the same ones negated are tried,
-    so that the code without a counterpart may stand for the largest value of either sign. Sums are fp32 within 1024
+    so that the code without a counterpart may stand for the largest value of either sign. Sums are fp32 within 512
     elements and fp64 beyond: candidates whose errors are within about 1e-5 of each other count as equal.
     RuntimeError: x not finite; `signs` of asymmetric codes; importance negative or not finite; norm outside (0, 8];
     search_range outside [0, 1).
@@ -284,7 +284,7 @@ _percentile = declare(
     "ScalarType scale_dtype) -> (Tensor, Tensor)",
     fake=_percentile_fake,
     reference=_percentile_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 

@@ -1,0 +1,3 @@
+// The kernels of histogram.h for any CPU.
+#include "cpu/simd_portable.h"
+#include "cpu/histogram.inl"
