@@ -15,7 +15,8 @@ from typing import Any
 
 from .checkpoint.layout import Layout, OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
-from .config.recipe import AWQModifier, QuantizationModifier, Recipe, SchemeGroup, SmoothQuantModifier
+from .config.groups import SchemeGroup
+from .config.recipe import AWQModifier, QuantizationModifier, Recipe, SmoothQuantModifier
 from .config.run_config import RunConfig
 from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import PlanError

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .config.recipe import QuantizationModifier, Recipe, SchemeGroup
+from .config.groups import SchemeGroup
+from .config.recipe import QuantizationModifier, Recipe
 from .config.schemes import QuantizationScheme
 from .errors import PlanError, nearest
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from quantkit.config.groups import SchemeGroup
 from quantkit.config.presets import preset
-from quantkit.config.recipe import Mapping, Recipe, SchemeGroup
+from quantkit.config.recipe import Mapping, Recipe
 from quantkit.config.recipe_file import recipe_of
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.config.yaml_file import load_run_config

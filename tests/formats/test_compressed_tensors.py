@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantkit import ops
+from quantkit.config.groups import SchemeGroup
 from quantkit.config.presets import PRESETS
-from quantkit.config.recipe import SchemeGroup
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import FORMATS, format_by_name

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checkpoint.layout import OutputTensor
-    from ..config.recipe import SchemeGroup
+    from ..config.groups import SchemeGroup
     from ..config.schemes import QuantizationArgs, QuantizationScheme
     from ..quantized import QuantizedTensor
     from .compressed_tensors import Schemes

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..config.recipe import SchemeGroup
+    from ..config.groups import SchemeGroup
     from ..quantized import QuantizedTensor
 
 NAME = "compressed-tensors"

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from . import compressed_tensors as ct
 
 if TYPE_CHECKING:
-    from ..config.recipe import SchemeGroup
+    from ..config.groups import SchemeGroup
 
 NAME = "fp8"
 VERSION = ""

@@ -145,7 +145,7 @@ class Pipeline:
                 outcome.relative,
                 outcome.dampening,
                 outcome.dead,
-                int((outcome.quantized.scale <= floor).sum()),
+                int((outcome.quantized.scale.abs() <= floor).sum()),
                 seconds,
             )
         )
