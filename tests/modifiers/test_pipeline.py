@@ -25,6 +25,7 @@ from quantkit.config.run_config import CompressionConfig, DatasetConfig, GlobalC
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
 from quantkit.errors import CalibrationError
 from quantkit.formats.source import WeightSource
+from quantkit.live_output import LiveSink
 from quantkit.models.mappings import Smoothing
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers import awq, gptq
@@ -36,34 +37,14 @@ from quantkit.report.calibration import CalibrationReport
 from ..engine.tiny import make
 
 
-class Kept:
-    """A sink that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, QuantizedTensor] = {}
-        self.inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self.caches: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def weight(self, module: str, quantized: QuantizedTensor) -> None:
-        self.weights[module] = quantized
-
-    def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
-        self.inputs[module] = (scale, zero_point)
-
-    def tensor(self, name: str, value: Tensor) -> None:
-        self.tensors[name] = value.clone()
-
-    def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
-        self.caches[attention] = (key_scale, value_scale)
-
-
 def int4(group_size: int | None = 16, symmetric: bool = True) -> QuantizationScheme:
     strategy: Any = "group" if group_size else "channel"
     return QuantizationScheme("test", QuantizationArgs(4, "int", symmetric, strategy, group_size))
 
 
-def calibrated(folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]]) -> tuple[Kept, CalibrationReport]:
+def calibrated(
+    folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]]
+) -> tuple[LiveSink, CalibrationReport]:
     config = RunConfig(
         GlobalConfig(save_path=str(folder / "out")),
         ModelConfig(str(folder)),
@@ -72,7 +53,7 @@ def calibrated(folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[in
         source=folder,
         stem="out",
     )
-    kept = Kept()
+    kept = LiveSink()
     with Checkpoint(folder) as checkpoint:
         plan = build_plan(config, checkpoint)
         skeleton = Skeleton(folder, checkpoint.tensors)
