@@ -30,6 +30,12 @@ def workloads(matrices: list[torch.Tensor]) -> dict[str, tuple[int, Callable[[in
     codes = [ops.quantize_int(m, scale, None, CHANNEL, -127, 127) for m in matrices]
     small = [ops.quantize_fp8(m, scale, CHANNEL) for m in matrices]
     words = [ops.pack_int32(c, 4) for c in codes]
+    counts, span = torch.zeros(ops.HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1)
+
+    def histogram(i: int) -> torch.Tensor:
+        ops.histogram_accumulate(matrices[i % n], counts, span)
+        return counts
+
     calls: dict[str, Callable[[int], Any]] = {
         "absmax channel": lambda i: ops.absmax(matrices[i % n], CHANNEL),
         "absmax g128": lambda i: ops.absmax(matrices[i % n], GROUP),
@@ -48,6 +54,7 @@ def workloads(matrices: list[torch.Tensor]) -> dict[str, tuple[int, Callable[[in
         "fp8 per token": lambda i: ops.fp8_quant_per_token(matrices[i % n]),
         "pack 4 bits": lambda i: ops.pack_int32(codes[i % n], 4),
         "unpack 4 bits": lambda i: ops.unpack_int32(words[i % n], 4, x.shape[1]),
+        "histogram_accumulate": histogram,
         "quantization_error": lambda i: ops.quantization_error(matrices[i % n], codes[i % n], scale, None, CHANNEL),
     }
     read = {"dequantize int8": codes[0].nbytes, "dequantize fp8": codes[0].nbytes, "pack 4 bits": codes[0].nbytes}

@@ -44,7 +44,8 @@ float number_of(ScalarType dtype, int16_t bits) {
 // The k-th smallest of n, k from 0. Which ones lie before and after it is left as it comes.
 template <class Key>
 Key smallest(std::vector<Key>& keys, int64_t k) {
-  // Near an end, where percentiles are, few elements pass by the heap of those that are further out.
+  // Near an end, where percentiles are, few elements pass by the heap of those that are further
+  // out.
   const int64_t n = static_cast<int64_t>(keys.size()), above = n - k;
   if (above <= n / 16) {
     std::partial_sort(keys.begin(), keys.begin() + above, keys.end(), std::greater<>());
