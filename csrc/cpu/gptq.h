@@ -11,8 +11,12 @@ namespace qk {
 // Columns [first, first + width) of the sweep, the same for all rows.
 struct GptqStripe {
   int64_t first, width;
+  // Whether columns become pairs once they are rounded: bf16 numbers of an even and an odd column
+  // in the place of one number. `far` of them are, from the first one on.
+  bool pairs;
+  int64_t far;
   // Rows [0, first + width) of the factor in these columns, over its diagonal: [panel of
-  // columns][row][panel_cols].
+  // columns][row][panel_cols], those before `far` in pairs.
   const float* factor;
   const float* diagonal;  // the factor's, for each of these columns
   const int32_t* group;   // the group of each of these columns
@@ -38,12 +42,19 @@ struct GptqPanel {
   int64_t rows;
 };
 
+// What GptqStripe::factor is made of.
+struct GptqPack {
+  const float* factor;
+  int64_t stride;
+  const float* diagonal;  // of the stripe's columns
+  int64_t first, width, far;
+};
+
 struct GptqKernels {
   int panel_rows, panel_cols;
-  // Columns [first, first + width) of the factor's rows [begin, end), as GptqStripe::factor, which
-  // has `depth`.
-  void (*pack)(const float* factor, const float* diagonal, int64_t stride, int64_t first,
-               int64_t width, int64_t begin, int64_t end, int64_t depth, float* packed);
+  bool pairs;  // whether there are units for products of pairs: twice as fast
+  // Rows [begin, end), of which `begin` is even.
+  void (*pack)(const GptqPack& pack, int64_t begin, int64_t end, float* packed);
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
   // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *

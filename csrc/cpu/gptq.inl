@@ -4,6 +4,6 @@
 namespace qk::QK_ISA {
 
 extern const GptqKernels gptq;
-const GptqKernels gptq = {kPanel, kColumns, pack_factor, fit_scale, sweep_stripe};
+const GptqKernels gptq = {kPanel, kColumns, kPairs, pack_factor, fit_scale, sweep_stripe};
 
 }  // namespace qk::QK_ISA

@@ -9,17 +9,46 @@ namespace qk::QK_ISA {
 namespace {
 
 constexpr int kPanel = kVectors * kLanes;
-constexpr int64_t kDepth = 256;  // errors of so many columns of a panel stay in the cache
+constexpr int64_t kDepth = 128;  // so many words of a panel stay in the L1 cache
 
-inline void pack_factor(const float* factor, const float* diagonal, int64_t stride, int64_t first,
-                        int64_t width, int64_t begin, int64_t end, int64_t depth, float* packed) {
-  for (int64_t k = begin; k < end; ++k) {
-    const float* row = factor + k * stride + first;
-    for (int64_t c = 0; c < width; c += kColumns) {
-      float* out = packed + c * depth + k * kColumns;
-      for (int j = 0; j < kColumns; ++j)
-        out[j] = c + j < width ? row[c + j] / diagonal[c + j] : 0.0f;
+// The words that a tile takes: one number each, or, where the ISA has units for it, a pair of bf16
+// numbers of an even column and the one after it. As bits, words are kept among the numbers.
+struct FloatWords {
+  static QK_INLINE F32 add(F32 sum, F32 a, F32 b) { return multiply_add(a, b, sum); }
+};
+#ifndef QK_PAIRS
+using PairWords = FloatWords;  // never used
+constexpr bool kPairs = false;
+#else
+constexpr bool kPairs = true;
+#endif
+
+QK_INLINE I32 rounded_to_bf16(F32 x) {
+  const I32 b = bits(x);
+  const I32 rounded = b + (shift_right<16>(b) & broadcast(1)) + broadcast(0x7fff);
+  return select(is_nan(x), broadcast(0x7fc00000), rounded);
+}
+QK_INLINE F32 pair_of(F32 even, F32 odd) {
+  const I32 low = shift_right<16>(rounded_to_bf16(even));
+  return from_bits(low | (rounded_to_bf16(odd) & broadcast(-65536)));
+}
+
+void pack_factor(const GptqPack& p, int64_t begin, int64_t end, float* packed) {
+  for (int64_t c = 0; c < p.width; c += kColumns) {
+    const Part lanes(p.width - c < kColumns ? p.width - c : kColumns), all(kColumns);
+    float diagonal[kLanes];
+    store(diagonal, broadcast(1.0f), Full{});
+    store(diagonal, load(p.diagonal + c, lanes), lanes);
+    const F32 over = load(diagonal, Full{});
+    const auto row = [&](int64_t k) {
+      return load(p.factor + k * p.stride + p.first + c, lanes) / over;
+    };
+    float* const out = packed + c * (p.first + p.width);
+    int64_t k = begin;
+    for (; k < end && k < p.far; k += 2) {
+      store(out + k / 2 * kColumns, pair_of(row(k), row(k + 1)), all);
     }
+    for (; k < end; ++k) store(out + k * kColumns, row(k), all);
   }
 }
 
@@ -28,7 +57,9 @@ struct Tile {
   F32 column[kColumns][kVectors];
 };
 
-// start[j] + sum of fell[k] * factor[k][j], k in [begin, end): `fell` is by how much weights fell.
+// start[j] + sum of fell[k] * factor[k][j], k in [begin, end), in words: `fell` is by how much
+// weights fell.
+template <class Words>
 QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int64_t end,
                        const float* factor) {
   Tile tile;
@@ -48,18 +79,19 @@ QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int
       const F32 share = broadcast(factor[k * kColumns + j]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        tile.column[j][v] = multiply_add(by[v], share, tile.column[j][v]);
+        tile.column[j][v] = Words::add(tile.column[j][v], by[v], share);
       }
     }
   }
   return tile;
 }
 
-// values[column + j] make up for values[k], k in [begin, end), which are by how much weights fell.
+// values[column + j] make up for the words values[k], k in [begin, end), by how much weights fell.
+template <class Words>
 QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
                       const float* factor) {
   float* const out = values + column * kPanel;
-  const Tile tile = made_up(out, values, begin, end, factor);
+  const Tile tile = made_up<Words>(out, values, begin, end, factor);
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
 #pragma GCC unroll 4
@@ -112,7 +144,7 @@ inline void errors_in_turn(const GptqStripe& stripe, const float* values, const 
   for (int v = 0; v < kVectors; ++v) sum[v] = broadcast(0.0f);
   for (int64_t c = 0; c < width; c += kColumns) {
     const float* const factor = stripe.factor + c * depth + first * kColumns;
-    Tile tile = made_up(values + c * kPanel, fell, 0, c, factor);
+    Tile tile = made_up<FloatWords>(values + c * kPanel, fell, 0, c, factor);
 #pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
       if (c + j >= width) break;
@@ -213,7 +245,7 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
   }
   for (int64_t c = 0; c < width; c += kColumns) {
     const float* factor = stripe.factor + c * depth + first * kColumns;
-    update(out, c, 0, c, factor);
+    update<FloatWords>(out, c, 0, c, factor);
     const int64_t end = width - c < kColumns ? width : c + kColumns;
     for (int64_t j = c; j < end; ++j) {
       for (int v = 0; v < kPanel; v += kLanes) {
@@ -234,24 +266,49 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
   }
 }
 
-// Rounds one column, whose weights were `weights` at the beginning, and lets the next `rest` ones
-// make up for it; their shares are at `factor`.
-QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, int64_t index,
-                            int rest, const float* factor, const float* weights, int8_t* codes) {
-  float* const column = panel.values + (stripe.first + index) * kPanel;
-  const int64_t group = stripe.group[index] * kPanel;
-  for (int v = 0; v < kPanel; v += kLanes) {
-    const F32 w = load(column + v, Full{}), step = load(panel.scale + group + v, Full{});
-    const F32 zero = load(panel.zero + group + v, Full{});
-    const I32 code = code_of(stripe, w, step, zero);
-    store_bytes(codes + v, code + round(zero), Full{});
-    const F32 rounded = to_float(code) * step, fell = load(weights + v, Full{}) - rounded;
-    store(column + v, fell, Full{});
-    const F32 error = (rounded - w) * broadcast(stripe.diagonal[index]);
-    store(panel.loss + v, load(panel.loss + v, Full{}) + broadcast(0.5f) * error * error, Full{});
-    for (int j = 1; j <= rest; ++j) {
-      float* const next = column + j * kPanel + v;
-      store(next, multiply_add(fell, broadcast(factor[j]), load(next, Full{})), Full{});
+// Rounds the columns of a tile one after the other, and lets those after each make up for it.
+// `weights` are theirs at the beginning.
+QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int64_t begin,
+                          const float* factor, const float* weights, int8_t* codes) {
+  const int64_t first = stripe.first;
+  Tile tile = made_up<FloatWords>(panel.values + (first + begin) * kPanel, panel.values, first,
+                                  first + begin, factor);
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) {
+    const int64_t c = begin + j;
+    if (c >= stripe.width) break;
+    const float* const share = factor + (first + c) * kColumns;
+    const float* const scale = panel.scale + stripe.group[c] * kPanel;
+    const float* const zero = panel.zero + stripe.group[c] * kPanel;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * kLanes;
+      const F32 w = tile.column[j][v], step = load(scale + at, Full{});
+      const F32 offset = load(zero + at, Full{});
+      const I32 code = code_of(stripe, w, step, offset);
+      store_bytes(codes + c * kPanel + at, code + round(offset), Full{});
+      const F32 rounded = to_float(code) * step;
+      const F32 fell = load(weights + c * kPanel + at, Full{}) - rounded;
+      store(panel.values + (first + c) * kPanel + at, fell, Full{});
+      const F32 error = (rounded - w) * broadcast(stripe.diagonal[c]);
+      float* const loss = panel.loss + at;
+      store(loss, load(loss, Full{}) + broadcast(0.5f) * error * error, Full{});
+#pragma GCC unroll 16
+      for (int i = j + 1; i < kColumns; ++i) {
+        tile.column[i][v] = multiply_add(fell, broadcast(share[i]), tile.column[i][v]);
+      }
+    }
+  }
+}
+
+// Columns [stripe.far, end), an even number, become words, which are behind one another from the
+// panel's first number on: never beyond what they are made of.
+inline void keep_pairs(const GptqStripe& stripe, const GptqPanel& panel, int64_t end) {
+  for (int64_t c = stripe.far; c + 1 < end; c += 2) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const float* const p = panel.values + c * kPanel + v;
+      store(panel.values + c / 2 * kPanel + v, pair_of(load(p, Full{}), load(p + kPanel, Full{})),
+            Full{});
     }
   }
 }
@@ -259,30 +316,29 @@ QK_INLINE void round_column(const GptqStripe& stripe, const GptqPanel& panel, in
 void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights) {
   const int64_t first = stripe.first, width = stripe.width, depth = first + width;
   std::memcpy(weights, panel.values + first * kPanel, sizeof(float) * width * kPanel);
-  for (int64_t begin = 0; begin < first; begin += kDepth) {
-    const int64_t end = begin + kDepth < first ? begin + kDepth : first;
-    for (int64_t c = 0; c < width; c += kColumns) {
-      update(panel.values, first + c, begin, end, stripe.factor + c * depth);
+  const auto make_up = [&]<class Words>(Words, int64_t from, int64_t to) {
+    for (int64_t begin = from; begin < to; begin += kDepth) {
+      const int64_t end = begin + kDepth < to ? begin + kDepth : to;
+      for (int64_t c = 0; c < width; c += kColumns) {
+        update<Words>(panel.values, first + c, begin, end, stripe.factor + c * depth);
+      }
     }
-  }
+  };
+  if constexpr (kPairs) make_up(PairWords{}, 0, stripe.far / 2);
+  make_up(FloatWords{}, stripe.far, first);
   if (stripe.fit) {
     float* const settled = weights + width * kPanel;
     settle(stripe, panel, weights, settled);
     fit_to(stripe, panel, settled, settled + (width + kColumns) * kPanel);
   }
   for (int64_t c = 0; c < width; c += kColumns) {
-    const float* factor = stripe.factor + c * depth;
-    update(panel.values, first + c, first, first + c, factor);
-    const int n = static_cast<int>(width - c < kColumns ? width - c : kColumns);
-    for (int j = 0; j < n; ++j) {
-      round_column(stripe, panel, c + j, n - 1 - j, factor + (first + c + j) * kColumns + j,
-                   weights + (c + j) * kPanel, codes + (c + j) * kPanel);
-    }
+    round_tile(stripe, panel, c, stripe.factor + c * depth, weights, codes);
   }
   for (int64_t r = 0; r < panel.rows; ++r) {
     int8_t* const out = panel.codes + r * panel.code_stride + first;
     for (int64_t c = 0; c < width; ++c) out[c] = codes[c * kPanel + r];
   }
+  if (kPairs && stripe.pairs) keep_pairs(stripe, panel, depth);
 }
 
 }  // namespace

@@ -13,6 +13,9 @@ namespace {
 
 constexpr auto kOp = "gptq_sweep";
 constexpr int64_t kStripe = 128;
+// Up to so many columns, nothing but fp32. Beyond, what earlier stripes leave to be made up for is
+// summed from bf16 numbers: an error of 2^-9 in what is itself an error.
+constexpr int64_t kExact = 512;
 
 using Optional = std::optional<Tensor>;
 
@@ -113,9 +116,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   const auto factor_of = [&](int64_t p) { return shape.factors == 1 ? 0 : p / each; };
   // A scale of a group waits for the group's weights; a given one, or the row's, does not.
   const bool fit = !scale && group_size != -1;
+  const bool pairs = kernels.pairs && cols > kExact;
+  const auto far_of = [&](int64_t first) { return pairs ? first / 2 * 2 : 0; };
   const auto stripe_of = [&](int64_t first, int64_t columns, const float* packed, int64_t which) {
     return GptqStripe{first,
                       columns,
+                      pairs,
+                      far_of(first),
                       packed,
                       diagonal.data() + which * cols + first,
                       group.data() + first,
@@ -157,8 +164,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
     const int64_t pieces = (depth + 63) / 64;
     parallel_queue(shape.factors * pieces, [&](int64_t i) {
       const int64_t which = i / pieces, begin = i % pieces * 64;
-      kernels.pack(matrix(factor, which), diagonal.data() + which * cols + first, factor.stride(-2),
-                   first, columns, begin, std::min(depth, begin + 64), depth,
+      const GptqPack pack = {matrix(factor, which),
+                             factor.stride(-2),
+                             diagonal.data() + which * cols + first,
+                             first,
+                             columns,
+                             far_of(first)};
+      kernels.pack(pack, begin, std::min(depth, begin + 64),
                    data<float>(packed) + which * stripe_cols * cols);
     });
     parallel_queue(panels, [&](int64_t p) {
