@@ -36,6 +36,7 @@ RECIPES = {
     "fp8 and int4": "{QuantizationModifier: {scheme: {FP8_DYNAMIC: ['re:.*down_proj'], W4A16_ASYM: [Linear]}}}",
     "one layer in W8A16": "{QuantizationModifier: {scheme: {W8A16: ['re:.*layers.1.mlp'], W8A8: [Linear]}}}",
     "groups in order": "{GPTQModifier: {scheme: W4A16_ASYM, actorder: group}}",
+    "smoothed": "{SmoothQuantModifier: {smoothing_strength: 0.8}, GPTQModifier: {scheme: W8A8}}",
     "negative scales": "{GPTQModifier: {scheme: W4A16}}",
     "FP8 cache": "{QuantizationModifier: {kv_cache_scheme: fp8}}",
     "FP8 cache per head": "{QuantizationModifier: {scheme: FP8_DYNAMIC, kv_cache_scheme: "

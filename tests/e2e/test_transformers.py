@@ -76,6 +76,9 @@ def oracle(source: Path, output: Path) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with Checkpoint(output) as checkpoint:
         weights = WeightSource(checkpoint)
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):  # smoothing changes them
+                parameter.data = checkpoint.tensor(name).float()
         for name in weights.modules:
             activations = weights.schemes[name].input_activations
             linear = model.get_submodule(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .jobs import EXAMPLES, quantize
+from .jobs import EXAMPLES, RECIPES, quantize, quantize_by
 
 PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON", "")
 pytestmark = [
@@ -52,7 +52,15 @@ def generate(folder: Path, script: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "W4A16", "FP8_DYNAMIC", "int8_static", "W4A16_ASYM"])
 def test_vllm_loads_and_generates(scheme: str, tmp_path: Path) -> None:
-    output = quantize("tiny-llama", scheme, tmp_path)
+    check(quantize("tiny-llama", scheme, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["negative scales", "smoothed", "attention W8A8, mlp W4A16"])
+def test_vllm_reads_what_recipes_make(recipe: str, tmp_path: Path) -> None:
+    check(quantize_by("tiny-llama", RECIPES[recipe], tmp_path), tmp_path)
+
+
+def check(output: Path, tmp_path: Path) -> None:
     tokens = generate(output, tmp_path / "serve.py")
     plain = generate(EXAMPLES / "models" / "tiny-llama", tmp_path / "serve.py")
     assert all(len(t) == 16 for t in tokens)
