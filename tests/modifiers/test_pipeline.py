@@ -208,3 +208,35 @@ def test_the_report_tells_the_worst_first(tmp_path: Path) -> None:
     worst = max(report.modules, key=lambda m: m.relative or 0)
     assert text.splitlines()[2].startswith(worst.name)
     assert "and 9 more" in text
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W8A8_STATIC_ASYM"])
+def test_every_observer_of_inputs_gives_usable_scales(scheme: str, tmp_path: Path) -> None:
+    """None is wider than the range but admm's, whose scale may exceed it; all readers of one input agree."""
+    make(tmp_path, "llama")
+    found = {}
+    for name in ("minmax", "moving_average", "percentile", "mse", "kl", "eq", "admm"):
+        modifier = QuantizationModifier(scheme=scheme, input_observer=name)
+        found[name] = calibrated(tmp_path, (modifier,), tokens(4))[0].inputs
+    for name, inputs in found.items():
+        for module, (scale, zero_point) in inputs.items():
+            widest = found["minmax"][module][0]
+            assert 0.01 * widest < scale <= widest * (1.2 if name == "admm" else 1.001), (name, module)
+            assert (zero_point is None) == (scheme == "W8A8_STATIC")
+        q, k = (inputs[f"model.layers.1.self_attn.{p}_proj"][0] for p in "qk")
+        assert torch.equal(q, k)
+    assert len({float(i["model.layers.1.mlp.down_proj"][0]) for i in found.values()}) > 4, "they differ"
+
+
+def test_scales_of_the_cache_are_the_largest_keys_and_values(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    whole = QuantizationModifier(scheme="W8A8", kv_cache_scheme="int8")
+    heads = QuantizationModifier(
+        scheme="W8A8", kv_cache_scheme={"num_bits": 8, "type": "int", "strategy": "attn_head", "symmetric": True}
+    )
+    (one, _), (per_head, _) = (calibrated(tmp_path, (m,), tokens(4)) for m in (whole, heads))
+    assert set(one.caches) == {f"model.layers.{i}.self_attn" for i in range(3)}
+    for name, (key, value) in one.caches.items():
+        assert key.shape == value.shape == (1,)
+        assert per_head.caches[name][0].shape == (2,)
+        assert torch.equal(per_head.caches[name][0].amax().reshape(1), key)
