@@ -55,24 +55,6 @@ std::vector<float> diagonals_of(const Tensor& factor, const SweepShape& shape) {
   return diagonal;
 }
 
-// Rows [first, first + rows) of w as a panel, zero beyond them; whether they are all finite.
-bool load_panel(const float* source, int64_t stride, int64_t cols, int64_t rows, int64_t width,
-                float* panel) {
-  constexpr int64_t kColumns = 16;  // a cache line of each row at a time
-  float residue = 0.0f;             // x - x is zero unless x is infinite or NaN
-  for (int64_t c = 0; c < cols; c += kColumns) {
-    const int64_t end = std::min(cols, c + kColumns);
-    for (int64_t r = 0; r < width; ++r) {
-      for (int64_t i = c; i < end; ++i) {
-        const float x = r < rows ? source[r * stride + i] : 0.0f;
-        residue += x - x;
-        panel[i * width + r] = x;
-      }
-    }
-  }
-  return residue == 0.0f;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
@@ -141,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   parallel_queue(panels, [&](int64_t p) {
     const GptqPanel panel = panel_of(p);
     const int64_t first = p % each * width;
-    if (!load_panel(matrix(w, p / each) + first * w.stride(-2), w.stride(-2), cols, panel.rows,
-                    width, panel.values)) {
+    if (!kernels.load(matrix(w, p / each) + first * w.stride(-2), w.stride(-2), cols, panel.rows,
+                      panel.values)) {
       finite = false;
     }
     std::fill(panel.values + cols * width, panel.values + padded * width, 0.0f);
