@@ -60,7 +60,7 @@ struct GptqKernels {
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
   // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *
-  // (3 * width + 2 * panel_cols) zeros.
+  // (3 * width + 2 * panel_cols).
   void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights);
 };
 

@@ -271,6 +271,7 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
   for (int64_t i = 0; i < width * kPanel; i += kLanes) {
     store(out + i, load(values + i, Full{}) - load(weights + i, Full{}), Full{});
   }
+  std::memset(out + width * kPanel, 0, sizeof(float) * kColumns * kPanel);  // tiles reach over
   for (int64_t c = 0; c < width; c += kColumns) {
     const float* factor = stripe.factor + c * depth + first * kColumns;
     update<FloatWords>(out, c, 0, c, factor);

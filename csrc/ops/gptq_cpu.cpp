@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 
 #include "ops/cpu_ops.h"
 #include "ops/gptq.h"
@@ -156,11 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
                    data<float>(packed) + which * stripe_cols * cols);
     });
     parallel_queue(panels, [&](int64_t p) {
-      std::vector<int8_t> rounded(columns * width);
-      std::vector<float> weights((3 * columns + 2 * tile) * width);
+      const auto rounded = std::make_unique_for_overwrite<int8_t[]>(columns * width);
+      const auto scratch =
+          std::make_unique_for_overwrite<float[]>((3 * columns + 2 * tile) * width);
       const float* const part = data<float>(packed) + factor_of(p) * stripe_cols * cols;
-      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.data(),
-                    weights.data());
+      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.get(),
+                    scratch.get());
     });
   }
 
