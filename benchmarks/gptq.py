@@ -26,7 +26,7 @@ GRAMS = ((16384, 1024), (2048, 1024), (2048, 2816), (2048, 4096))
 SHAPES = ((1024, 1024), (1024, 2816), (4096, 4096))
 EXPERTS = (8, 768, 2048)
 SWEEP: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5, "group_size": 128}
-SEARCH: dict[str, Any] = {"search_range": 0.2, "search_steps": 20}
+SEARCH: dict[str, Any] = {"search_range": 0.25, "search_steps": 5, "signs": True}  # what GPTQModifier asks for
 # Answers each line [rows, cols] on its input with the seconds of one call.
 PEER = """
 import json, sys, time, torch

@@ -18,6 +18,8 @@ struct FactorKernels {
                   float* x);
   // x[i][width] = - sum of inverse[k][i] * x[k][width], k in [i, n), in place.
   void (*triangle)(const float* inverse, int64_t n, float* x);
+  // out[i * stride + k] = x[k][width]'s number i, k in [0, rows).
+  void (*turn)(const float* x, int64_t rows, float* out, int64_t stride);
   // h [n][n], of which the lower half is read, becomes the lower L with L^T L = h, and `inverse`
   // gets L^-1, also lower. In fp64: what is lost here is lost for all rows above. The number of
   // columns that worked out, from the last one on: all n unless h is not positive definite.

@@ -4,6 +4,6 @@
 namespace qk::QK_ISA {
 
 extern const FactorKernels factor;
-const FactorKernels factor = {kWidth, kRows, product, triangle, diagonal};
+const FactorKernels factor = {kWidth, kRows, product, triangle, turn, diagonal};
 
 }  // namespace qk::QK_ISA

@@ -1,5 +1,6 @@
 // The kernels of factor.h for AVX-512.
 #include "cpu/simd_avx512.h"
+#include "cpu/transpose_avx512.h"
 
 namespace qk::avx512 {
 namespace {

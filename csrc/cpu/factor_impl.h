@@ -5,6 +5,7 @@
 
 #include "cpu/factor.h"
 #include "cpu/numeric.inl"
+#include "cpu/transpose.inl"
 
 namespace qk::QK_ISA {
 namespace {
@@ -82,6 +83,18 @@ void triangle(const float* inverse, int64_t n, float* x) {
   for (int64_t i = 0; i < n; i += kRows) {
     finish_tile(products(inverse + i * n + i, n, x + i * kWidth, n - i), x + i * kWidth,
                 [](F32, F32 sum) { return broadcast(0.0f) - sum; });
+  }
+}
+
+void turn(const float* x, int64_t rows, float* out, int64_t stride) {
+  int64_t k = 0;
+  for (; k + kLanes <= rows; k += kLanes) {
+    for (int c = 0; c < kWidth; c += kLanes) {
+      transpose(x + k * kWidth + c, kWidth, out + c * stride + k, stride);
+    }
+  }
+  for (; k < rows; ++k) {
+    for (int c = 0; c < kWidth; ++c) out[c * stride + k] = x[k * kWidth + c];
   }
 }
 

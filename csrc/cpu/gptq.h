@@ -53,12 +53,14 @@ struct GptqPack {
 struct GptqKernels {
   int panel_rows, panel_cols;
   bool pairs;  // whether there are units for products of pairs: twice as fast
+  // w's rows as a panel's values, zeros in lanes beyond them; whether they are all finite.
+  bool (*load)(const float* w, int64_t stride, int64_t cols, int64_t rows, float* values);
   // Rows [begin, end), of which `begin` is even.
   void (*pack)(const GptqPack& pack, int64_t begin, int64_t end, float* packed);
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
   // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *
-  // (3 * width + 2 * panel_cols) zeros.
+  // (3 * width + 2 * panel_cols).
   void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights);
 };
 

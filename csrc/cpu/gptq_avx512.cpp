@@ -1,5 +1,6 @@
 // The kernels of gptq.h for AVX-512; pairs go to the units for dot products of bf16.
 #include "cpu/simd_avx512.h"
+#include "cpu/transpose_avx512.h"
 
 namespace qk::avx512 {
 namespace {

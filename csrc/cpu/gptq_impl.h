@@ -4,6 +4,7 @@
 
 #include "cpu/gptq.h"
 #include "cpu/scale_impl.h"
+#include "cpu/transpose.inl"
 
 namespace qk::QK_ISA {
 namespace {
@@ -31,6 +32,33 @@ QK_INLINE I32 rounded_to_bf16(F32 x) {
 QK_INLINE F32 pair_of(F32 even, F32 odd) {
   const I32 low = shift_right<16>(rounded_to_bf16(even));
   return from_bits(low | (rounded_to_bf16(odd) & broadcast(-65536)));
+}
+
+bool load_rows(const float* w, int64_t stride, int64_t cols, int64_t rows, float* values) {
+  F32 residue = broadcast(0.0f);  // x - x is zero unless x is infinite or NaN
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+    for (int64_t v = 0; v < kPanel; v += kLanes) {
+      float* const out = values + c * kPanel + v;
+      if (n == kLanes && rows - v >= kLanes) {
+        transpose(w + v * stride + c, stride, out, kPanel);
+      } else {
+        for (int64_t r = 0; r < kLanes; ++r) {
+          for (int64_t i = 0; i < n; ++i) {
+            out[i * kPanel + r] = v + r < rows ? w[(v + r) * stride + c + i] : 0.0f;
+          }
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const F32 x = load(out + i * kPanel, Full{});
+        residue = residue + (x - x);
+      }
+    }
+  }
+  float left[kLanes], sum = 0.0f;
+  store(left, residue, Full{});
+  for (float x : left) sum += x;
+  return sum == 0.0f;
 }
 
 void pack_factor(const GptqPack& p, int64_t begin, int64_t end, float* packed) {
@@ -243,6 +271,7 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
   for (int64_t i = 0; i < width * kPanel; i += kLanes) {
     store(out + i, load(values + i, Full{}) - load(weights + i, Full{}), Full{});
   }
+  std::memset(out + width * kPanel, 0, sizeof(float) * kColumns * kPanel);  // tiles reach over
   for (int64_t c = 0; c < width; c += kColumns) {
     const float* factor = stripe.factor + c * depth + first * kColumns;
     update<FloatWords>(out, c, 0, c, factor);
@@ -313,6 +342,29 @@ inline void keep_pairs(const GptqStripe& stripe, const GptqPanel& panel, int64_t
   }
 }
 
+// Row by row, four columns in a word.
+inline void store_codes(const GptqStripe& stripe, const GptqPanel& panel, const int8_t* codes) {
+  int8_t* const out = panel.codes + stripe.first;
+  int64_t c = 0;
+  for (; c + 4 <= stripe.width; c += 4) {
+    float words[kPanel];
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const auto column = [&](int i) {
+        return load_signed(codes + (c + i) * kPanel + v, Full{}) & broadcast(0xff);
+      };
+      const I32 low = column(0) | shift_left<8>(column(1));
+      const I32 high = column(2) | shift_left<8>(column(3));
+      store(words + v, from_bits(low | shift_left<16>(high)), Full{});
+    }
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      std::memcpy(out + r * panel.code_stride + c, words + r, sizeof(float));
+    }
+  }
+  for (; c < stripe.width; ++c) {
+    for (int64_t r = 0; r < panel.rows; ++r) out[r * panel.code_stride + c] = codes[c * kPanel + r];
+  }
+}
+
 void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights) {
   const int64_t first = stripe.first, width = stripe.width, depth = first + width;
   std::memcpy(weights, panel.values + first * kPanel, sizeof(float) * width * kPanel);
@@ -334,10 +386,7 @@ void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* code
   for (int64_t c = 0; c < width; c += kColumns) {
     round_tile(stripe, panel, c, stripe.factor + c * depth, weights, codes);
   }
-  for (int64_t r = 0; r < panel.rows; ++r) {
-    int8_t* const out = panel.codes + r * panel.code_stride + first;
-    for (int64_t c = 0; c < width; ++c) out[c] = codes[c * kPanel + r];
-  }
+  store_codes(stripe, panel, codes);
   if (kPairs && stripe.pairs) keep_pairs(stripe, panel, depth);
 }
 

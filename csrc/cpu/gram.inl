@@ -1,5 +1,6 @@
 // The table of gram.h for one ISA.
 #include "cpu/gram_impl.h"
+#include "cpu/transpose.inl"
 
 namespace qk::QK_ISA {
 namespace {
@@ -26,15 +27,6 @@ void multiply(DType dtype, const void* packed, int64_t stripe, int64_t tokens, i
   static_cast<void>(dtype);
   gram_stripe<FloatWords>(packed, stripe, tokens, first, cols, g);
 }
-
-#ifndef QK_TRANSPOSE
-// out[i][j] = x[j][i] for 16 x 16 numbers.
-void transpose(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) out[i * out_stride + j] = x[j * x_stride + i];
-  }
-}
-#endif
 
 // 16 x 16 numbers at a time, whole cache lines on either side.
 void mirror(float* g, int64_t n, int64_t first) {

@@ -107,13 +107,10 @@ class Step {
   }
 
   void finish(int64_t stripe) {
-    const float* const block = r(stripe, begin_);
+    const int64_t n = problem_.n;
     kernels_.triangle(inverse_.data(), rows_, r(stripe, begin_));
-    const int64_t count = std::min(end_, problem_.n) - begin_;
-    for (int64_t c = 0; c < width_; ++c) {
-      float* const out = problem_.out + (stripe * width_ + c) * problem_.n + begin_;
-      for (int64_t k = 0; k < count; ++k) out[k] = block[k * width_ + c];
-    }
+    kernels_.turn(r(stripe, begin_), std::min(end_, n) - begin_,
+                  problem_.out + stripe * width_ * n + begin_, n);
   }
 
   const Problem problem_;

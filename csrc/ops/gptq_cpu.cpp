@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 
 #include "ops/cpu_ops.h"
 #include "ops/gptq.h"
@@ -53,24 +54,6 @@ std::vector<float> diagonals_of(const Tensor& factor, const SweepShape& shape) {
     diagonal[i] = d;
   }
   return diagonal;
-}
-
-// Rows [first, first + rows) of w as a panel, zero beyond them; whether they are all finite.
-bool load_panel(const float* source, int64_t stride, int64_t cols, int64_t rows, int64_t width,
-                float* panel) {
-  constexpr int64_t kColumns = 16;  // a cache line of each row at a time
-  float residue = 0.0f;             // x - x is zero unless x is infinite or NaN
-  for (int64_t c = 0; c < cols; c += kColumns) {
-    const int64_t end = std::min(cols, c + kColumns);
-    for (int64_t r = 0; r < width; ++r) {
-      for (int64_t i = c; i < end; ++i) {
-        const float x = r < rows ? source[r * stride + i] : 0.0f;
-        residue += x - x;
-        panel[i * width + r] = x;
-      }
-    }
-  }
-  return residue == 0.0f;
 }
 
 }  // namespace
@@ -141,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   parallel_queue(panels, [&](int64_t p) {
     const GptqPanel panel = panel_of(p);
     const int64_t first = p % each * width;
-    if (!load_panel(matrix(w, p / each) + first * w.stride(-2), w.stride(-2), cols, panel.rows,
-                    width, panel.values)) {
+    if (!kernels.load(matrix(w, p / each) + first * w.stride(-2), w.stride(-2), cols, panel.rows,
+                      panel.values)) {
       finite = false;
     }
     std::fill(panel.values + cols * width, panel.values + padded * width, 0.0f);
@@ -174,11 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
                    data<float>(packed) + which * stripe_cols * cols);
     });
     parallel_queue(panels, [&](int64_t p) {
-      std::vector<int8_t> rounded(columns * width);
-      std::vector<float> weights((3 * columns + 2 * tile) * width);
+      const auto rounded = std::make_unique_for_overwrite<int8_t[]>(columns * width);
+      const auto scratch =
+          std::make_unique_for_overwrite<float[]>((3 * columns + 2 * tile) * width);
       const float* const part = data<float>(packed) + factor_of(p) * stripe_cols * cols;
-      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.data(),
-                    weights.data());
+      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.get(),
+                    scratch.get());
     });
   }
 

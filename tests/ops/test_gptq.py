@@ -252,6 +252,33 @@ def test_less_error_than_rounding_to_nearest() -> None:
     torch.testing.assert_close(2 * loss.double(), error(codes, scale), rtol=1e-3, atol=0)
 
 
+def loss_of(w: Tensor, g: Tensor, codes: Tensor, scale: Tensor, group: int) -> Tensor:
+    """In fp64, of each row."""
+    difference = codes.double() * scale.double().repeat_interleave(group, 1)[:, : w.shape[1]] - w
+    damped = g.double() + 0.01 * g.double().diagonal().mean() * torch.eye(len(g))
+    return 0.5 * ((difference @ damped) * difference).sum(1)
+
+
+@pytest.mark.parametrize(("cols", "group"), [(2048, 128), (1111, 37)])
+@pytest.mark.parametrize("signs", [False, True])
+def test_wide_ones_lose_nothing_by_bf16(cols: int, group: int, signs: bool) -> None:
+    w, g = problem(160, cols)
+    factor, _ = ops.gptq_factor(g, 0.01)
+    steps = (0.25, 5, True) if signs else (0.0, 0, False)
+    args = (w, factor, None, None, group, -8, 7, True, 7.5, torch.float32, None, *steps)
+    codes, scale, _, loss = torch.ops.quantkit.gptq_sweep(*args)
+    found = loss_of(w, g, codes, scale, group)
+    # What the sweep believes is without the error of bf16, which hence adds less than this.
+    torch.testing.assert_close(loss.double().sum(), found.sum(), rtol=2e-4, atol=0)
+    plain_codes, plain_scale, _, _ = ops._library.REFERENCES["gptq_sweep"](*args)
+    plain = loss_of(w, g, plain_codes, plain_scale, group)
+    assert (codes == plain_codes).double().mean() > 0.8
+    # A code that falls the other way changes all after it, for better or worse: rows differ by chance.
+    chance = (found - plain).std() * len(w) ** 0.5
+    assert abs(found.sum() - plain.sum()) < 1e-3 * plain.sum() + 3 * chance
+    assert 3 * chance < 0.01 * plain.sum()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_fit_the_dtype_that_will_hold_them(dtype: torch.dtype) -> None:
     w, g = problem(20, 96)

@@ -1,6 +1,7 @@
 // The GPTQ sweep within a stripe of columns. Every product, sum and rounding is that of the CPU
-// kernels (csrc/cpu/gptq_impl.h) in the same order, so that the codes are the same bits: errors are
-// taken off in the order of their columns, with one rounding each.
+// kernels (csrc/cpu/gptq_impl.h) in the same order, so that the codes are the same bits (but for
+// wide matrices where the CPU sums bf16 numbers): errors are taken off in the order of their
+// columns, with one rounding each.
 //
 // stripe_kernel: 32 rows to a block, four threads to a row, of which each holds every fourth run of
 // four columns in registers; the stripe's square of shares is in shared memory. The thread that

@@ -410,6 +410,9 @@ def gptq_sweep(
 
     w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all of them; all results
     then have B in front.
+
+    Beyond 512 columns a CPU with dot products of bf16 pairs sums what stripes of columns leave to later ones from
+    numbers rounded to bf16, an error of 2^-9 in what is itself an error: some codes differ from elsewhere, none worse.
     """
     return _sweep(
         w,
