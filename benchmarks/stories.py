@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from synthetic import EMBEDDED
 from torch import Tensor
 
 
 def convert(binary: Path, folder: Path) -> Path:
-    """Write the checkpoint of llama2.c's `binary` to `folder`: fp32, tied embeddings, no tokenizer."""
+    """Write the checkpoint of llama2.c's `binary` to `folder`: fp32, tied embeddings."""
     raw = binary.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", raw[:28])
     numbers = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
@@ -71,6 +73,9 @@ def convert(binary: Path, folder: Path) -> Path:
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    # Another model's: text comes as ids, but llm-compressor does not start without a tokenizer.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, folder / name)
     return folder
 
 

@@ -212,3 +212,10 @@ def test_fp8_block_is_angelslims() -> None:
     assert dynamic == expected | {"activation_scheme": "dynamic"}
     with pytest.raises(ConfigError, match=r"holds one scheme, not 2 \(FP8, FP8_DYNAMIC\)"):
         fp8.config_block([every("FP8"), every("FP8_DYNAMIC")], [], [])
+
+
+def test_llm_compressors_word_for_act_order_is_read() -> None:
+    """It writes "static" where columns were taken by their inputs and groups stay in place."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "actorder": "static"}
+    block = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}}
+    assert ct.read_schemes(block)("model.layers.0.mlp.up_proj").weights.actorder == "weight"

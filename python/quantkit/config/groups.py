@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, nearest
 from .fields import FieldError, require
-from .schemes import QuantizationArgs, QuantizationScheme
+from .schemes import ACTORDER_ALIASES, QuantizationArgs, QuantizationScheme
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def args_of(key: str, value: MappingType[str, Any]) -> QuantizationArgs:
     if isinstance(given.get("block_structure"), list):
         given["block_structure"] = tuple(given["block_structure"])
     if "actorder" in given:
-        given["actorder"] = {"static": "weight", "dynamic": "group"}.get(given["actorder"], given["actorder"])
+        given["actorder"] = ACTORDER_ALIASES.get(given["actorder"], given["actorder"])
     if "strategy" not in given:  # compressed-tensors' rule
         size = given.get("group_size")
         given["strategy"] = "tensor" if size is None else ("group" if size > 0 else "channel")

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ..errors import ConfigError
 
 Strategy = Literal["tensor", "channel", "group", "block", "token", "attn_head"]
+# compressed-tensors' other words for an `actorder`.
+ACTORDER_ALIASES = {"static": "weight", "dynamic": "group"}
 STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "group", "block", "token", "attn_head")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.layout import OutputTensor
-from ..config.schemes import QuantizationArgs, QuantizationScheme
+from ..config.schemes import ACTORDER_ALIASES, QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
         known["block_structure"] = tuple(known["block_structure"])
     if known.get("dynamic"):
         known.pop("observer", None)
+    if "actorder" in known:
+        known["actorder"] = ACTORDER_ALIASES.get(known["actorder"], known["actorder"])
     try:
         return QuantizationArgs(**known)
     except ConfigError as error:
