@@ -411,8 +411,6 @@ def _save_tokenizer(tokenizer: Any, where: str, output: Path, remote: bool) -> N
 
 def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progress: bool) -> None:
     """In place, once everything is computed."""
-    import torch
-
     from . import engine
     from .live_output import LiveOutput, LiveSink
     from .models.live import LiveCheckpoint
@@ -428,8 +426,7 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
     if rows is None:
         engine.data_free(plan, checkpoint, sink, progress=progress)
     else:
-        dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
-        skeleton = Skeleton(checkpoint.folder, checkpoint.names(), dtype=dtype, like=model)
+        skeleton = Skeleton(checkpoint.folder, checkpoint.names(), dtype=engine.forward_dtype(config), like=model)
         report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)
         _tell(report, progress)
     LiveOutput(checkpoint, config, sink, report).install(plan)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
 from .audit import AuditResult, audit
-from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
 from .checkpoint.native import host
 from .checkpoint.reader import Checkpoint
@@ -111,7 +110,7 @@ class WrittenOutput:
         self.plan, self.writer = plan, writer
 
     def weight(self, module: str, quantized: QuantizedTensor) -> None:
-        tensors = self.plan.format.pack_weight(module, quantized, scale_dtype(self.plan, module))
+        tensors = self.plan.format.pack_weight(module, quantized, self.plan.scale_dtype(module))
         for name, tensor in tensors.items():
             self.writer.write(name, tensor)
 
@@ -125,12 +124,6 @@ class WrittenOutput:
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale).items():
             self.writer.write(name, tensor)
-
-
-def scale_dtype(plan: Plan, module: str) -> torch.dtype:
-    """What the format stores `module`'s weight scale in; codes are made with scales rounded to it."""
-    planned = plan.modules[module]
-    return torch_dtype(plan.format.scale_dtype(planned.scheme, planned.dtype))
 
 
 class WeightReader(Protocol):
@@ -153,10 +146,9 @@ def data_free(
         for name, info in plan.checkpoint.tensors.items():
             module = name.removesuffix(".weight")
             if module != name and module in plan.modules:
-                scheme = plan.modules[module].scheme
-                dtype, pack = scale_dtype(plan, module), plan.format.packs(scheme)
-                weight = source.tensor(name)
-                sink.weight(module, quantize_weight(module, weight, scheme.weights, scale_dtype=dtype, pack=pack))
+                weight, args = source.tensor(name), plan.modules[module].scheme.weights
+                dtype, pack = plan.scale_dtype(module), plan.packs(module)
+                sink.weight(module, quantize_weight(module, weight, args, scale_dtype=dtype, pack=pack))
                 source.release(name)
                 host().release_free_memory()
             elif copy is not None:
@@ -180,7 +172,7 @@ def calibrate(
     from .report.calibration import CalibrationReport
 
     report = CalibrationReport()
-    pipeline = Pipeline(plan, sink, scale_dtype=lambda module: scale_dtype(plan, module), report=report)
+    pipeline = Pipeline(plan, sink, report)
     with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
         report.listener = bar.note
         seen = sweep(skeleton, source, batches(rows), pipeline, progress=bar, all_experts=plan.recipe.all_experts)
@@ -190,6 +182,14 @@ def calibrate(
     return report
 
 
+def forward_dtype(config: RunConfig) -> torch.dtype | None:
+    """That of the calibration forward; None: the checkpoint's own."""
+    import torch
+
+    name = config.model.torch_dtype
+    return None if name == "auto" else getattr(torch, name)
+
+
 def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
     return lambda name: writer.copy(name, plan.checkpoint.tensors[name], plan.checkpoint)
 
@@ -197,16 +197,15 @@ def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
 def _calibrated(
     plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None, progress: bool
 ) -> CalibrationReport:
-    import torch
-
     from .calibration.dataset import load_rows, load_tokenizer
     from .formats.source import WeightSource
     from .models.skeleton import Skeleton
 
     config, checkpoint = plan.config, plan.checkpoint
-    dtype = None if config.model.torch_dtype == "auto" else getattr(torch, config.model.torch_dtype)
     remote = config.model.trust_remote_code
-    skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=dtype, trust_remote_code=remote)
+    skeleton = Skeleton(
+        checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote
+    )
     if rows is None:
         assert config.dataset is not None
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)

@@ -4,13 +4,12 @@ the cache, rounded to what their codes can hold.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .config.schemes import QuantizationArgs
-from .formats.source import fake_quantize
+from .formats.source import cache_quantizer, fake_quantize
 
 
 class InputQuantizer:
@@ -35,10 +34,7 @@ class CacheQuantizer:
     """
 
     def __init__(self, args: QuantizationArgs, keys: Tensor, values: Tensor) -> None:
-        by_head = args.strategy == "attn_head"
-        # A row of codes for each head; scales of their own are what rows have in strategy "channel".
-        self.args = replace(args, strategy="channel" if by_head else "tensor")
-        self.scales = (keys.reshape(-1, 1), values.reshape(-1, 1))
+        self.keys, self.values = cache_quantizer(args, keys), cache_quantizer(args, values)
 
     def __call__(
         self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
@@ -50,12 +46,7 @@ class CacheQuantizer:
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """keys, values [rows, heads, tokens, head size] as the cache holds them."""
-        return self._round(keys, self.scales[0]), self._round(values, self.scales[1])
-
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        by_head = x.transpose(0, 1)
-        flat = by_head.reshape(by_head.shape[0], -1)
-        return fake_quantize(flat, self.args, scale.to(x.device)).reshape(by_head.shape).transpose(0, 1)
+        return self.keys(keys), self.values(values)
 
 
 class _RoundingCache:

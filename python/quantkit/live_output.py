@@ -19,7 +19,7 @@ from .checkpoint.layout import OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
-from .engine import scale_dtype, side_files
+from .engine import WrittenOutput, side_files
 from .errors import CheckpointError, ConfigError, nearest
 from .live_hooks import CacheQuantizer, InputQuantizer
 from .models.live import LiveCheckpoint
@@ -27,6 +27,7 @@ from .plan import Plan, build_plan
 from .quantized import QuantizedTensor
 
 if TYPE_CHECKING:
+    from .modifiers.sink import Sink
     from .report.calibration import CalibrationReport
 
 GENERATION = "generation_config.json"
@@ -54,6 +55,15 @@ class LiveSink:
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         self.caches[attention] = (key_scale, value_scale)
+
+    def hand_codes_to(self, other: Sink) -> None:
+        """Give `other` all that a model's own parameters do not hold."""
+        for module, quantized in self.weights.items():
+            other.weight(module, quantized)
+        for module, scales in self.inputs.items():
+            other.input(module, *scales)
+        for attention, cache_scales in self.caches.items():
+            other.cache(attention, *cache_scales)
 
 
 class LiveOutput:
@@ -121,8 +131,7 @@ class LiveOutput:
     def _compressed(self, folder: Path, config: RunConfig) -> None:
         plan = build_plan(config, cast(Checkpoint, self.checkpoint))
         with CheckpointWriter(plan.layout, folder) as writer:
-            for name, tensor in _stored(plan, self.sink).items():
-                writer.write(name, tensor)
+            self.sink.hand_codes_to(WrittenOutput(plan, writer))
             for name in writer.missing():
                 writer.write(name, self.checkpoint.parameters[name])
             self._generation(writer)
@@ -146,18 +155,6 @@ class LiveOutput:
         config = getattr(self.checkpoint.model, "generation_config", None)
         if config is not None:
             writer.side_file(GENERATION, config.to_json_string(use_diff=True).encode())
-
-
-def _stored(plan: Plan, sink: LiveSink) -> dict[str, Tensor]:
-    """The named tensors that the format makes of what the modifiers gave."""
-    found: dict[str, Tensor] = {}
-    for module, quantized in sink.weights.items():
-        found |= plan.format.pack_weight(module, quantized, scale_dtype(plan, module))
-    for module, (scale, zero_point) in sink.inputs.items():
-        found |= plan.format.pack_activations(module, scale, zero_point)
-    for attention, (k_scale, v_scale) in sink.caches.items():
-        found |= plan.format.kv_scales(attention, k_scale, v_scale)
-    return found
 
 
 def _saving(config: RunConfig, folder: Path, max_shard_size: int | str | None) -> RunConfig:

@@ -11,8 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .checkpoint.dtypes import torch_dtype
 from .checkpoint.layout import Layout, OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
 from .config.groups import SchemeGroup
@@ -25,6 +26,9 @@ from .formats import Format, format_by_name
 from .models.families import Family, family_of, text_config
 from .models.mappings import Smoothing, smoothings
 from .targets import assign, match_ignore, served, served_targets
+
+if TYPE_CHECKING:
+    import torch
 
 FLOATS = ("BF16", "F16", "F32")
 TENSOR_PARALLEL = (2, 4, 8)
@@ -82,6 +86,15 @@ class Plan:
     def recipe(self) -> Recipe:
         """What is done, modifier by modifier."""
         return self.config.recipe
+
+    def scale_dtype(self, module: str) -> torch.dtype:
+        """What the format stores `module`'s weight scale in; codes are made with scales rounded to it."""
+        planned = self.modules[module]
+        return torch_dtype(self.format.scale_dtype(planned.scheme, planned.dtype))
+
+    def packs(self, module: str) -> bool:
+        """Whether `module`'s codes go into int32 words."""
+        return self.format.packs(self.modules[module].scheme)
 
     def require_room(self) -> None:
         """PlanError if this machine lacks the memory or the disk that the run needs."""

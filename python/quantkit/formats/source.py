@@ -113,20 +113,8 @@ class WeightSource:
         return int(rows), int(cols)
 
     def _cache_quantizers(self, attention: str, args: QuantizationArgs) -> tuple[Quantizer, Quantizer]:
-        def of(scale: Tensor) -> Quantizer:
-            # A row for each head, or for each vector of the one tensor.
-            by_head = args.strategy == "attn_head"
-            rounded = replace(args, strategy="channel" if by_head else "tensor")
-
-            def quantize(x: Tensor) -> Tensor:
-                rows = x.transpose(0, 1) if by_head else x
-                flat = rows.reshape(rows.shape[0], -1)
-                return fake_quantize(flat, rounded, scale).reshape(rows.shape).transpose(0, 1 if by_head else 0)
-
-            return quantize
-
-        keys, values = (self.checkpoint.tensor(f"{attention}.{p}").float().reshape(-1, 1).clone() for p in CACHE_PARTS)
-        return of(keys), of(values)
+        keys, values = (self.checkpoint.tensor(f"{attention}.{part}").float().clone() for part in CACHE_PARTS)
+        return cache_quantizer(args, keys), cache_quantizer(args, values)
 
     def _input_quantizer(self, module: str, args: QuantizationArgs) -> Quantizer:
         if args.dynamic:
@@ -136,6 +124,22 @@ class WeightSource:
         if not args.symmetric:
             zero_point = self.checkpoint.tensor(f"{module}.input_zero_point").reshape(1, 1).clone()
         return lambda x: fake_quantize(x, args, scale, zero_point)
+
+
+def cache_quantizer(args: QuantizationArgs, scale: Tensor) -> Quantizer:
+    """What rounds keys or values [rows, heads, tokens, head size] to what an 8-bit cache holds. `scale`: fp32, one
+    number, or one for each head with strategy "attn_head".
+    """
+    # A row of codes for each head; scales of their own are what rows have in strategy "channel".
+    rounded = replace(args, strategy="channel" if args.strategy == "attn_head" else "tensor")
+    scale = scale.reshape(-1, 1)
+
+    def quantize(x: Tensor) -> Tensor:
+        by_head = x.transpose(0, 1)
+        flat = by_head.reshape(by_head.shape[0], -1)
+        return fake_quantize(flat, rounded, scale.to(x.device)).reshape(by_head.shape).transpose(0, 1)
+
+    return quantize
 
 
 def fake_quantize(

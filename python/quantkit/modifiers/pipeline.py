@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -32,18 +32,11 @@ class Pipeline:
     the first forward gathers statistics, every modifier works on them in turn, and the second runs with the outcome.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        sink: Sink,
-        *,
-        scale_dtype: Callable[[str], torch.dtype],
-        report: CalibrationReport,
-    ) -> None:
+    def __init__(self, plan: Plan, sink: Sink, report: CalibrationReport) -> None:
         self.plan, self.sink, self.report = plan, sink, report
         self.modules = plan.modules
-        self.scale_dtypes = {name: scale_dtype(name) for name in plan.modules}
-        self.packs = {name: plan.format.packs(planned.scheme) for name, planned in plan.modules.items()}
+        self.scale_dtypes = {name: plan.scale_dtype(name) for name in plan.modules}
+        self.packs = {name: plan.packs(name) for name in plan.modules}
         self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
         self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
