@@ -7,6 +7,7 @@ from .gptq import factor_with_retry, gptq_factor, gptq_sweep
 from .gram import gram_accumulate
 from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
 from .histogram_scale import histogram_scale
+from .int8_mixed import int8_mixed_gemm
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
@@ -14,6 +15,7 @@ from .rtn import rtn_fp8, rtn_int
 from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
 from .search import mse_scale, percentile_scale
 from .smooth import smoothquant_scales
+from .w8a8 import int8_gemm, pack_w8a8, w8a8_gemm
 
 _load.load_libraries()
 
@@ -32,11 +34,14 @@ __all__ = [
     "gram_accumulate",
     "histogram_accumulate",
     "histogram_scale",
+    "int8_gemm",
+    "int8_mixed_gemm",
     "int8_quant_per_token",
     "merge_histograms",
     "minmax",
     "mse_scale",
     "pack_int32",
+    "pack_w8a8",
     "pack_zero_points",
     "percentile_scale",
     "quantization_error",
@@ -48,4 +53,5 @@ __all__ = [
     "symmetric_scale",
     "unpack_int32",
     "unpack_zero_points",
+    "w8a8_gemm",
 ]
