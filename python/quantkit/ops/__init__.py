@@ -1,6 +1,7 @@
 """quantkit's ops: `torch.ops.quantkit.*` with documented Python wrappers. Imports nothing else of quantkit."""
 
 from . import _load
+from .attention import sage_attention
 from .awq import awq_search
 from .error import quantization_error
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
@@ -8,6 +9,7 @@ from .gram import gram_accumulate
 from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
 from .histogram_scale import histogram_scale
 from .int8_mixed import int8_mixed_gemm
+from .kv_cache import kv_append, kv_attention, kv_read
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
@@ -37,6 +39,9 @@ __all__ = [
     "int8_gemm",
     "int8_mixed_gemm",
     "int8_quant_per_token",
+    "kv_append",
+    "kv_attention",
+    "kv_read",
     "merge_histograms",
     "minmax",
     "mse_scale",
@@ -49,6 +54,7 @@ __all__ = [
     "quantize_int",
     "rtn_fp8",
     "rtn_int",
+    "sage_attention",
     "smoothquant_scales",
     "symmetric_scale",
     "unpack_int32",
