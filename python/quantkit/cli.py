@@ -1,4 +1,4 @@
-"""The command line: parse, call the engine, print. Exit status: 0 fine, 1 an audit failed, 2 a user's error."""
+"""The command line: parse, call the engine, print. Exit status: 0 fine, 1 an audit or check failed, 2 a user error."""
 
 from __future__ import annotations
 
@@ -79,6 +79,16 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    from .conformance import check_folder
+
+    verdict = check_folder(args.folder, args.client, hardware=args.on, tensor_parallel=args.tensor_parallel)
+    print(verdict.render())
+    if args.json:
+        Path(args.json).write_text(verdict.to_json() + "\n")
+    return 0 if verdict.ok else 1
+
+
 def _env(args: argparse.Namespace) -> int:
     from .env import report
 
@@ -124,6 +134,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--windows", type=int, default=100, help="how many windows of the text (default 100)")
     sub.add_argument("--window-length", type=int, default=256, metavar="N", help="tokens in a window (default 256)")
     sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
+
+    sub = add("check", _check, "say whether a server takes a quantized folder, by its loader's own rules")
+    sub.add_argument("folder", help="the quantized folder")
+    sub.add_argument(
+        "--for", dest="client", required=True, metavar="CLIENT", help="vllm, sglang, transformers, gptqmodel"
+    )
+    sub.add_argument("--on", default="cuda", metavar="HARDWARE", help="cuda (default) or cpu")
+    sub.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share each layer (default 1)"
+    )
+    sub.add_argument("--json", metavar="FILE", help="also write every finding to FILE")
 
     add("env", _env, "print versions, the instruction set in use, and which libraries are loaded or why not")
     return parser

@@ -203,9 +203,7 @@ def _calibrated(
 
     config, checkpoint = plan.config, plan.checkpoint
     remote = config.model.trust_remote_code
-    skeleton = Skeleton(
-        checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote
-    )
+    skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
     if rows is None:
         assert config.dataset is not None
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)

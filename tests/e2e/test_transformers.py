@@ -15,6 +15,7 @@ import torch
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.config.schemes import QuantizationArgs
+from quantkit.conformance import check_folder
 from quantkit.formats.source import WeightSource
 
 from .jobs import EXAMPLES, RECIPES, SCHEMES, quantize, quantize_by
@@ -108,6 +109,7 @@ def test_transformers_computes_what_the_codes_say(scheme: str, tmp_path: Path) -
         output = quantize("tiny-llama", scheme, tmp_path)
     else:
         output = quantize_by("tiny-llama", RECIPES[scheme], tmp_path)
+    assert check_folder(output, "transformers", hardware="cpu").ok
     model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     got, expected = logits(model), oracle(source, output)
     spread = expected.std()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.conformance import check_folder
+
 from .jobs import EXAMPLES, RECIPES, quantize, quantize_by
 
 PYTHON = os.environ.get("QUANTKIT_VLLM_PYTHON", "")
@@ -61,6 +63,7 @@ def test_vllm_reads_what_recipes_make(recipe: str, tmp_path: Path) -> None:
 
 
 def check(output: Path, tmp_path: Path) -> None:
+    assert check_folder(output, "vllm", hardware="cpu").ok
     tokens = generate(output, tmp_path / "serve.py")
     plain = generate(EXAMPLES / "models" / "tiny-llama", tmp_path / "serve.py")
     assert all(len(t) == 16 for t in tokens)

