@@ -206,8 +206,8 @@ def _quantized(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes int8 [M, K], scale fp32 [M, 1] and zero point int8 [M, 1] or None."""
     if input_scale is None:
-        codes, scale, zero_point = _int8_per_token_reference(x, symmetric)
-        return codes, scale, None if symmetric else zero_point
+        codes, scale, offset = _int8_per_token_reference(x, symmetric)
+        return codes, scale, None if symmetric else offset
     rows = x.shape[0]
     scale = input_scale.expand(rows, 1)
     zero_point = None if input_zero_point is None else input_zero_point.expand(rows, 1)
