@@ -18,6 +18,7 @@ from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
 from .search import mse_scale, percentile_scale
 from .smooth import smoothquant_scales
 from .w8a8 import int8_gemm, pack_w8a8, w8a8_gemm
+from .wna16 import pack_wna16, wna16_gemm
 
 _load.load_libraries()
 
@@ -47,6 +48,7 @@ __all__ = [
     "mse_scale",
     "pack_int32",
     "pack_w8a8",
+    "pack_wna16",
     "pack_zero_points",
     "percentile_scale",
     "quantization_error",
@@ -60,4 +62,5 @@ __all__ = [
     "unpack_int32",
     "unpack_zero_points",
     "w8a8_gemm",
+    "wna16_gemm",
 ]
