@@ -17,6 +17,7 @@ from .rtn import rtn_fp8, rtn_int
 from .scale import MIN_SCALE, asymmetric_scale, symmetric_scale
 from .search import mse_scale, percentile_scale
 from .smooth import smoothquant_scales
+from .w4a8 import pack_w4a8, pack_w4a8_scales, w4a8_gemm
 from .w8a8 import int8_gemm, pack_w8a8, w8a8_gemm
 from .wna16 import pack_wna16, wna16_gemm
 
@@ -47,6 +48,8 @@ __all__ = [
     "minmax",
     "mse_scale",
     "pack_int32",
+    "pack_w4a8",
+    "pack_w4a8_scales",
     "pack_w8a8",
     "pack_wna16",
     "pack_zero_points",
@@ -61,6 +64,7 @@ __all__ = [
     "symmetric_scale",
     "unpack_int32",
     "unpack_zero_points",
+    "w4a8_gemm",
     "w8a8_gemm",
     "wna16_gemm",
 ]
