@@ -26,8 +26,6 @@ FAMILIES = (
     "histogram",
     "histogram_scale",
     "percentile",
-    "w8a8",
-    "int8_mixed",
 )
 
 

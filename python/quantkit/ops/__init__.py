@@ -4,6 +4,7 @@ from . import _load
 from .attention import sage_attention
 from .awq import awq_search
 from .error import quantization_error
+from .fp8_gemm import fp8_gemm, pack_fp8
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
 from .gram import gram_accumulate
 from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
@@ -32,6 +33,7 @@ __all__ = [
     "awq_search",
     "dequantize",
     "factor_with_retry",
+    "fp8_gemm",
     "fp8_quant_per_token",
     "gptq_factor",
     "gptq_sweep",
@@ -47,6 +49,7 @@ __all__ = [
     "merge_histograms",
     "minmax",
     "mse_scale",
+    "pack_fp8",
     "pack_int32",
     "pack_w4a8",
     "pack_w4a8_scales",
