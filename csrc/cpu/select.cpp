@@ -12,6 +12,7 @@
 #include "cpu/rtn.h"
 #include "cpu/scale.h"
 #include "cpu/search.h"
+#include "cpu/w8a8.h"
 
 #if QUANTKIT_X86
 #define QK_FAMILY(Kernels, family)    \
@@ -60,5 +61,6 @@ QK_FAMILY(GramKernels, gram)
 QK_FAMILY(AwqKernels, awq)
 QK_FAMILY(SearchKernels, search)
 QK_FAMILY(HistogramKernels, histogram)
+QK_FAMILY(W8A8Kernels, w8a8)
 
 }  // namespace qk

@@ -26,6 +26,8 @@ FAMILIES = (
     "histogram",
     "histogram_scale",
     "percentile",
+    "w8a8",
+    "int8_mixed",
 )
 
 

@@ -46,15 +46,14 @@ def _reference(
     x: Tensor, packed: Tensor, weight_scale: Tensor, out_features: int, threshold: float, bias: Tensor | None
 ) -> Tensor:
     _check(x, packed, weight_scale, out_features, threshold, bias)
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        y = x.new_zeros((x.shape[0], out_features), dtype=torch.float32)
-    else:
-        weight = unpack_codes(packed, out_features, x.shape[1])
-        outlier = (x.float().abs() >= threshold).any(0)
-        codes, scale, _ = _int8_per_token_reference(x.masked_fill(outlier, 0.0), True)
-        y = scale_sums(multiply_exactly(codes, weight), scale, weight_scale)
-        if outlier.any():
-            y = y + multiply_exactly(x[:, outlier], weight[:, outlier]).float() * weight_scale
+    if x.shape[0] == 0:
+        return x.new_empty((0, out_features))
+    weight = unpack_codes(packed, out_features, x.shape[1])
+    outlier = (x.float().abs() >= threshold).any(0)
+    codes, scale, _ = _int8_per_token_reference(x.masked_fill(outlier, 0.0), True)
+    y = scale_sums(multiply_exactly(codes, weight), scale, weight_scale)
+    if outlier.any():
+        y = y + multiply_exactly(x[:, outlier], weight[:, outlier]).float() * weight_scale
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
@@ -65,7 +64,7 @@ _int8_mixed = declare(
     "-> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 

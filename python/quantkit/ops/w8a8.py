@@ -205,7 +205,7 @@ def _quantized(
     x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes int8 [M, K], scale fp32 [M, 1] and zero point int8 [M, 1] or None."""
-    if input_scale is None:
+    if input_scale is None or x.shape[1] == 0:
         codes, scale, offset = _int8_per_token_reference(x, symmetric)
         return codes, scale, None if symmetric else offset
     rows = x.shape[0]
@@ -240,33 +240,32 @@ def _w8a8_reference(
     bias: Tensor | None,
 ) -> Tensor:
     _check_w8a8(x, packed, weight_scale, out_features, input_scale, input_zero_point, symmetric, bias)
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        y = x.new_zeros((x.shape[0], out_features), dtype=torch.float32)
-    else:
-        codes, scale, zero_point = _quantized(x, input_scale, input_zero_point, symmetric)
-        weight = unpack_codes(packed, out_features, x.shape[1])
-        acc = multiply_exactly(codes, weight)
-        if zero_point is not None:
-            acc -= zero_point.double() * weight.double().sum(1)
-        y = scale_sums(acc, scale, weight_scale)
+    if x.shape[0] == 0:
+        return x.new_empty((0, out_features))
+    codes, scale, zero_point = _quantized(x, input_scale, input_zero_point, symmetric)
+    weight = unpack_codes(packed, out_features, x.shape[1])
+    acc = multiply_exactly(codes, weight)
+    if zero_point is not None:
+        acc -= zero_point.double() * weight.double().sum(1)
+    y = scale_sums(acc, scale, weight_scale)
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
 
 
-_pack = declare("pack_w8a8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=())
+_pack = declare("pack_w8a8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",))
 _int8_gemm = declare(
     "int8_gemm(Tensor a, Tensor packed, int out_features) -> Tensor",
     fake=_int8_gemm_fake,
     reference=_int8_gemm_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 _w8a8_gemm = declare(
     "w8a8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int out_features, Tensor? input_scale, "
     "Tensor? input_zero_point, bool symmetric, Tensor? bias) -> Tensor",
     fake=_w8a8_fake,
     reference=_w8a8_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 

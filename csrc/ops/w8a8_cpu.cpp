@@ -1,0 +1,105 @@
+// pack_w8a8, int8_gemm and w8a8_gemm on the CPU.
+#include "ops/w8a8.h"
+
+namespace qk::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+void check_static(const char* op, const Tensor& x, const Optional& input_scale,
+                  const Optional& input_zero_point, bool symmetric) {
+  if (input_scale) {
+    check(input_scale->scalar_type() == ScalarType::Float && input_scale->dim() == 1 &&
+              input_scale->size(0) == 1,
+          op, "input_scale must be torch.float32 [1], got ", name_of(input_scale->scalar_type()),
+          " ", text_of(input_scale->sizes()));
+  }
+  if (input_zero_point) {
+    check(input_zero_point->scalar_type() == ScalarType::Char && input_zero_point->dim() == 1 &&
+              input_zero_point->size(0) == 1,
+          op, "input_zero_point must be torch.int8 [1], got ",
+          name_of(input_zero_point->scalar_type()), " ", text_of(input_zero_point->sizes()));
+  }
+  check(input_scale || !input_zero_point, op,
+        "input_zero_point needs input_scale; without one, x is quantized per token");
+  check(symmetric || !input_scale || input_zero_point, op,
+        "symmetric=False with input_scale needs input_zero_point");
+  check((symmetric && !input_zero_point) || x.size(1) <= kMaxAsymmetricDepth, op,
+        "K must be at most ", kMaxAsymmetricDepth,
+        " with asymmetric codes, or the int32 sums could overflow, got ", x.size(1));
+}
+
+}  // namespace
+
+Tensor pack_w8a8(const Tensor& codes) {
+  constexpr auto kOp = "pack_w8a8";
+  check(codes.dim() == 2 && codes.scalar_type() == ScalarType::Char, kOp,
+        "codes must be torch.int8 [N, K], got ", name_of(codes.scalar_type()), " ",
+        text_of(codes.sizes()));
+  check(codes.size(1) <= kMaxDepth, kOp, "K must be at most ", kMaxDepth,
+        ", or the int32 sums could overflow, got ", codes.size(1));
+  check_rows(kOp, "codes", codes);
+  const int64_t rows = codes.size(0), cols = codes.size(1);
+  const int64_t panels = (rows + kPanel - 1) / kPanel;
+  Tensor packed = output(codes, {panels, w8a8_panel_bytes(cols)}, ScalarType::Char);
+  if (panels == 0) return packed;
+  const auto* const from = static_cast<const int8_t*>(codes.const_data_ptr());
+  const int64_t stride = rows > 1 ? codes.stride(0) : cols;
+  parallel_rows(panels, kPanel * cols, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      w8a8_pack(from, stride, rows, cols, panel, data<int8_t>(packed));
+    }
+  });
+  return packed;
+}
+
+Tensor int8_gemm(const Tensor& a, const Tensor& packed, int64_t out_features) {
+  constexpr auto kOp = "int8_gemm";
+  check(a.dim() == 2 && a.scalar_type() == ScalarType::Char, kOp,
+        "a must be torch.int8 [M, K], got ", name_of(a.scalar_type()), " ", text_of(a.sizes()));
+  check_rows(kOp, "a", a);
+  check_w8a8_packed(kOp, packed, out_features, a.size(1));
+  Tensor out = output(a, {a.size(0), out_features}, ScalarType::Int);
+  if (out.numel() == 0) return out;
+  Int8Product product = {};
+  product.input = {
+      DType::kInt8, a.const_data_ptr(), a.stride(0), a.size(1), true, nullptr, nullptr, nullptr, 0};
+  product.rows = a.size(0);
+  product.out_features = out_features;
+  product.packed = static_cast<const int8_t*>(packed.const_data_ptr());
+  product.task.dtype = DType::kInt8;
+  product.task.out = data<void>(out);
+  product.task.stride = out_features;
+  int8_product(a, product);
+  return out;
+}
+
+Tensor w8a8_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                 int64_t out_features, const Optional& input_scale,
+                 const Optional& input_zero_point, bool symmetric, const Optional& bias) {
+  constexpr auto kOp = "w8a8_gemm";
+  check_input(kOp, x);
+  check_w8a8_packed(kOp, packed, out_features, x.size(1));
+  check_weight_scale(kOp, weight_scale, out_features);
+  check_bias(kOp, bias, x, out_features);
+  check_static(kOp, x, input_scale, input_zero_point, symmetric);
+  Tensor out = output(x, {x.size(0), out_features}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  const DType dtype = dtype_of(kOp, x.scalar_type());
+  Int8Product product = scaled_product(dtype, x, packed, weight_scale, bias, out);
+  product.input.symmetric = symmetric;
+  if (input_scale) product.input.scale = static_cast<const float*>(input_scale->const_data_ptr());
+  if (input_zero_point) {
+    product.input.zero_point = static_cast<const int8_t*>(input_zero_point->const_data_ptr());
+  }
+  int8_product(x, product);
+  return out;
+}
+
+}  // namespace qk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
+  m.impl("pack_w8a8", TORCH_BOX(&qk::cpu::pack_w8a8));
+  m.impl("int8_gemm", TORCH_BOX(&qk::cpu::int8_gemm));
+  m.impl("w8a8_gemm", TORCH_BOX(&qk::cpu::w8a8_gemm));
+}
