@@ -11,6 +11,7 @@ from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
 from .histogram_scale import histogram_scale
 from .int8_mixed import int8_mixed_gemm
 from .kv_cache import kv_append, kv_attention, kv_read
+from .moe import combine_experts, moe_gemm, sort_by_expert
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
@@ -31,6 +32,7 @@ __all__ = [
     "absmax",
     "asymmetric_scale",
     "awq_search",
+    "combine_experts",
     "dequantize",
     "factor_with_retry",
     "fp8_gemm",
@@ -48,6 +50,7 @@ __all__ = [
     "kv_read",
     "merge_histograms",
     "minmax",
+    "moe_gemm",
     "mse_scale",
     "pack_fp8",
     "pack_int32",
@@ -64,6 +67,7 @@ __all__ = [
     "rtn_int",
     "sage_attention",
     "smoothquant_scales",
+    "sort_by_expert",
     "symmetric_scale",
     "unpack_int32",
     "unpack_zero_points",
