@@ -12,6 +12,7 @@
 #include "cpu/rtn.h"
 #include "cpu/scale.h"
 #include "cpu/search.h"
+#include "cpu/w4a8.h"
 #include "cpu/w8a8.h"
 
 #if QUANTKIT_X86
@@ -62,5 +63,6 @@ QK_FAMILY(AwqKernels, awq)
 QK_FAMILY(SearchKernels, search)
 QK_FAMILY(HistogramKernels, histogram)
 QK_FAMILY(W8A8Kernels, w8a8)
+QK_FAMILY(W4A8Kernels, w4a8)
 
 }  // namespace qk

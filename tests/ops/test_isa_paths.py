@@ -28,6 +28,7 @@ FAMILIES = (
     "percentile",
     "w8a8",
     "int8_mixed",
+    "w4a8",
 )
 
 

@@ -60,7 +60,7 @@ def _pack_reference(words: Tensor, in_features: int) -> Tensor:
     apart = [(half & 0xF) | (half & 0xF0) << 4 | (half & 0xF00) << 8 | (half & 0xF000) << 12 for half in (low, high)]
     padded = words.new_zeros((_panels(rows) * PANEL, depth))
     padded[:rows] = apart[0] | apart[1] << 4
-    return padded.view(-1, PANEL, depth).transpose(1, 2).contiguous()
+    return padded.view(_panels(rows), PANEL, depth).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -194,14 +194,14 @@ def _reference(
 
 
 _pack = declare(
-    "pack_w4a8(Tensor words, int in_features) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=()
+    "pack_w4a8(Tensor words, int in_features) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",)
 )
 _w4a8_gemm = declare(
     "w4a8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int out_features, int group_size, "
     "Tensor? weight_zero_point, Tensor? bias) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
@@ -224,7 +224,7 @@ def pack_w4a8_scales(values: Tensor) -> Tensor:
     rows, groups = values.shape
     padded = values.new_zeros((_panels(rows) * PANEL, groups))
     padded[:rows] = values
-    return padded.view(_panels(rows), PANEL, groups).transpose(1, 2).contiguous()
+    return padded.view(_panels(rows), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def w4a8_gemm(

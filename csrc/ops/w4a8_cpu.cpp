@@ -1,0 +1,188 @@
+// pack_w4a8 and w4a8_gemm on the CPU.
+#include "cpu/w4a8.h"
+
+#include "ops/w8a8.h"
+
+namespace qk::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+constexpr auto kOp = "w4a8_gemm";
+constexpr int64_t kChunkBytes = 4 << 20;     // of codes: they stay in the L3 cache
+constexpr int64_t kLeastChunk = 192;         // rows that make reading the weights once more cheap
+constexpr int64_t kQuantizeElements = 8192;  // a thread takes at a time
+constexpr int64_t kPieceRows = 24;           // least rows of a piece, where panels are few
+constexpr int64_t kThreadElements = 128 << 10;  // of weights that are worth waking a thread for
+
+bool is_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
+  return x.dim() == static_cast<int64_t>(shape.size()) &&
+         std::equal(shape.begin(), shape.end(), x.sizes().begin());
+}
+
+void check_contiguous(const char* name, const Tensor& x) {
+  check(x.is_contiguous(), kOp, name, " must be contiguous, got strides ", text_of(x.strides()));
+}
+
+void check_packed(const Tensor& x, const Tensor& packed, int64_t out_features) {
+  check_input(kOp, x);
+  const int64_t cols = x.size(1);
+  check(out_features >= 0, kOp, "out_features must not be negative, got ", out_features);
+  const int64_t shape[] = {w4a8_panels(out_features), w4a8_words(cols), kW4Panel};
+  check(packed.scalar_type() == ScalarType::Int && is_shape(packed, {shape[0], shape[1], shape[2]}),
+        kOp, "packed must be what pack_w4a8 makes of ", out_features, " rows of ", cols,
+        " codes, torch.int32 ", text_of({shape, 3}), ", got ", name_of(packed.scalar_type()), " ",
+        text_of(packed.sizes()));
+  check_contiguous("packed", packed);
+}
+
+// The columns of a group.
+int64_t check_group(int64_t cols, int64_t group_size) {
+  check(group_size == -1 || (group_size > 0 && cols % group_size == 0 && group_size % 4 == 0), kOp,
+        "group_size must be -1 (the whole row) or a multiple of 4 that divides K = ", cols,
+        ", got ", group_size);
+  const int64_t longest = group_size == -1 ? cols : group_size;
+  check(longest <= kW4MaxGroup, kOp, "a group must be at most ", kW4MaxGroup,
+        " columns, or the int32 sums could overflow, got ", longest);
+  return longest;
+}
+
+void check_scales(const Tensor& scale, const Optional& zero_point, int64_t out_features,
+                  int64_t groups) {
+  const int64_t flat[] = {out_features, groups};
+  const int64_t panels[] = {w4a8_panels(out_features), groups, kW4Panel};
+  check_float(kOp, "weight_scale", scale);
+  check(is_shape(scale, {flat[0], flat[1]}) || is_shape(scale, {panels[0], panels[1], panels[2]}),
+        kOp, "weight_scale must be [N, G] = ", text_of({flat, 2}), " or pack_w4a8_scales of it, ",
+        text_of({panels, 3}), ", got ", text_of(scale.sizes()));
+  check_contiguous("weight_scale", scale);
+  if (!zero_point) return;
+  const IntList sizes = scale.sizes();
+  check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == scale.dim() &&
+            std::equal(sizes.begin(), sizes.end(), zero_point->sizes().begin()),
+        kOp, "weight_zero_point must be torch.int8 of weight_scale's shape ", text_of(sizes),
+        ", got ", name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
+  check_contiguous("weight_zero_point", *zero_point);
+}
+
+// Scales or zero points by panels: as they are, or made from [N, G].
+Tensor by_panels(const Tensor& values) {
+  if (values.dim() == 3) return values;
+  const int64_t rows = values.size(0), groups = values.size(1), panels = w4a8_panels(rows);
+  Tensor packed = output(values, {panels, groups, kW4Panel}, values.scalar_type());
+  char* const to = static_cast<char*>(packed.mutable_data_ptr());
+  const int64_t bytes = static_cast<int64_t>(values.element_size());
+  parallel_rows(panels, groups * kW4Panel, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      w4a8_pack_scales(element(values, 0), bytes, rows, groups, p, to);
+    }
+  });
+  return packed;
+}
+
+// x by the weight, in chunks of rows: each is quantized by all threads, then they take panels.
+void product(const Tensor& x, const W4A8Weight& weight, const Tensor& out) {
+  const W4A8Kernels& kernels = w4a8_kernels();
+  const int64_t total = x.size(0), cols = x.size(1), groups = weight.groups();
+  const int64_t row_bytes = w4a8_row_bytes(cols), panels = w4a8_panels(weight.rows);
+  const int64_t most = std::max(kLeastChunk, kChunkBytes / row_bytes);
+  const int64_t chunks = (total + most - 1) / most, chunk = (total + chunks - 1) / chunks;
+  const int64_t worth = std::max(panels * kW4Panel, total * 2) * cols / kThreadElements + 1;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth);
+  const int64_t group = kQuantizeElements / (cols + 1) + 1;  // of rows
+
+  const Tensor codes = output(x, {chunk, row_bytes}, ScalarType::Char),
+               scale = output(x, {chunk}, ScalarType::Float),
+               minus = output(x, {chunk, groups}, ScalarType::Int),
+               sums = output(x, {threads, chunk, kW4Panel}, ScalarType::Float);
+  W4A8Task task = {};
+  task.tokens = {data<int8_t>(codes), row_bytes, data<float>(scale), data<int32_t>(minus)};
+  task.dtype = dtype_of(kOp, x.scalar_type());
+  task.stride = weight.rows;
+  for (int64_t from = 0; from < total; from += chunk) {
+    const int64_t rows = std::min(chunk, total - from);
+    const char* const input = element(x, from * x.stride(0));
+    char* const result = static_cast<char*>(out.mutable_data_ptr()) +
+                         from * weight.rows * static_cast<int64_t>(out.element_size());
+    // Where panels are few, a piece is one by some of the rows.
+    const int64_t pieces =
+        std::min((rows + kPieceRows - 1) / kPieceRows, (8 * threads + panels - 1) / panels);
+    parallel_stages(
+        threads, (rows + group - 1) / group,
+        [&](int64_t i, int64_t) {
+          kernels.quantize(task.dtype, input, x.stride(0), cols, weight.group, i * group,
+                           std::min(rows, (i + 1) * group), task.tokens);
+        },
+        panels * pieces,
+        [&](int64_t i, int64_t next, int64_t thread) {
+          W4A8Task own = task;
+          own.panel = i / pieces;
+          own.begin = rows * (i % pieces) / pieces;
+          own.end = rows * (i % pieces + 1) / pieces;
+          next /= pieces;
+          own.next = next != own.panel && next < panels ? next : -1;
+          own.sums = data<float>(sums) + thread * chunk * kW4Panel;
+          own.out = result;
+          kernels.multiply(weight, own);
+        });
+  }
+}
+
+}  // namespace
+
+Tensor pack_w4a8(const Tensor& words, int64_t in_features) {
+  constexpr auto kPack = "pack_w4a8";
+  check(words.dim() == 2 && words.scalar_type() == ScalarType::Int, kPack,
+        "words must be torch.int32 [N, ceil(K / 8)], got ", name_of(words.scalar_type()), " ",
+        text_of(words.sizes()));
+  check(words.size(1) == (in_features + 7) / 8, kPack, "in_features ", in_features, " takes ",
+        (in_features + 7) / 8, " words a row, words has ", words.size(1));
+  check_rows(kPack, "words", words);
+  const int64_t rows = words.size(0), depth = words.size(1), panels = w4a8_panels(rows);
+  Tensor packed = output(words, {panels, depth, kW4Panel}, ScalarType::Int);
+  if (packed.numel() == 0) return packed;
+  const auto* const from = reinterpret_cast<const uint32_t*>(element(words, 0));
+  const int64_t stride = words.stride(0);
+  uint32_t* const to = data<uint32_t>(packed);
+  parallel_rows(panels, depth * kW4Panel, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) w4a8_pack(from, stride, rows, in_features, p, to);
+  });
+  return packed;
+}
+
+Tensor w4a8_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                 int64_t out_features, int64_t group_size, const Optional& weight_zero_point,
+                 const Optional& bias) {
+  check_packed(x, packed, out_features);
+  const int64_t cols = x.size(1), group = check_group(cols, group_size);
+  const int64_t groups = cols ? cols / group : 0;
+  check_scales(weight_scale, weight_zero_point, out_features, groups);
+  check_bias(kOp, bias, x, out_features);
+  Tensor out = output(x, {x.size(0), out_features}, x.scalar_type());
+  if (out.numel() == 0) return out;
+
+  const Tensor scale = by_panels(weight_scale);
+  const Tensor zero_point = weight_zero_point ? by_panels(*weight_zero_point) : scale;
+  W4A8Weight weight = {};
+  weight.words = static_cast<const uint32_t*>(packed.const_data_ptr());
+  weight.scale_dtype = dtype_of(kOp, scale.scalar_type());
+  weight.scale = scale.const_data_ptr();
+  if (weight_zero_point) {
+    weight.zero_point = static_cast<const int8_t*>(zero_point.const_data_ptr());
+  }
+  weight.rows = out_features;
+  weight.cols = cols;
+  weight.group = group;
+  if (bias) {
+    weight.bias = bias->const_data_ptr();
+    weight.bias_dtype = dtype_of(kOp, bias->scalar_type());
+  }
+  product(x, weight, out);
+  return out;
+}
+
+}  // namespace qk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
+  m.impl("pack_w4a8", TORCH_BOX(&qk::cpu::pack_w4a8));
+  m.impl("w4a8_gemm", TORCH_BOX(&qk::cpu::w4a8_gemm));
+}
