@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._oneshot import oneshot
+    from .runtime.load import load
+    from .runtime.swap import swap_linears
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "oneshot"]
+__all__ = ["__version__", "load", "oneshot", "swap_linears"]
+# Where each name comes from; its module is imported when it is first asked for.
+_LAZY = {"load": ".runtime.load", "oneshot": "._oneshot", "swap_linears": ".runtime.swap"}
 
 
 def __getattr__(name: str) -> Any:
-    """`oneshot`, imported when it is first asked for."""
-    if name == "oneshot":
-        from ._oneshot import oneshot
+    """The names of `_LAZY`, imported when they are first asked for."""
+    if name in _LAZY:
+        from importlib import import_module
 
-        return oneshot
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module 'quantkit' has no attribute '{name}'")

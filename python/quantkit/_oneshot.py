@@ -316,8 +316,8 @@ def _opened_model(model: Any, revision: str | None) -> Any:
         return Path(resolve_model(model, revision=revision))
     if hasattr(model, "_quantkit"):
         raise PlanError(
-            "model: is already quantized, by an earlier oneshot; load the full-precision model again, and put all "
-            "modifiers into one recipe"
+            "model: is already quantized, by an earlier oneshot or quantkit.load; load the full-precision model "
+            "again, and put all modifiers into one recipe"
         )
     from .models.live import require_plain
 

@@ -73,9 +73,38 @@ def _eval(args: argparse.Namespace) -> int:
         reference=resolve_model(args.reference) if args.reference else None,
         windows=args.windows,
         window_length=args.window_length,
+        backend=args.backend,
         trust_remote_code=args.trust_remote_code,
     )
     print(result.render())
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .calibration.dataset import load_tokenizer
+    from .checkpoint.hub import resolve_model
+    from .runtime.generate import generate
+    from .runtime.load import load
+
+    folder = resolve_model(args.model)
+    model = load(
+        folder,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+    result = generate(
+        model,
+        load_tokenizer(folder, trust_remote_code=args.trust_remote_code),
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        chat=args.chat,
+        show=lambda text: print(text, end="", flush=True),
+    )
+    print(flush=True)
+    print(result.render(), file=sys.stderr)
     return 0
 
 
@@ -133,6 +162,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--reference", metavar="MODEL", help="the model to compare with, usually the source")
     sub.add_argument("--windows", type=int, default=100, help="how many windows of the text (default 100)")
     sub.add_argument("--window-length", type=int, default=256, metavar="N", help="tokens in a window (default 256)")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
+
+    sub.add_argument(
+        "--backend",
+        choices=("dequantized", "quantkit"),
+        default="dequantized",
+        help="run the model with dequantized weights, a layer at a time (default), or as quantkit.load does",
+    )
+
+    sub = add("generate", _generate, "continue a text with a quantized model, on quantkit's own kernels")
+    sub.add_argument("model", help="the quantized folder, or a hub id")
+    sub.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="what to continue")
+    sub.add_argument("--chat", action="store_true", help="TEXT is a user's message: apply the chat template")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default 128)")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="sample at T; 0 (default): the most probable token"
+    )
+    sub.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    sub.add_argument("--dtype", help="of all that is not quantized: float32, float16, bfloat16 (default: the model's)")
+    sub.add_argument("--attn-implementation", metavar="NAME", help="as Transformers calls it (default sdpa)")
     sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
 
     sub = add("check", _check, "say whether a server takes a quantized folder, by its loader's own rules")

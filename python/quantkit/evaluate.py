@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Logits of one comparison, both models together.
 LOGITS_BYTES = 256 << 20
+BACKENDS = ("dequantized", "quantkit")
 
 
 class Source(Protocol):
@@ -79,21 +81,41 @@ def evaluate(
     *,
     window_length: int = 256,
     windows: int | None = 100,
+    backend: str = "dequantized",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate the checkpoint in folder `model` on the first `windows` (None: all) pieces of `window_length` tokens of
     `text_file`, each on its own and without special tokens; against the checkpoint in `reference`, if given.
+
+    `backend`: "dequantized" as described above; with "quantkit" the model is what `quantkit.load` makes of its folder,
+    all of it in memory and on quantized kernels. The reference is always dequantized.
     """
     from .calibration.dataset import load_tokenizer, text_rows
 
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: '{backend}' is not one of {', '.join(BACKENDS)}")
     folder = Path(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     rows = text_rows(Path(text_file), tokenizer, window_length, windows)
     folders = [folder] if reference is None else [folder, Path(reference)]
     sources = [open_source(f) for f in folders]
-    figures = compare(folders, sources, rows, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    loaded = None
+    if backend == "quantkit":
+        from .runtime.load import load_skeleton
+
+        loaded = load_skeleton(folder, dtype=dtype or "float32", trust_remote_code=trust_remote_code)
+        sources[0] = Loaded()
+    figures = compare(
+        folders,
+        sources,
+        rows,
+        loaded=loaded,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     return Evaluation(
         model=str(model),
         text=Path(text_file).name,
@@ -111,16 +133,32 @@ def open_source(folder: Path) -> Source:
     return WeightSource(Checkpoint(folder))
 
 
+class Loaded:
+    """The source of a skeleton that has its weights, and quantizes inputs and caches itself."""
+
+    input_quantizers: Mapping[str, Any] = MappingProxyType({})
+    cache_quantizers: Mapping[str, Any] = MappingProxyType({})
+
+    def names(self) -> set[str]:
+        return set()
+
+    def get(self, name: str) -> Tensor:
+        raise KeyError(name)
+
+
 def compare(
     folders: list[Path],
     sources: list[Source],
     rows: list[list[int]],
     *,
+    loaded: Skeleton | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The figures of `Evaluation` for the first folder, against the second if there are two."""
+    """The figures of `Evaluation` for the first folder, against the second if there are two. `loaded`: the first one's
+    model, if it has its weights already.
+    """
     import torch
 
     from .calibration.batches import batches
@@ -128,10 +166,11 @@ def compare(
     from .report.progress import Progress
 
     grouped = batches(rows)
-    skeletons = [
-        Skeleton(folder, source.names(), dtype=dtype or torch.float32, trust_remote_code=trust_remote_code)
-        for folder, source in zip(folders, sources, strict=True)
-    ]
+    skeletons = [] if loaded is None else [loaded]
+    for folder, source in list(zip(folders, sources, strict=True))[len(skeletons) :]:
+        skeletons.append(
+            Skeleton(folder, source.names(), dtype=dtype or torch.float32, trust_remote_code=trust_remote_code)
+        )
     if len({s.vocab_size for s in skeletons}) > 1:
         raise CheckpointError(
             f"{folders[0]} has a vocabulary of {skeletons[0].vocab_size}, {folders[1]} one of "

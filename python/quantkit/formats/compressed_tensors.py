@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 NAME = "compressed-tensors"
 # The release of the library whose rules this file follows; readers only report it.
 VERSION = "0.18.0"
-PARTS = (
-    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    *("input_scale", "input_zero_point"),
-)
 # The top-level format where groups have different ones.
 MIXED = "mixed-precision"
+ON_DISK = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 
 
 def format_of(scheme: QuantizationScheme) -> str:
-    """The library's name for how this scheme's tensors lie on disk."""
+    """The library's name for how this scheme's tensors lie on disk. A scheme that was read from a checkpoint is called
+    by what that checkpoint says: llm-compressor stores int4 weights with int8 activations as int8.
+    """
+    if scheme.name in ON_DISK:
+        return scheme.name
     if scheme.weights.type == "float":
         return "float-quantized" if scheme.input_activations else "naive-quantized"
     if scheme.input_activations is None or scheme.weights.num_bits == 4:
@@ -63,11 +64,6 @@ def check(scheme: QuantizationScheme) -> None:
 def packs(scheme: QuantizationScheme) -> bool:
     """Whether integer codes go into int32 words."""
     return format_of(scheme) == "pack-quantized"
-
-
-def scale_name(scheme: QuantizationScheme) -> str:
-    """The last name of the tensor with a weight's scales."""
-    return "weight_scale"
 
 
 def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
@@ -203,11 +199,6 @@ def _entry(args: QuantizationArgs) -> dict[str, Any]:
     }
 
 
-def side_files(block: Mapping[str, Any]) -> dict[str, bytes]:
-    """What the format wants beside config.json: nothing."""
-    return {}
-
-
 def read_schemes(block: Mapping[str, Any]) -> Schemes:
     """The scheme of each module, by the `quantization_config` as this file writes it."""
     groups = []
@@ -269,15 +260,6 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
     """The modules of a checkpoint that carry codes, by their `weight_scale`."""
     suffix = ".weight_scale"
     return [name[: -len(suffix)] for name in tensors if name.endswith(suffix)]
-
-
-def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
-    """[rows, cols] of the weight behind `module`'s tensors."""
-    if packs(scheme):
-        rows, cols = get(f"{module}.weight_shape").tolist()
-    else:
-        rows, cols = get(f"{module}.weight").shape
-    return int(rows), int(cols)
 
 
 def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:

@@ -104,6 +104,11 @@ class Skeleton:
                     return head + name.removeprefix("lm_head")
         return name
 
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head is the embedding, and has no tensor of its own."""
+        return self._source_name("lm_head.weight") != self.checkpoint_name("lm_head.weight")
+
     def layer_prefix(self, index: int) -> str:
         """The checkpoint's name of a decoder layer."""
         return self.checkpoint_name(f"{self._layers_path}.{index}")
@@ -130,7 +135,7 @@ class Skeleton:
 
     def materialize(self, index: int, source: WeightSource) -> None:
         """Fill decoder layer `index` from `source`."""
-        self._fill(f"{self._layers_path}.{index}", self.layers[index], source)
+        self.fill(f"{self._layers_path}.{index}", self.layers[index], source)
 
     def drop(self, index: int, source: WeightSource) -> None:
         """Return decoder layer `index` to the meta device."""
@@ -149,7 +154,7 @@ class Skeleton:
             modules = [(name, m) for name, m in modules if not (name == "lm_head" or name.startswith("lm_head."))]
         try:
             for name, module in modules:
-                self._fill(name, module, source, recurse=False)
+                self.fill(name, module, source, recurse=False)
             yield
         finally:
             for name, module in modules:
@@ -306,7 +311,8 @@ class Skeleton:
                 "takes it; config.json does not describe this checkpoint"
             )
 
-    def _fill(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
+    def fill(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
+        """Fill `root`, the model's module at `path`, from `source`; without `recurse` only what it holds itself."""
         for name, module in list(root.named_modules()) if recurse else [("", root)]:
             for key, old in _stored(module).items():
                 full = ".".join(part for part in (path, name, key) if part)

@@ -1,0 +1,123 @@
+"""What `load` refuses before it reads a weight: everything that headers and config.json tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, ConfigError
+from ..formats.source import CACHE_PARTS, PARTS, WeightSource
+from .linear import DEVICES, describe_scheme, kind_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.reader import Checkpoint
+
+# Integers and 8-bit floats: what no parameter of a plain model has.
+CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
+FLOATS = ("F32", "F16", "BF16")
+# Stored by writers in whatever float dtype the model had; read as fp32.
+SCALES = ("weight_scale", "input_scale", *CACHE_PARTS)
+SUPPORTED = (
+    "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block; activations in 16 bit, int8 "
+    "or fp8 per token or tensor"
+)
+
+
+def check_device(device: str | torch.device) -> None:
+    """ConfigError for a device that no kernel of quantized layers runs on."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: {device!r} is not a device of torch: {error}") from None
+    if kind not in DEVICES:
+        raise ConfigError(
+            f"device: quantized layers have kernels for {', '.join(DEVICES)} only, not for {kind} yet; use "
+            "device='cpu', or serve the folder with vLLM, SGLang or Transformers, which read it as it is"
+        )
+
+
+def require_quantized(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a plain checkpoint: there is nothing here that Transformers would not do as well."""
+    if checkpoint.config.get("quantization_config") is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: not quantized (config.json has no quantization_config); load it with "
+            "Transformers, and for quantized layers without a checkpoint pass the model to quantkit.swap_linears"
+        )
+
+
+def check_tensors(source: WeightSource) -> None:
+    """CheckpointError unless every quantized module has a kernel, and the tensors that its scheme says: all of them, no
+    others, with their dtypes and shapes.
+    """
+    for problem in _problems(source):
+        raise CheckpointError(f"{source.checkpoint.folder}: {problem}")
+
+
+def _problems(source: WeightSource) -> Iterator[str]:
+    tensors, known = source.checkpoint.tensors, source.names()
+    for name, info in tensors.items():
+        module, _, part = name.rpartition(".")
+        if module in source.modules:
+            continue
+        if part in PARTS and part != "weight":
+            what = "weight_scale" if part != "weight_scale" else "weight"
+            yield f"tensor '{name}' is there, but '{module}.{what}' is missing"
+        if info.dtype in CODES and name in known:
+            yield f"tensor '{name}' holds codes ({info.dtype}), but '{module}.weight_scale' is missing"
+    for module in source.schemes:
+        yield from _of_module(source, module)
+    yield from _of_cache(source)
+
+
+def _of_module(source: WeightSource, module: str) -> Iterator[str]:
+    scheme, tensors = source.schemes[module], source.checkpoint.tensors
+    what = describe_scheme(scheme)
+    if kind_of(scheme) is None:
+        yield f"{module}: no kernel runs {what}; there are kernels for {SUPPORTED}"
+    packed, plain = f"{module}.weight_packed", f"{module}.weight"
+    if packed not in tensors and plain not in tensors:
+        yield f"tensor '{plain}' (or '{packed}') is missing: there is a scale for it"
+    if packed in tensors and f"{module}.weight_shape" not in tensors:
+        yield f"tensor '{module}.weight_shape' is missing: {module} has {what}"
+    weight = tensors[packed if packed in tensors else plain]
+    if len(weight.shape) != 2:
+        yield f"tensor '{weight.name}' has shape {list(weight.shape)}; the weight of a Linear is a matrix"
+    rows, cols = source.shape(module)
+    assert source.format is not None
+    expected = {t.name: t for t in source.format.stored_tensors(module, scheme, rows, cols, "F32")}
+    for name, want in expected.items():
+        if name not in tensors:
+            yield f"tensor '{name}' is missing: {module} has {what}"
+        got = tensors[name]
+        scale = name.rpartition(".")[2] in SCALES
+        if got.dtype != want.dtype and not (scale and got.dtype in FLOATS):
+            yield f"tensor '{name}' has dtype {got.dtype}, {what} need {want.dtype}"
+        one = scale and want.shape in ((1,), (1, 1)) and got.shape in ((), (1,), (1, 1))
+        if got.shape != want.shape and not one:
+            yield (
+                f"tensor '{name}' has shape {list(got.shape)}, a weight of {rows} x {cols} with {what} needs "
+                f"{list(want.shape)}"
+            )
+    for part in PARTS:
+        name = f"{module}.{part}"
+        if name in tensors and name not in expected:
+            yield f"tensor '{name}' does not belong to {what}"
+
+
+def _of_cache(source: WeightSource) -> Iterator[str]:
+    args, tensors = source.kv_cache, source.checkpoint.tensors
+    if args is None:
+        return
+    if args.dynamic or args.num_bits != 8 or not args.symmetric or args.strategy not in ("tensor", "attn_head"):
+        yield "kv_cache_scheme: only static symmetric 8-bit scales per tensor or head are read"
+    if not source.cache_quantizers:
+        yield "kv_cache_scheme is set, but no attention module has k_scale and v_scale"
+    for name in tensors:
+        attention, _, part = name.rpartition(".")
+        if part in CACHE_PARTS and attention not in source.cache_quantizers:
+            other = CACHE_PARTS[1 - CACHE_PARTS.index(part)]
+            yield f"tensor '{name}' is there, but '{attention}.{other}' is missing"

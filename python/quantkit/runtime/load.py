@@ -1,0 +1,223 @@
+"""`quantkit.load`: a quantized checkpoint as a Transformers model whose quantized Linears are `QuantLinear`s.
+
+The model is built on the meta device and filled module by module: codes go from the mapped file straight into a
+kernel's layout, the rest is copied in the model's dtype, and pages are let go of as they were read. So the most that
+is in memory is the model as it stays, and one Linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.hub import resolve_model
+from ..checkpoint.reader import Checkpoint
+from ..errors import CheckpointError, ConfigError
+from ..formats.source import CACHE_PARTS, WeightSource
+from ..live_hooks import CacheQuantizer
+from ..models.skeleton import Skeleton
+from .check import check_device, check_tensors, require_quantized
+from .linear import Parts, QuantLinear, check_groups, merged, quant_linear
+from .saving import Saver, Stored
+
+GENERATION = "generation_config.json"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    merge: bool = True,
+    trust_remote_code: bool = False,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+) -> Any:
+    """The model in folder `path` (or of that hub id) as Transformers' causal language model; `generate` and all else of
+    it works. Its quantized Linears run on quantkit's kernels; weights are never expanded.
+
+    `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, or quant_method fp8, as
+    quantkit and llm-compressor write them. `dtype` (fp32, fp16, bf16; config.json's unless given) is that of all that
+    is not quantized, and of activations between Linears. `attn_implementation`: as Transformers takes it, "sdpa" where
+    the architecture allows. With a `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read one
+    input (q, k and v; gate and up) are computed together; the results are the same. `cache_dir` and `revision` are for
+    hub ids; `trust_remote_code` runs modelling code that the folder brings along.
+
+    Raises CheckpointError, naming the tensor, for a checkpoint that is not quantized, has tensors missing, left over or
+    of a wrong shape, or a scheme without a kernel; ConfigError for a device without kernels.
+    """
+    check_device(device)
+    folder = resolve_model(path, cache_dir, revision)
+    skeleton = load_skeleton(
+        folder,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        merge=merge,
+        trust_remote_code=trust_remote_code,
+    )
+    return skeleton.model
+
+
+def load_skeleton(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    merge: bool = True,
+    trust_remote_code: bool = False,
+) -> FilledSkeleton:
+    """What `load` does, for the engine: the skeleton around the model."""
+    dtype = _dtype(dtype)
+    with Checkpoint(folder) as checkpoint:
+        require_quantized(checkpoint)
+        source = WeightSource(checkpoint)
+        check_tensors(source)
+        skeleton = FilledSkeleton(folder, source.names(), dtype=dtype, trust_remote_code=trust_remote_code)
+        _Filler(skeleton, source, merge).fill()
+    _configure(skeleton, folder, attn_implementation)
+    return skeleton
+
+
+class FilledSkeleton(Skeleton):
+    """A skeleton whose model is filled once, and stays so."""
+
+    def materialize(self, index: int, source: Any) -> None:
+        """Nothing to fill: the layer is there."""
+
+    def drop(self, index: int, source: Any) -> None:
+        """Nothing to drop: the model is in use."""
+
+    @contextmanager
+    def outer(self, source: Any, *, head: bool) -> Iterator[None]:
+        """All of the model is there."""
+        yield
+
+
+class _Copies:
+    """A source of the plain weights of a checkpoint: in memory of their own, pages of the file let go of."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source = source
+
+    def get(self, name: str) -> Tensor:
+        tensor = self.source.get(name).clone()
+        self.source.release(name)
+        return tensor
+
+
+class _Filler:
+    """Fills the model of `skeleton` from `source`."""
+
+    def __init__(self, skeleton: Skeleton, source: WeightSource, merge: bool) -> None:
+        self.skeleton, self.source, self.plain, self.merge = skeleton, source, _Copies(source), merge
+        self.model, self.stored = skeleton.model, Stored(skeleton.folder)
+
+    def fill(self) -> None:
+        head, tied = self.model.get_output_embeddings(), self.skeleton.tied_head
+        linears = {}
+        for path, module in list(self.model.named_modules()):
+            name = self.skeleton.checkpoint_name(path)
+            if isinstance(module, nn.Linear) and name in self.source.modules:
+                linears[name] = (path, module)
+            elif not (module is head and tied):
+                self.skeleton.fill(path, module, self.plain, recurse=False)
+        left = sorted(self.source.modules - linears.keys())
+        if left:
+            raise CheckpointError(
+                f"{self.skeleton.folder}: '{left[0]}' is quantized, but {type(self.model).__name__} has no Linear of "
+                "that name; config.json does not describe this checkpoint"
+            )
+        if tied:
+            head.weight = self.model.get_input_embeddings().weight
+        sets = self.skeleton.family.fused_sets(linears) if self.merge else []
+        sets += [(name,) for name in linears.keys() - {name for names in sets for name in names}]
+        for attention in self.source.cache_quantizers:
+            self._quantize_cache(attention)
+        for names in sets:
+            self._put(
+                {name: linears[name][0] for name in names}, [self.parts(name, linears[name][1]) for name in names]
+            )
+            for name in names:
+                self.source.release(f"{name}.weight")
+
+    def _quantize_cache(self, attention: str) -> None:
+        """From now on the cache of this attention module holds what its codes can."""
+        paths = [p for p, _ in self.model.named_modules() if self.skeleton.checkpoint_name(p) == attention]
+        if not paths:
+            raise CheckpointError(
+                f"{self.skeleton.folder}: '{attention}.k_scale' belongs to no module of {type(self.model).__name__}"
+            )
+        keys, values = (self.source.checkpoint.tensor(f"{attention}.{p}").float().clone() for p in CACHE_PARTS)
+        for part, scale in zip(CACHE_PARTS, (keys, values), strict=True):
+            if not bool((scale.isfinite() & (scale > 0)).all()):
+                raise CheckpointError(f"{self.skeleton.folder}: tensor '{attention}.{part}' is not finite and positive")
+        assert self.source.kv_cache is not None
+        hook = CacheQuantizer(self.source.kv_cache, keys, values)
+        self.model.get_submodule(paths[0]).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _put(self, paths: dict[str, str], parts: list[Parts]) -> None:
+        """QuantLinears in the place of Linears that read one input (name -> path): one for all where that works."""
+        modules: Sequence[QuantLinear] = merged(parts) or [quant_linear(p) for p in parts]
+        for (name, path), module in zip(paths.items(), modules, strict=True):
+            module.stored = partial(self.stored.tensors, name)
+            self.model.set_submodule(path, module.eval())
+
+    def parts(self, name: str, linear: nn.Linear) -> Parts:
+        """What the QuantLinear in the place of `linear` is made from."""
+        source, checkpoint = self.source, self.source.checkpoint
+        shape = source.shape(name)
+        if shape != (linear.out_features, linear.in_features):
+            raise CheckpointError(
+                f"{self.skeleton.folder}: the weight of '{name}' has shape {list(shape)}, "
+                f"{type(self.model).__name__} with this config.json needs {[linear.out_features, linear.in_features]}"
+            )
+        weight, inputs = source.quantized(name), source.schemes[name].input_activations
+        static = inputs is not None and not inputs.dynamic
+        scale = checkpoint.tensor(f"{name}.input_scale").float().reshape(1) if static else None
+        zero_point = None
+        if static and inputs is not None and not inputs.symmetric:
+            zero_point = checkpoint.tensor(f"{name}.input_zero_point").reshape(1)
+        for part, values in (("weight_scale", weight.scale), ("input_scale", scale)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise CheckpointError(f"{self.skeleton.folder}: tensor '{name}.{part}' has NaN or Inf in it")
+        if weight.g_idx is not None:
+            check_groups(f"{self.skeleton.folder}: tensor '{name}.weight_g_idx'", weight)
+        bias = None
+        if linear.bias is not None:
+            bias = self.plain.get(f"{name}.bias").to(self.skeleton.dtype)
+        return Parts(weight, inputs, scale, zero_point, bias)
+
+
+def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None) -> None:
+    """What `from_pretrained` sets beside weights."""
+    from transformers import GenerationConfig
+
+    model = skeleton.model
+    model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
+    model.save_pretrained = model._quantkit.save_pretrained
+    try:
+        model.set_attn_implementation(attn_implementation or skeleton.family.attention)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"attn_implementation: '{attn_implementation}': {str(error).strip()}") from error
+    if (folder / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.name_or_path = str(folder)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found in (None, "auto"):
+        return None
+    if found not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ConfigError(f"dtype: {dtype!r} is not one of {names}")
+    assert isinstance(found, torch.dtype)
+    return found
