@@ -14,6 +14,7 @@
 #include "cpu/search.h"
 #include "cpu/w4a8.h"
 #include "cpu/w8a8.h"
+#include "cpu/wna16.h"
 
 #if QUANTKIT_X86
 #define QK_FAMILY(Kernels, family)    \
@@ -64,5 +65,6 @@ QK_FAMILY(SearchKernels, search)
 QK_FAMILY(HistogramKernels, histogram)
 QK_FAMILY(W8A8Kernels, w8a8)
 QK_FAMILY(W4A8Kernels, w4a8)
+QK_FAMILY(Wna16Kernels, wna16)
 
 }  // namespace qk

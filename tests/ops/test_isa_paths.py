@@ -29,6 +29,7 @@ FAMILIES = (
     "w8a8",
     "int8_mixed",
     "w4a8",
+    "wna16",
 )
 
 

@@ -183,14 +183,14 @@ _pack = declare(
     "pack_wna16(Tensor words, int num_bits, int in_features, Tensor? perm) -> Tensor",
     fake=_pack_fake,
     reference=_pack_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 _gemm = declare(
     "wna16_gemm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? perm, Tensor? bias, "
     "int num_bits, int out_features, int group_size) -> Tensor",
     fake=_gemm_fake,
     reference=_gemm_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 

@@ -1,0 +1,121 @@
+"""Weight-only GEMMs of bf16 x against what torch has: GB/s, GFLOP/s, shares of the machine's peaks, ratios.
+
+usage: python benchmarks/wna16.py [--shapes 4096x4096 ...] [--rows 1 4 ...] [--ops w4 w8] [--group 128] [--cold]
+       [--threads 2] [--rounds 9] [--json FILE]
+
+Shapes are N x K. Warm: the same weight each time; cold: weights in turn, more than 128 MB of them in each format, so
+that none is in a cache. Peers: `int4pack` and `int8pack` are aten's weight-only GEMMs, `linear` is F.linear with the
+bf16 weight. GB/s counts the packed weight alone; the peaks (--peak, --bandwidth) are those of two Zen 5 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import machine
+from torch import Tensor
+
+import quantkit.ops as ops
+
+SHAPES = ("4096x4096", "14336x4096", "4096x14336", "2048x2048", "8192x2048", "2048x8192")
+ROWS = (1, 4, 16, 64, 256, 1024)
+COLD_BYTES = 128 << 20
+
+Call = Callable[[Tensor, int], Tensor]
+
+
+def copies(cold: bool, weight: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The weight, and as many copies as do not fit the caches."""
+    size = sum(t.nbytes for t in weight)
+    return [weight] + [tuple(t.clone() for t in weight) for _ in range(COLD_BYTES // size + 1 if cold else 0)]
+
+
+def contenders(n: int, k: int, group: int, names: list[str], cold: bool) -> dict[str, tuple[int, Call]]:
+    """Name -> bytes of the weight, y of x and the round."""
+    scale = torch.rand(n, k // group).mul_(0.01).add_(0.01)
+    cases: dict[str, tuple[int, Call]] = {}
+
+    def add(name: str, weight: tuple[Tensor, ...], call: Callable[..., Tensor]) -> None:
+        kept = copies(cold, weight)
+        cases[name] = (sum(t.nbytes for t in weight), lambda x, i: call(x, *kept[i % len(kept)]))
+
+    if "w4" in names:
+        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+        packed = ops.pack_wna16(ops.pack_int32(codes, 4), 4, k)
+        add("w4", (packed, scale), lambda x, w, s: ops.wna16_gemm(x, w, s, 4, n, group))
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+        pairs = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
+        add("int4pack", (theirs, pairs), lambda x, w, s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, group, s))
+    if "w8" in names:
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        packed = ops.pack_wna16(ops.pack_int32(codes, 8), 8, k)
+        add("w8", (packed, scale), lambda x, w, s: ops.wna16_gemm(x, w, s, 8, n, group))
+        channel = torch.rand(n).bfloat16()
+        add("int8pack", (codes, channel), lambda x, w, s: torch.ops.aten._weight_int8pack_mm(x, w, s))
+    add("linear", (torch.randn(n, k).bfloat16(),), torch.nn.functional.linear)
+    return cases
+
+
+def measure(cases: dict[str, tuple[int, Call]], x: Tensor, rounds: int) -> dict[str, float]:
+    """Seconds of a call, the least of the rounds: each case in turn, several calls a time if they are short."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for r in range(rounds + 1):
+        for name, (_, call) in cases.items():
+            repeats = 1
+            if r:
+                repeats = max(1, min(20, int(0.004 / min(seconds[name]))))
+            started = time.perf_counter()
+            for i in range(repeats):
+                call(x, r * repeats + i)
+            seconds[name].append((time.perf_counter() - started) / repeats)
+    return {name: min(s[1:]) for name, s in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--ops", nargs="+", default=["w4"], choices=["w4", "w8"])
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peak", type=float, default=980.0, help="GFLOP/s")
+    parser.add_argument("--bandwidth", type=float, default=78.0, help="GB/s of memory")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    ops._load.require("cpu")
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), "cold" if args.cold else "warm")
+    print(
+        f"{'N x K':>12} {'M':>5} {'op':>9} {'us':>9} {'GB/s':>6} {'of peak':>8} {'GFLOP/s':>8} {'of peak':>8}   ours is"
+    )
+    figures: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        n, k = map(int, shape.split("x"))
+        cases = contenders(n, k, args.group, args.ops, args.cold)
+        for m in args.rows:
+            found = measure(cases, torch.randn(m, k).bfloat16(), args.rounds)
+            for name, t in found.items():
+                rate, flops = cases[name][0] / t / 1e9, 2 * m * n * k / t / 1e9
+                ratios = {p: found[p] / t for p in found if p not in ("w4", "w8")} if name in ("w4", "w8") else {}
+                figures.append(
+                    {"n": n, "k": k, "m": m, "op": name, "cold": args.cold, "seconds": t, "gbs": rate, "gflops": flops}
+                )
+                print(
+                    f"{shape:>12} {m:5} {name:>9} {t * 1e6:9.1f} {rate:6.1f} {rate / args.bandwidth:8.0%} {flops:8.1f} "
+                    f"{flops / args.peak:8.0%}   " + ", ".join(f"{r:.2f} x {p}" for p, r in ratios.items())
+                )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

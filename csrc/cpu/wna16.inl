@@ -1,0 +1,238 @@
+// The table of wna16.h for one ISA, which says how 16 channels' codes are decoded: FloatCodes here,
+// PairCodes<bits> where it has PairWords.
+#include "cpu/panel_gemm.inl"
+#include "cpu/transpose.inl"
+#include "cpu/wna16.h"
+
+namespace qk::QK_ISA {
+namespace {
+
+// Where the i-th code of a word is.
+constexpr int shift_of(int bits, int i) { return i % 2 * 16 + i / 2 * bits; }
+
+#ifndef QK_FLOAT_CODES
+template <int kBits>
+struct FloatCodes {
+  using Words = FloatWords;
+  static constexpr int kStep = 32 / kBits;
+  static constexpr bool kPlain = false;
+  template <int i>
+  QK_INLINE F32 at(I32 packed) const {
+    const I32 code = shift_right<shift_of(kBits, i)>(packed) & broadcast((1 << kBits) - 1);
+    return to_float(code - broadcast(1 << (kBits - 1)));
+  }
+};
+#endif
+
+// scale and -zero point * scale of 16 channels' groups, the other way round: [count][kPanel].
+template <class T>
+void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t count, float* scale,
+                 float* offset) {
+  alignas(64) float block[kLanes][kLanes], zero[kLanes][kLanes];
+  const int64_t rows = std::min<int64_t>(kLanes, weight.rows - row);
+  for (int64_t g = 0; g < count; g += kLanes) {
+    const int64_t wide = std::min<int64_t>(kLanes, count - g);
+    for (int64_t r = 0; r < kLanes; ++r) {
+      const int64_t at = (row + std::min(r, rows - 1)) * weight.groups + first + g;
+      const T* const p = static_cast<const T*>(weight.scale) + at;
+      const F32 s = wide == kLanes ? load(p, Full{}) : load(p, Part(wide));
+      store(block[r], s, Full{});
+      if (offset) {
+        const int8_t* const z = weight.zero_point + at;
+        const I32 point = wide == kLanes ? load_signed(z, Full{}) : load_signed(z, Part(wide));
+        store(zero[r], to_float(broadcast(0) - point) * s, Full{});
+      }
+    }
+    if (wide == kLanes) {
+      transpose(block[0], kLanes, scale + g * kPanel, kPanel);
+      if (offset) transpose(zero[0], kLanes, offset + g * kPanel, kPanel);
+    } else {
+      for (int64_t i = 0; i < wide; ++i) {
+        for (int64_t r = 0; r < kLanes; ++r) {
+          scale[(g + i) * kPanel + r] = block[r][i];
+          if (offset) offset[(g + i) * kPanel + r] = zero[r][i];
+        }
+      }
+    }
+  }
+}
+
+void fill_panel(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t count,
+                float* scale, float* offset) {
+  for (int64_t c = 0; c < kPanel && panel * kPanel + c < weight.rows; c += kLanes) {
+    visit_float(weight.scale_dtype, [&]<class T>(T) {
+      fill_scales<T>(weight, panel * kPanel + c, first, count, scale + c,
+                     offset ? offset + c : nullptr);
+    });
+  }
+}
+
+// Groups of whole words.
+template <bool kZero>
+struct ScaledGroups {
+  static constexpr bool kOffset = kZero, kInside = false;
+  const Wna16Weight& weight;
+  int64_t size;
+  void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset) const {
+    fill_panel(weight, panel, first, count, scale, kZero ? offset : nullptr);
+  }
+};
+
+// Groups that end inside a word: decoded weights are multiplied one by one.
+struct ScaledWeights {
+  static constexpr bool kOffset = false, kInside = true;
+  const Wna16Weight& weight;
+  int64_t size;
+  void fill(int64_t, int64_t, int64_t count, float* scale, float*) const {
+    for (int64_t i = 0; i < count * kPanel; ++i) scale[i] = 1.0f;
+  }
+  void apply(int64_t panel, int64_t k, int64_t count, float* decoded) const {
+    alignas(64) float scale[kPanel], offset[kPanel];
+    int64_t loaded = -1;
+    for (int64_t i = 0; i < count && k + i < weight.cols; ++i, decoded += kPanel) {
+      const int64_t g = (k + i) / weight.group;
+      if (g != loaded) {
+        fill_panel(weight, panel, g, 1, scale, weight.zero_point ? offset : nullptr);
+        loaded = g;
+      }
+      for (int c = 0; c < kPanel; c += kLanes) {
+        const F32 s = load(scale + c, Full{}), code = load(decoded + c, Full{});
+        const F32 value =
+            weight.zero_point ? multiply_add(code, s, load(offset + c, Full{})) : code * s;
+        store(decoded + c, value, Full{});
+      }
+    }
+  }
+};
+
+bool whole_words(const Wna16Weight& weight) {
+  return weight.groups == 1 || weight.group % wna16_step(weight.bits) == 0;
+}
+
+bool takes_pairs(const Wna16Weight& weight, DType dtype) {
+#ifdef QK_PAIRS
+  return dtype == DType::kBFloat16 && whole_words(weight);
+#else
+  static_cast<void>(weight);
+  static_cast<void>(dtype);
+  return false;
+#endif
+}
+
+int64_t depth(const Wna16Weight& weight, DType dtype) {
+  const int64_t k = wna16_steps(weight.bits, weight.cols) * wna16_step(weight.bits);
+  return takes_pairs(weight, dtype) ? k / 2 : k;
+}
+
+void pack_x(const Wna16Weight& weight, const RowsInput& input, const PackedRows& x, int64_t t,
+            float* row) {
+#ifdef QK_PAIRS
+  if (takes_pairs(weight, input.dtype)) return pack_tile<PairWords>(input, x, t, row);
+#endif
+  static_cast<void>(weight);
+  pack_tile<FloatWords>(input, x, t, row);
+}
+
+template <int kBits>
+void gemm_bits(const Wna16Weight& weight, DType dtype, const PackedRows& x, int64_t panel,
+               int64_t first_tile, int64_t end_tile, const PanelOutput& out) {
+  const int32_t* const packed = weight.packed + panel * wna16_steps(kBits, weight.cols) * kPanel;
+  const auto run = [&](auto decoder) {
+    const auto with = [&](const auto& groups) {
+      panel_gemm(decoder, groups, x, packed, panel, first_tile, end_tile, out);
+    };
+    const int64_t size = weight.groups == 1 ? INT64_MAX : weight.group;
+    if (weight.zero_point) return with(ScaledGroups<true>{weight, size});
+    with(ScaledGroups<false>{weight, size});
+  };
+#ifdef QK_PAIRS
+  if (takes_pairs(weight, dtype)) return run(PairCodes<kBits>{});
+#endif
+  static_cast<void>(dtype);
+  if (whole_words(weight)) return run(FloatCodes<kBits>{});
+  panel_gemm(FloatCodes<kBits>{}, ScaledWeights{weight, INT64_MAX}, x, packed, panel, first_tile,
+             end_tile, out);
+}
+
+void gemm(const Wna16Weight& weight, DType dtype, const PackedRows& x, int64_t panel,
+          int64_t first_tile, int64_t end_tile, const PanelOutput& out) {
+  if (weight.bits == 4) {
+    gemm_bits<4>(weight, dtype, x, panel, first_tile, end_tile, out);
+  } else {
+    gemm_bits<8>(weight, dtype, x, panel, first_tile, end_tile, out);
+  }
+}
+
+// ---- weights ----
+
+// Codes in a row as they are stored -> even ones below, odd ones above.
+QK_INLINE I32 part_codes(I32 word, int bits) {
+  const I32 byte = broadcast(0xff);
+  if (bits == 4) {
+    const auto squeeze = [&](I32 nibbles) {
+      nibbles = (nibbles | shift_right<4>(nibbles)) & broadcast(0x00ff00ff);
+      return (nibbles | shift_right<8>(nibbles)) & broadcast(0xffff);
+    };
+    const I32 even = squeeze(word & broadcast(0x0f0f0f0f));
+    return even | shift_left<16>(squeeze(shift_right<4>(word) & broadcast(0x0f0f0f0f)));
+  }
+  const I32 odd = shift_left<8>(word & broadcast(0xff00)) | (word & shift_left<24>(byte));
+  return (word & byte) | (shift_right<8>(word) & shift_left<8>(byte)) | odd;
+}
+
+// The packed words of a row.
+void part_row(const Wna16Words& in, int64_t r, int32_t* out) {
+  const int32_t* const row = in.words + r * in.stride;
+  const int64_t steps = wna16_steps(in.bits, in.cols), step = wna16_step(in.bits);
+  if (in.perm) {
+    const uint32_t mask = (1u << in.bits) - 1;
+    for (int64_t s = 0; s < steps; ++s) {
+      uint32_t word = 0;
+      for (int64_t i = 0; i < step && s * step + i < in.cols; ++i) {
+        const int64_t k = in.perm[s * step + i];
+        const uint32_t code = static_cast<uint32_t>(row[k / step]) >> (k % step * in.bits) & mask;
+        word |= code << shift_of(in.bits, static_cast<int>(i));
+      }
+      out[s] = static_cast<int32_t>(word);
+    }
+    return;
+  }
+  const auto part = [&](const int32_t* words, int64_t s, auto lanes) {
+    const I32 word = bits(load(reinterpret_cast<const float*>(words), lanes));
+    store(reinterpret_cast<float*>(out + s), from_bits(part_codes(word, in.bits)), lanes);
+  };
+  for_lanes(steps, [&](int64_t s, auto lanes) { part(row + s, s, lanes); });
+  if (in.cols % step) {  // beyond the last column there may be anything
+    const int32_t kept = row[steps - 1] & ((1 << (in.cols % step * in.bits)) - 1);
+    part(&kept, steps - 1, Part(1));
+  }
+}
+
+void pack(const Wna16Words& in, int64_t panel, int32_t* room, int32_t* packed) {
+  const int64_t steps = wna16_steps(in.bits, in.cols);
+  for (int64_t c = 0; c < kPanel; c += kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r) {
+      const int64_t row = panel * kPanel + c + r;
+      if (row < in.rows) {
+        part_row(in, row, room + r * steps);
+      } else {
+        std::fill_n(room + r * steps, steps, 0);
+      }
+    }
+    const auto* const from = reinterpret_cast<const float*>(room);
+    int64_t s = 0;
+    for (; s + kLanes <= steps; s += kLanes) {
+      transpose(from + s, steps, reinterpret_cast<float*>(packed + s * kPanel + c), kPanel);
+    }
+    for (; s < steps; ++s) {
+      for (int64_t r = 0; r < kLanes; ++r) packed[s * kPanel + c + r] = room[r * steps + s];
+    }
+  }
+}
+
+}  // namespace
+
+extern const Wna16Kernels wna16;
+const Wna16Kernels wna16 = {kTileRows, depth, pack_x, gemm, pack};
+
+}  // namespace qk::QK_ISA

@@ -1,0 +1,168 @@
+// pack_wna16 and wna16_gemm on the CPU.
+#include "cpu/wna16.h"
+
+#include <memory>
+
+#include "ops/panels.h"
+
+namespace qk::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+void check_bits(const char* op, int64_t num_bits) {
+  check(num_bits == 4 || num_bits == 8, op, "num_bits must be 4 or 8, got ", num_bits);
+}
+
+// Its numbers, checked; null if there is none.
+const int32_t* check_perm(const char* op, const Optional& perm, int64_t cols) {
+  if (!perm) return nullptr;
+  check(perm->dim() == 1 && perm->size(0) == cols && perm->scalar_type() == ScalarType::Int, op,
+        "perm must be torch.int32 [", cols, "], got ", name_of(perm->scalar_type()), " ",
+        text_of(perm->sizes()));
+  check(perm->is_contiguous(), op, "perm must be contiguous, got strides ",
+        text_of(perm->strides()));
+  const auto* const order = reinterpret_cast<const int32_t*>(element(*perm, 0));
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < cols; ++k) largest = std::max(largest, static_cast<uint32_t>(order[k]));
+  if (largest < static_cast<uint64_t>(cols)) return order;
+  const int32_t* const wrong =
+      std::find_if(order, order + cols, [&](int32_t k) { return k < 0 || k >= cols; });
+  check(false, op, "perm must hold columns 0 to ", cols - 1, ", got ", *wrong);
+  return nullptr;
+}
+
+void check_shape(const char* op, const Tensor& x, const Tensor& packed, int64_t num_bits,
+                 int64_t out_features) {
+  check(x.dim() == 2, op, "x must be 2-D [tokens, in_features], got ", x.dim(), "-D");
+  check_float(op, "x", x);
+  const int64_t cols = x.size(1);
+  check(cols <= 1 || x.stride(1) == 1, op,
+        "x must have its last dimension contiguous, got strides ", text_of(x.strides()));
+  check_bits(op, num_bits);
+  check(cols > 0, op, "in_features must be positive, got ", cols);
+  check(out_features >= 0, op, "out_features must not be negative, got ", out_features);
+  const int64_t shape[] = {(out_features + kPanel - 1) / kPanel,
+                           wna16_steps(static_cast<int>(num_bits), cols), kPanel};
+  check(packed.scalar_type() == ScalarType::Int && packed.dim() == 3 &&
+            packed.size(0) == shape[0] && packed.size(1) == shape[1] &&
+            packed.size(2) == shape[2] && packed.is_contiguous(),
+        op, "packed must be what pack_wna16 makes of ", num_bits, " bits [", out_features, ", ",
+        cols, "]: contiguous torch.int32 ", text_of({shape, 3}), ", got ",
+        name_of(packed.scalar_type()), " ", text_of(packed.sizes()));
+}
+
+Wna16Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                         const Optional& zero_point, int64_t num_bits, int64_t out_features,
+                         int64_t group_size) {
+  check_shape(op, x, packed, num_bits, out_features);
+  const int64_t cols = x.size(1);
+  check(group_size == -1 || (group_size > 0 && cols % group_size == 0), op,
+        "group_size must be -1 or divide in_features ", cols, ", got ", group_size);
+  const int64_t groups = group_size == -1 ? 1 : cols / group_size;
+  check_float(op, "weight_scale", scale);
+  check(scale.dim() == 2 && scale.size(0) == out_features && scale.size(1) == groups &&
+            scale.is_contiguous(),
+        op, "weight_scale must be contiguous [", out_features, ", ", groups, "] for group_size ",
+        group_size, ", got ", text_of(scale.sizes()));
+  if (zero_point) {
+    check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == 2 &&
+              zero_point->size(0) == out_features && zero_point->size(1) == groups &&
+              zero_point->is_contiguous(),
+          op, "weight_zero_point must be contiguous torch.int8 [", out_features, ", ", groups,
+          "], got ", name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
+  }
+  return {static_cast<int>(num_bits),
+          reinterpret_cast<const int32_t*>(element(packed, 0)),
+          out_features,
+          cols,
+          dtype_of(op, scale.scalar_type()),
+          element(scale, 0),
+          zero_point ? reinterpret_cast<const int8_t*>(element(*zero_point, 0)) : nullptr,
+          cols / groups,
+          groups};
+}
+
+}  // namespace
+
+Tensor pack_wna16(const Tensor& words, int64_t num_bits, int64_t in_features,
+                  const Optional& perm) {
+  constexpr auto kOp = "pack_wna16";
+  check_bits(kOp, num_bits);
+  check(in_features > 0, kOp, "in_features must be positive, got ", in_features);
+  const int bits = static_cast<int>(num_bits);
+  const int64_t steps = wna16_steps(bits, in_features);
+  check(words.dim() == 2 && words.scalar_type() == ScalarType::Int && words.size(1) == steps, kOp,
+        "words must be torch.int32 [N, ", steps, "] for ", in_features, " codes of ", num_bits,
+        " bits, got ", name_of(words.scalar_type()), " ", text_of(words.sizes()));
+  check_rows(kOp, "words", words);
+  const int32_t* const order = check_perm(kOp, perm, in_features);
+  const int64_t rows = words.size(0), panels = (rows + kPanel - 1) / kPanel;
+  Tensor packed = output(words, {panels, steps, kPanel}, ScalarType::Int);
+  const Wna16Words in = {
+      bits, reinterpret_cast<const int32_t*>(element(words, 0)), words.stride(0), rows, in_features,
+      order};
+  const Wna16Kernels& kernels = wna16_kernels();
+  parallel_queue(panels, [&](int64_t p) {
+    const std::unique_ptr<int32_t[]> room(new int32_t[16 * steps]);
+    kernels.pack(in, p, room.get(), data<int32_t>(packed) + p * steps * kPanel);
+  });
+  return packed;
+}
+
+Tensor wna16_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                  const Optional& weight_zero_point, const Optional& perm, const Optional& bias,
+                  int64_t num_bits, int64_t out_features, int64_t group_size) {
+  constexpr auto kOp = "wna16_gemm";
+  const Wna16Weight weight = check_weight(kOp, x, packed, weight_scale, weight_zero_point, num_bits,
+                                          out_features, group_size);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const int32_t* const order = check_perm(kOp, perm, cols);
+  if (bias) {
+    const ScalarType dtype = bias->scalar_type();
+    check((dtype == x.scalar_type() || dtype == ScalarType::Float) && bias->dim() == 1 &&
+              bias->size(0) == out_features && bias->is_contiguous(),
+          kOp, "bias must be contiguous ", name_of(x.scalar_type()), " or torch.float32 [",
+          out_features, "], got ", name_of(dtype), " ", text_of(bias->sizes()));
+  }
+  Tensor y = output(x, {rows, out_features}, x.scalar_type());
+  if (y.numel() == 0) return y;
+
+  const Wna16Kernels& kernels = wna16_kernels();
+  const DType dtype = dtype_of(kOp, x.scalar_type());
+  const RowsInput input = {dtype, element(x, 0), x.stride(0), cols, order, nullptr};
+  const int64_t depth = kernels.depth(weight, dtype);
+  const bool with_sums = wna16_sums(weight);
+  // One allocation: x's words, its sums.
+  Tensor room =
+      output(x, {rows * (depth + (with_sums ? weight.groups : 0)) + 16}, ScalarType::Float);
+  float* const words = data<float>(room);
+  const PackedRows tiles = {words,        with_sums ? words + rows * depth : nullptr,
+                            rows,         depth,
+                            kernels.tile, weight.group,
+                            weight.groups};
+  const auto pack = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> row(new float[2 * depth + 16]);
+    for (int64_t t = begin; t < end; ++t) kernels.pack_tile(weight, input, tiles, t, row.get());
+  };
+  if (rows <= 2 * kernels.tile) {
+    pack(0, tiles.tiles());
+  } else {
+    parallel_rows(tiles.tiles(), cols * kernels.tile, pack);
+  }
+
+  const PanelOutput out = {dtype,         bias ? dtype_of(kOp, bias->scalar_type()) : dtype,
+                           data<char>(y), bias ? element(*bias, 0) : nullptr,
+                           out_features,  out_features};
+  parallel_panels(tiles, packed.size(0), [&](int64_t panel, int64_t begin, int64_t end) {
+    kernels.gemm(weight, dtype, tiles, panel, begin, end, out);
+  });
+  return y;
+}
+
+}  // namespace qk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
+  m.impl("pack_wna16", TORCH_BOX(&qk::cpu::pack_wna16));
+  m.impl("wna16_gemm", TORCH_BOX(&qk::cpu::wna16_gemm));
+}
