@@ -1,10 +1,10 @@
 // y = x W^T for weights that are decoded on the way: what the GEMMs of WNA16, bf16 and FP8 weights
 // share (panel_gemm.inl).
 //
-// A weight is packed as words of 32 bits, [panels][steps][kPanel]: a panel is 64 output channels
-// side by side, a step so many k as a word has codes of one channel: 8 of 4 bits, 4 of 8, 2 of 16.
-// Of a word's codes the even k are in its lower 16 bits, from the lowest up, and the odd k in its
-// upper 16.
+// A weight is packed as words of 32 bits, [panels][steps][kPanelCols]: a panel is 64 output
+// channels side by side, a step so many k as a word has codes of one channel: 8 of 4 bits, 4 of 8,
+// 2 of 16. Of a word's codes the even k are in its lower 16 bits, from the lowest up, and the odd k
+// in its upper 16.
 //
 // x is packed as tiles of a few rows, balanced; a tile is [depth][rows of the tile] words, a word a
 // pair of bf16 numbers or one fp32 number, k beyond the last zero.
@@ -17,7 +17,7 @@
 
 namespace qk {
 
-constexpr int64_t kPanel = 64;
+constexpr int64_t kPanelCols = 64;
 
 // A matrix by its rows. If not null, `order` says which of them are taken, `perm` in what order the
 // columns are.

@@ -12,7 +12,7 @@
 //   static constexpr bool kInside                   decoded words are multiplied instead, by
 //   void apply(int64_t panel, int64_t k, int64_t count, float* decoded)
 //   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset)
-//                                                   [count][kPanel] of groups from `first` on
+//                                                   [count][kPanelCols] of groups from `first` on
 //
 // Up to kDirectRows rows, weights are decoded in registers and used there: one pass over the
 // packed words. Beyond, a slice of a panel is decoded into the L1 cache and used by all tiles.
@@ -26,7 +26,7 @@
 namespace qk::QK_ISA {
 namespace {
 
-constexpr int kPanelVectors = kPanel / kLanes;
+constexpr int kPanelVectors = kPanelCols / kLanes;
 constexpr int kDirectRows = kTileRows < 4 ? kTileRows : 4;
 constexpr int64_t kBlockTiles = 42;        // whose sums stay in the L2 cache
 constexpr int64_t kSliceBytes = 32 << 10;  // of a decoded panel
@@ -67,9 +67,9 @@ QK_INLINE void unrolled(Body body) {
 // One slice of a panel: its decoded words if any, its scales, its runs.
 template <class Words>
 struct Slice {
-  const typename Words::Word* decoded;  // [depth][kPanel]
-  const int32_t* packed;                // [steps][kPanel]
-  const float *scale, *offset;          // [groups][kPanel]
+  const typename Words::Word* decoded;  // [depth][kPanelCols]
+  const int32_t* packed;                // [steps][kPanelCols]
+  const float *scale, *offset;          // [groups][kPanelCols]
   const Segment* segments;
   int64_t count;
   bool first;  // of the panel: sums start here
@@ -82,13 +82,13 @@ QK_INLINE void flush(const F32 (&sum)[R][V], const Slice<Words>& slice, int64_t 
                      const float* x_sums, int64_t groups, float* c) {
   const int64_t group = slice.segments[s].group;
   const bool first = slice.first && s == 0, starts = slice.segments[s].starts;
-  const float* const scale = slice.scale + group * kPanel + col;
-  const float* const offset = kOffset ? slice.offset + group * kPanel + col : nullptr;
+  const float* const scale = slice.scale + group * kPanelCols + col;
+  const float* const offset = kOffset ? slice.offset + group * kPanelCols + col : nullptr;
   if constexpr (kOffset) x_sums += group;
   c += col;
   unrolled<R>([&](auto r) {
     unrolled<V>([&](auto v) {
-      float* const p = c + r * kPanel + v * kLanes;
+      float* const p = c + r * kPanelCols + v * kLanes;
       const F32 s = load(scale + v * kLanes, Full{});
       F32 total = first ? sum[r][v] * s : multiply_add(sum[r][v], s, load(p, Full{}));
       if constexpr (kOffset) {
@@ -110,9 +110,9 @@ void tile_decoded(const typename Words::Word* a, const Slice<Words>& slice, cons
       F32 sum[R][kTileVectors];
       unrolled<R>(
           [&](auto r) { unrolled<kTileVectors>([&](auto v) { sum[r][v] = broadcast(0.0f); }); });
-      const auto* b = slice.decoded + segment.begin * kPanel + v0 * kLanes;
+      const auto* b = slice.decoded + segment.begin * kPanelCols + v0 * kLanes;
       const auto* x = a + segment.begin * R;
-      for (int64_t d = segment.begin; d < segment.end; ++d, b += kPanel, x += R) {
+      for (int64_t d = segment.begin; d < segment.end; ++d, b += kPanelCols, x += R) {
         typename Words::Vector right[kTileVectors];
         unrolled<kTileVectors>([&](auto v) { right[v] = Words::load_vector(b + v * kLanes); });
         unrolled<R>([&](auto r) {
@@ -146,8 +146,8 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
         });
       });
       const auto* x = a + segment.begin * R;
-      const int32_t* w = slice.packed + segment.begin / kVectors * kPanel + v0 * kLanes;
-      for (int64_t d = segment.begin; d < segment.end; d += kVectors, w += kPanel) {
+      const int32_t* w = slice.packed + segment.begin / kVectors * kPanelCols + v0 * kLanes;
+      for (int64_t d = segment.begin; d < segment.end; d += kVectors, w += kPanelCols) {
         I32 packed[kTileVectors];
         unrolled<kTileVectors>([&](auto v) {
           prefetch(w + v * kLanes, kAhead);
@@ -184,12 +184,13 @@ void decode_slice(Decoder decoder, const int32_t* packed, int64_t steps,
                   typename Decoder::Words::Word* out) {
   using Words = typename Decoder::Words;
   constexpr int kVectors = Decoder::kStep / Words::kCount;
-  for (int64_t s = 0; s < steps; ++s, packed += kPanel, out += kVectors * kPanel) {
-    for (int v = 0; v < kPanel; v += kLanes) {
+  for (int64_t s = 0; s < steps; ++s, packed += kPanelCols, out += kVectors * kPanelCols) {
+    for (int v = 0; v < kPanelCols; v += kLanes) {
       prefetch(packed + v, kAhead);
       const I32 word = load_words(packed + v);
-      unrolled<kVectors>(
-          [&](auto i) { Words::store_vector(out + i * kPanel + v, decoder.template at<i>(word)); });
+      unrolled<kVectors>([&](auto i) {
+        Words::store_vector(out + i * kPanelCols + v, decoder.template at<i>(word));
+      });
     }
   }
 }
@@ -208,13 +209,13 @@ int64_t make_segments(int64_t begin, int64_t end, int64_t group, Segment* segmen
   return count;
 }
 
-// Sums c [rows][kPanel] of the tiles [first_tile, end_tile) and one panel.
+// Sums c [rows][kPanelCols] of the tiles [first_tile, end_tile) and one panel.
 template <class Decoder, class Groups>
 void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, const int32_t* packed,
                 int64_t panel, int64_t first_tile, int64_t end_tile, float* c) {
   using Words = typename Decoder::Words;
   using Word = typename Words::Word;
-  constexpr int64_t kDecoded = kSliceBytes / (kPanel * sizeof(Word)) * Words::kCount;  // k
+  constexpr int64_t kDecoded = kSliceBytes / (kPanelCols * sizeof(Word)) * Words::kCount;  // k
   constexpr bool kOffset = Groups::kOffset;
   const bool direct = !Groups::kInside && x.rows <= kDirectRows;
   const int64_t cols = x.depth * Words::kCount, group = std::min(groups.size, cols);
@@ -223,7 +224,8 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
   if (!direct && kDecoded / group + 2 > kGroupBuffer) length = (kGroupBuffer - 2) * group;
 
   alignas(64) Word decoded[Decoder::kPlain ? 1 : kSliceBytes / sizeof(Word)];
-  alignas(64) float scale[kGroupBuffer * kPanel], offset[kOffset ? kGroupBuffer * kPanel : 1];
+  alignas(64) float scale[kGroupBuffer * kPanelCols],
+      offset[kOffset ? kGroupBuffer * kPanelCols : 1];
   Segment segments[kGroupBuffer];
   int64_t loaded = 0, loaded_end = 0;  // groups in the buffers
   for (int64_t k = 0; k < cols; k += length) {
@@ -235,9 +237,9 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
       groups.fill(panel, loaded, loaded_end - loaded, scale, offset);
     }
     Slice<Words> slice = {};
-    slice.packed = packed + k / Decoder::kStep * kPanel;
-    slice.scale = scale + (first - loaded) * kPanel;
-    slice.offset = kOffset ? offset + (first - loaded) * kPanel : nullptr;
+    slice.packed = packed + k / Decoder::kStep * kPanelCols;
+    slice.scale = scale + (first - loaded) * kPanelCols;
+    slice.offset = kOffset ? offset + (first - loaded) * kPanelCols : nullptr;
     slice.segments = segments;
     slice.count = count;
     slice.first = k == 0;
@@ -253,7 +255,7 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
       const Word* const a =
           static_cast<const Word*>(x.words) + row * x.depth + k / Words::kCount * rows;
       const float* const sums = kOffset ? x.sums + row * x.groups + first : nullptr;
-      float* const out = c + (row - x.first_row(first_tile)) * kPanel;
+      float* const out = c + (row - x.first_row(first_tile)) * kPanelCols;
       unrolled<kTileRows>([&](auto i) {
         constexpr int R = i + 1;
         if (rows != R) return;
@@ -267,12 +269,12 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
   }
 }
 
-// Sums c [rows][kPanel], with bias, to y from (row, col) on.
+// Sums c [rows][kPanelCols], with bias, to y from (row, col) on.
 template <class T, class B>
 void write_rows(const float* c, int64_t row, int64_t rows, int64_t col, const PanelOutput& out) {
-  const int64_t cols = std::min(kPanel, out.cols - col);
+  const int64_t cols = std::min(kPanelCols, out.cols - col);
   T* y = static_cast<T*>(out.y) + row * out.stride + col;
-  for (int64_t r = 0; r < rows; ++r, c += kPanel, y += out.stride) {
+  for (int64_t r = 0; r < rows; ++r, c += kPanelCols, y += out.stride) {
     for_lanes(cols, [&](int64_t i, auto lanes) {
       F32 value = load(c + i, Full{});
       if (out.bias) value = value + load(static_cast<const B*>(out.bias) + col + i, lanes);
@@ -285,11 +287,11 @@ void write_rows(const float* c, int64_t row, int64_t rows, int64_t col, const Pa
 template <class Decoder, class Groups>
 void panel_gemm(Decoder decoder, const Groups& groups, const PackedRows& x, const int32_t* packed,
                 int64_t panel, int64_t first_tile, int64_t end_tile, const PanelOutput& out) {
-  alignas(64) float c[kBlockTiles * kTileRows * kPanel];
+  alignas(64) float c[kBlockTiles * kTileRows * kPanelCols];
   for (int64_t t = first_tile; t < end_tile; t += kBlockTiles) {
     const int64_t end = std::min(end_tile, t + kBlockTiles);
     panel_sums(decoder, groups, x, packed, panel, t, end, c);
-    const int64_t row = x.first_row(t), rows = x.first_row(end) - row, col = panel * kPanel;
+    const int64_t row = x.first_row(t), rows = x.first_row(end) - row, col = panel * kPanelCols;
     visit_float(out.dtype, [&]<class T>(T) {
       if (out.bias_dtype == DType::kFloat32) {
         write_rows<T, float>(c, row, rows, col, out);

@@ -41,7 +41,7 @@ struct Wna16Kernels {
   // `dtype`.
   void (*gemm)(const Wna16Weight& weight, DType dtype, const PackedRows& x, int64_t panel,
                int64_t first_tile, int64_t end_tile, const PanelOutput& out);
-  // A panel of a weight: packed [steps][kPanel]. `room` is for 16 * steps words.
+  // A panel of a weight: packed [steps][kPanelCols]. `room` is for 16 * steps words.
   void (*pack)(const Wna16Words& words, int64_t panel, int32_t* room, int32_t* packed);
 };
 

@@ -24,7 +24,7 @@ struct FloatCodes {
 };
 #endif
 
-// scale and -zero point * scale of 16 channels' groups, the other way round: [count][kPanel].
+// scale and -zero point * scale of 16 channels' groups, the other way round: [count][kPanelCols].
 template <class T>
 void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t count, float* scale,
                  float* offset) {
@@ -44,13 +44,13 @@ void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t 
       }
     }
     if (wide == kLanes) {
-      transpose(block[0], kLanes, scale + g * kPanel, kPanel);
-      if (offset) transpose(zero[0], kLanes, offset + g * kPanel, kPanel);
+      transpose(block[0], kLanes, scale + g * kPanelCols, kPanelCols);
+      if (offset) transpose(zero[0], kLanes, offset + g * kPanelCols, kPanelCols);
     } else {
       for (int64_t i = 0; i < wide; ++i) {
         for (int64_t r = 0; r < kLanes; ++r) {
-          scale[(g + i) * kPanel + r] = block[r][i];
-          if (offset) offset[(g + i) * kPanel + r] = zero[r][i];
+          scale[(g + i) * kPanelCols + r] = block[r][i];
+          if (offset) offset[(g + i) * kPanelCols + r] = zero[r][i];
         }
       }
     }
@@ -59,9 +59,9 @@ void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t 
 
 void fill_panel(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t count,
                 float* scale, float* offset) {
-  for (int64_t c = 0; c < kPanel && panel * kPanel + c < weight.rows; c += kLanes) {
+  for (int64_t c = 0; c < kPanelCols && panel * kPanelCols + c < weight.rows; c += kLanes) {
     visit_float(weight.scale_dtype, [&]<class T>(T) {
-      fill_scales<T>(weight, panel * kPanel + c, first, count, scale + c,
+      fill_scales<T>(weight, panel * kPanelCols + c, first, count, scale + c,
                      offset ? offset + c : nullptr);
     });
   }
@@ -84,18 +84,18 @@ struct ScaledWeights {
   const Wna16Weight& weight;
   int64_t size;
   void fill(int64_t, int64_t, int64_t count, float* scale, float*) const {
-    for (int64_t i = 0; i < count * kPanel; ++i) scale[i] = 1.0f;
+    for (int64_t i = 0; i < count * kPanelCols; ++i) scale[i] = 1.0f;
   }
   void apply(int64_t panel, int64_t k, int64_t count, float* decoded) const {
-    alignas(64) float scale[kPanel], offset[kPanel];
+    alignas(64) float scale[kPanelCols], offset[kPanelCols];
     int64_t loaded = -1;
-    for (int64_t i = 0; i < count && k + i < weight.cols; ++i, decoded += kPanel) {
+    for (int64_t i = 0; i < count && k + i < weight.cols; ++i, decoded += kPanelCols) {
       const int64_t g = (k + i) / weight.group;
       if (g != loaded) {
         fill_panel(weight, panel, g, 1, scale, weight.zero_point ? offset : nullptr);
         loaded = g;
       }
-      for (int c = 0; c < kPanel; c += kLanes) {
+      for (int c = 0; c < kPanelCols; c += kLanes) {
         const F32 s = load(scale + c, Full{}), code = load(decoded + c, Full{});
         const F32 value =
             weight.zero_point ? multiply_add(code, s, load(offset + c, Full{})) : code * s;
@@ -136,7 +136,8 @@ void pack_x(const Wna16Weight& weight, const RowsInput& input, const PackedRows&
 template <int kBits>
 void gemm_bits(const Wna16Weight& weight, DType dtype, const PackedRows& x, int64_t panel,
                int64_t first_tile, int64_t end_tile, const PanelOutput& out) {
-  const int32_t* const packed = weight.packed + panel * wna16_steps(kBits, weight.cols) * kPanel;
+  const int32_t* const packed =
+      weight.packed + panel * wna16_steps(kBits, weight.cols) * kPanelCols;
   const auto run = [&](auto decoder) {
     const auto with = [&](const auto& groups) {
       panel_gemm(decoder, groups, x, packed, panel, first_tile, end_tile, out);
@@ -210,9 +211,9 @@ void part_row(const Wna16Words& in, int64_t r, int32_t* out) {
 
 void pack(const Wna16Words& in, int64_t panel, int32_t* room, int32_t* packed) {
   const int64_t steps = wna16_steps(in.bits, in.cols);
-  for (int64_t c = 0; c < kPanel; c += kLanes) {
+  for (int64_t c = 0; c < kPanelCols; c += kLanes) {
     for (int64_t r = 0; r < kLanes; ++r) {
-      const int64_t row = panel * kPanel + c + r;
+      const int64_t row = panel * kPanelCols + c + r;
       if (row < in.rows) {
         part_row(in, row, room + r * steps);
       } else {
@@ -222,10 +223,10 @@ void pack(const Wna16Words& in, int64_t panel, int32_t* room, int32_t* packed) {
     const auto* const from = reinterpret_cast<const float*>(room);
     int64_t s = 0;
     for (; s + kLanes <= steps; s += kLanes) {
-      transpose(from + s, steps, reinterpret_cast<float*>(packed + s * kPanel + c), kPanel);
+      transpose(from + s, steps, reinterpret_cast<float*>(packed + s * kPanelCols + c), kPanelCols);
     }
     for (; s < steps; ++s) {
-      for (int64_t r = 0; r < kLanes; ++r) packed[s * kPanel + c + r] = room[r * steps + s];
+      for (int64_t r = 0; r < kLanes; ++r) packed[s * kPanelCols + c + r] = room[r * steps + s];
     }
   }
 }

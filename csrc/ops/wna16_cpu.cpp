@@ -42,8 +42,8 @@ void check_shape(const char* op, const Tensor& x, const Tensor& packed, int64_t 
   check_bits(op, num_bits);
   check(cols > 0, op, "in_features must be positive, got ", cols);
   check(out_features >= 0, op, "out_features must not be negative, got ", out_features);
-  const int64_t shape[] = {(out_features + kPanel - 1) / kPanel,
-                           wna16_steps(static_cast<int>(num_bits), cols), kPanel};
+  const int64_t shape[] = {(out_features + kPanelCols - 1) / kPanelCols,
+                           wna16_steps(static_cast<int>(num_bits), cols), kPanelCols};
   check(packed.scalar_type() == ScalarType::Int && packed.dim() == 3 &&
             packed.size(0) == shape[0] && packed.size(1) == shape[1] &&
             packed.size(2) == shape[2] && packed.is_contiguous(),
@@ -97,15 +97,15 @@ Tensor pack_wna16(const Tensor& words, int64_t num_bits, int64_t in_features,
         " bits, got ", name_of(words.scalar_type()), " ", text_of(words.sizes()));
   check_rows(kOp, "words", words);
   const int32_t* const order = check_perm(kOp, perm, in_features);
-  const int64_t rows = words.size(0), panels = (rows + kPanel - 1) / kPanel;
-  Tensor packed = output(words, {panels, steps, kPanel}, ScalarType::Int);
+  const int64_t rows = words.size(0), panels = (rows + kPanelCols - 1) / kPanelCols;
+  Tensor packed = output(words, {panels, steps, kPanelCols}, ScalarType::Int);
   const Wna16Words in = {
       bits, reinterpret_cast<const int32_t*>(element(words, 0)), words.stride(0), rows, in_features,
       order};
   const Wna16Kernels& kernels = wna16_kernels();
   parallel_queue(panels, [&](int64_t p) {
     const std::unique_ptr<int32_t[]> room(new int32_t[16 * steps]);
-    kernels.pack(in, p, room.get(), data<int32_t>(packed) + p * steps * kPanel);
+    kernels.pack(in, p, room.get(), data<int32_t>(packed) + p * steps * kPanelCols);
   });
   return packed;
 }
