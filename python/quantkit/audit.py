@@ -225,11 +225,11 @@ def _check_weight(
     negative = quantized.schemes[module].scales_may_be_negative and not rounded
     if not _usable(scale, negative):
         wanted = "finite and not zero" if negative else "finite and positive"
-        result.problems.append(f"{module}.weight_scale: has values that are not {wanted}")
+        result.problems.append(f"{quantized.scale_name(module)}: has values that are not {wanted}")
         return
     if weight.g_idx is not None and not _even_groups(weight.g_idx, weight.args.group_size or 1):
         result.problems.append(
-            f"{module}.weight_g_idx: does not put {weight.args.group_size} of {weight.cols} columns into each group"
+            f"{module}: its g_idx does not put {weight.args.group_size} of {weight.cols} columns into each group"
         )
         return
     if rounded:

@@ -223,6 +223,8 @@ def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport |
     writer.side_file(RECORD, (json.dumps(_record(plan), indent=2) + "\n").encode())
     if report is not None:
         writer.side_file(REPORT, (report.to_json() + "\n").encode())
+    for name, data in plan.format.side_files(plan.config_json["quantization_config"]).items():
+        writer.side_file(name, data)
     writer.side_file("config.json", config_bytes(plan))
 
 

@@ -165,7 +165,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     if any(m.scheme.weights.actorder == "group" for m in modules.values()):
         warnings.append(
             "actorder 'group': compressed-tensors from 0.19 on refuses it, and so do Transformers and servers that use "
-            "it; actorder 'weight' is about as good and read by all"
+            "it, and vLLM 0.32 in GPTQ's format, too; actorder 'weight' is about as good and read by all"
         )
     ignore = _kept_linears(family, shapes, modules)
     outputs, carried, stored_bytes = _outputs(checkpoint, fmt, modules, rewritten)

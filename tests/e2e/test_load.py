@@ -36,6 +36,17 @@ SCHEMES.update({name: f"scheme: {name}" for name in MORE})
 WEIGHT_ONLY, INT8, FP8 = 1e-6, 5e-3, 2e-2
 
 
+# name -> (save_name, modifiers)
+FORMATS = {
+    "gptq": ("gptq", "{GPTQModifier: {scheme: W4A16, actorder: group}}"),
+    "gptq asymmetric": ("gptq", "{QuantizationModifier: {scheme: W4A16_ASYM}}"),
+    "gptq int8": ("gptq", "{QuantizationModifier: {scheme: W8A16}}"),
+    "awq": ("awq", "{QuantizationModifier: {scheme: W4A16_ASYM}}"),
+    "fp8 per tensor": ("fp8", "{QuantizationModifier: {scheme: FP8}}"),
+    "fp8 per block": ("fp8", "{QuantizationModifier: {scheme: FP8_BLOCK}}"),
+}
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(model, scheme or recipe) -> its quantized folder, made once."""
@@ -44,7 +55,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(model: str, scheme: str) -> Path:
         if (model, scheme) not in made:
             folder = tmp_path_factory.mktemp("out")
-            if scheme in RECIPES:
+            if scheme in FORMATS:
+                name, modifiers = FORMATS[scheme]
+                made[model, scheme] = quantize_by(model, modifiers, folder, f"compression.save_name={name}")
+            elif scheme in RECIPES:
                 made[model, scheme] = quantize_by(model, RECIPES[scheme], folder)
             else:
                 made[model, scheme] = quantize(model, scheme, folder)
@@ -156,7 +170,7 @@ def check_model(model: Any, expected: Any, ids: Tensor) -> str:
     return f"{found:.1e} of the spread, KL {kl:.1e}, perplexity {change:+.1e}, tokens {worst:.1e}"
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *RECIPES])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *RECIPES, *FORMATS])
 def test_loaded_model_is_what_the_codes_say(scheme: str, outputs: Any, ids: Tensor) -> None:
     source, output = EXAMPLES / "models" / "tiny-llama", outputs("tiny-llama", scheme)
     model = quantkit.load(output, dtype=torch.float32)

@@ -103,8 +103,8 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "NaN in a scale": ("W8A8", lambda t, c: t[f"{Q}.weight_scale"].fill_(float("nan")), rf"'{Q}.weight_scale' has NaN"),
     "a method of others": (
         "W8A8",
-        lambda t, c: c["quantization_config"].update(quant_method="gptq"),
-        r"quant_method 'gptq' is not one that quantkit reads \(compressed-tensors, fp8\)",
+        lambda t, c: c["quantization_config"].update(quant_method="hqq"),
+        r"quant_method 'hqq' is not one that quantkit reads \(compressed-tensors, gptq, awq, fp8\)",
     ),
     "two bits": (
         "W8A8",

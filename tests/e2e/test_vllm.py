@@ -62,6 +62,19 @@ def test_vllm_reads_what_recipes_make(recipe: str, tmp_path: Path) -> None:
     check(quantize_by("tiny-llama", RECIPES[recipe], tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "modifiers"),
+    [
+        ("gptq", "{GPTQModifier: {scheme: W4A16}}"),
+        ("gptq", "{GPTQModifier: {scheme: W4A16, ignore: ['re:.*layers.2.*']}}"),
+        ("awq", "{AWQModifier: {scheme: W4A16_ASYM}}"),
+        ("awq", "{QuantizationModifier: {scheme: W4A16}}"),
+    ],
+)
+def test_vllm_reads_other_formats(name: str, modifiers: str, tmp_path: Path) -> None:
+    check(quantize_by("tiny-llama", modifiers, tmp_path, f"compression.save_name={name}"), tmp_path)
+
+
 def check(output: Path, tmp_path: Path) -> None:
     assert check_folder(output, "vllm", hardware="cpu").ok
     tokens = generate(output, tmp_path / "serve.py")

@@ -181,7 +181,7 @@ def test_schemes_no_server_reads_are_refused() -> None:
         ct.check(asymmetric)
     with pytest.raises(ConfigError, match="did you mean 'compressed-tensors'"):
         format_by_name("compressed_tensors")
-    with pytest.raises(ConfigError, match="per-tensor FP8"):
+    with pytest.raises(ConfigError, match="FP8 weights and activations"):
         FORMATS["fp8"].check(PRESETS["W8A8"])
 
 

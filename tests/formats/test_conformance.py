@@ -246,6 +246,8 @@ def test_gptq(tmp_path: Path) -> None:
     assert told(check_folder(wrong_label, "vllm"), "wrong", "qzeros every word is 0x88888888")
     asymmetric = folder_of(tmp_path / "asymmetric", gptq_linear, {**GPTQ, "sym": False})
     assert told(check_folder(asymmetric, "vllm"), "refused", "sym compressed-tensors")
+    ordered = folder_of(tmp_path / "ordered", gptq_linear, {**GPTQ, "desc_act": True})
+    assert told(check_folder(ordered, "vllm"), "refused", "desc_act no longer") and check_folder(ordered, "sglang").ok
     no_key = folder_of(tmp_path / "key", gptq_linear, {k: v for k, v in GPTQ.items() if k != "desc_act"})
     assert told(check_folder(no_key, "vllm"), "refused", "desc_act")
 

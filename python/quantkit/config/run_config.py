@@ -146,12 +146,13 @@ class QuantizationConfig:
 @dataclass(frozen=True)
 class CompressionConfig:
     """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does. What to do stands
-    in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's.
+    in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's, whose format is `save_name`.
     """
 
     quantization: QuantizationConfig | None = None
     recipe: Recipe | None = None
     name: str | tuple[str, ...] = "PTQ"
+    save_name: str | None = None
 
     def __post_init__(self) -> None:
         names = (self.name,) if isinstance(self.name, str) else self.name
@@ -165,6 +166,8 @@ class CompressionConfig:
         both = self.quantization is not None and self.recipe is not None
         require(not both, "recipe", "and quantization both given; use one of them")
         require(self.quantization is not None or self.recipe is not None, "quantization", "is missing, or recipe")
+        misplaced = self.save_name is not None and self.quantization is not None
+        require(not misplaced, "save_name", "goes with recipe; beside quantization use quantization.save_name")
 
 
 @dataclass(frozen=True)
@@ -238,8 +241,8 @@ class RunConfig:
     @property
     def save_name(self) -> str:
         """The format's name."""
-        quantization = self.compression.quantization
-        return "compressed-tensors" if quantization is None else quantization.save_name
+        where = self.compression.quantization or self.compression
+        return where.save_name or "compressed-tensors"
 
     @property
     def ignore(self) -> tuple[str, ...]:

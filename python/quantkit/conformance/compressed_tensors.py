@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inventory import FLOATS, Inventory, Stored
-from .rules import divides, expect, fused_alike, same_in_fused, sound_scales
+from .rules import divides, expect, fused_alike, same_in_fused, sound_scales, whole_blocks
 from .verdict import Verdict
 
 Args = Mapping[str, Any]
@@ -327,7 +327,7 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
             wanted["input_zero_point"] = (("I8",), (1,))
     expect(verdict, stored, wanted)
     if verdict.client == "vllm":
-        _vllm(stored, shape, group, scheme, verdict)
+        _vllm(stored, shape, group, scheme, found, verdict)
     elif verdict.client == "sglang":
         _sglang(stored, shape, group, scheme, verdict)
     elif verdict.client == "transformers":
@@ -345,7 +345,9 @@ def _shape(stored: Stored, packed: bool, found: Inventory) -> tuple[int, int] | 
     return int(rows), int(cols)
 
 
-def _vllm(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
+def _vllm(
+    stored: Stored, shape: tuple[int, int], group: Group, scheme: str, found: Inventory, verdict: Verdict
+) -> None:
     w, (rows, cols) = group.weights, shape
     bits, strategy, cpu = int(w.get("num_bits", 8)), _strategy(w), verdict.hardware == "cpu"
     if verdict.hardware not in RUNS_ON[scheme]:
@@ -368,8 +370,7 @@ def _vllm(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, ver
             verdict.add(
                 "refused", stored.name, "FP8 per block needs AMX on a cpu", "serve it on a GPU, or use FP8_DYNAMIC"
             )
-        block = w.get("block_structure") or (128, 128)
-        divides(verdict, stored, rows, cols, row_unit=int(block[0]), col_unit=int(block[1]), what=" (blocks)")
+        whole_blocks(found, verdict, stored, shape, w.get("block_structure") or (128, 128))
     elif scheme == "FP8 W8A8" and strategy == "tensor" and cpu:
         verdict.add("refused", stored.name, "FP8 per tensor has no kernel on cpu", "use FP8_DYNAMIC")
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .inventory import Inventory, Stored
-from .rules import divides, expect, fused_alike, shape_of, sound_scales
+from .rules import divides, expect, fused_alike, shape_of, sound_scales, whole_blocks
 from .verdict import Verdict
 
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -45,6 +45,13 @@ def gptq(found: Inventory, verdict: Verdict) -> None:
         verdict.add("refused", "quantization_config.bits", "is 8, and the cpu kernel takes 4")
     if verdict.client in ("vllm", "sglang") and size not in GROUP_SIZES:
         verdict.add("refused", "quantization_config.group_size", f"is {size}; served are {GROUP_SIZES}")
+    if verdict.client == "vllm" and order and size > 0:
+        verdict.add(
+            "refused",
+            "quantization_config.desc_act",
+            "is true, which vLLM no longer serves",
+            "quantize with actorder 'weight', which needs no g_idx",
+        )
     v2 = (block.get("checkpoint_format") or block.get("format")) == "gptq_v2"
     for stored in found.quantized:
         shape = _packed(stored, bits, 0)
@@ -68,7 +75,7 @@ def gptq(found: Inventory, verdict: Verdict) -> None:
         _zeros(found, stored, bits, bool(symmetric), v2, verdict)
         _order(found, stored, cols, size if size > 0 else cols, bool(order), verdict)
     fused_alike(found, verdict, lambda stored: stored.quantized)
-    sound_scales(found, verdict, lambda stored: False)
+    sound_scales(found, verdict, lambda stored: True)
 
 
 def _zeros(found: Inventory, stored: Stored, bits: int, symmetric: bool, v2: bool, verdict: Verdict) -> None:
@@ -141,7 +148,7 @@ def awq(found: Inventory, verdict: Verdict) -> None:
         verdict.count("AWQ 4 bit")
         divides(verdict, stored, rows, cols, row_unit=8, col_unit=size if size > 0 else 1, what=" (groups)")
     fused_alike(found, verdict, lambda stored: stored.quantized)
-    sound_scales(found, verdict, lambda stored: False)
+    sound_scales(found, verdict, lambda stored: True)
 
 
 def fp8(found: Inventory, verdict: Verdict) -> None:
@@ -185,7 +192,12 @@ def fp8(found: Inventory, verdict: Verdict) -> None:
         if size:
             grid = (-(-rows // size[0]), -(-cols // size[1]))
             wanted["weight_scale_inv"] = (("F32", "BF16"), grid)
-            divides(verdict, stored, rows, cols, row_unit=size[0], col_unit=size[1], what=" (blocks)")
+            if verdict.client == "transformers" and (rows % size[0] or cols % size[1]):
+                verdict.add(
+                    "wrong", name, f"{rows} x {cols} is no multiple of the block, which is inferred from its scales"
+                )
+            elif verdict.client != "transformers":
+                whole_blocks(found, verdict, stored, (rows, cols), size)
         else:
             wanted["weight_scale"] = (("F32", "BF16"), None)
             if scheme == "static":

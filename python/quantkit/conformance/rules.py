@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..checkpoint.header import TensorInfo
 from .inventory import SCALES, Inventory, Stored
@@ -122,6 +122,20 @@ def divides(
         if unit > 1 and size % unit:
             on_rank = " on a rank" if ranks > 1 else ""
             verdict.add("refused", stored.name, f"{size} {side}{on_rank} are no multiple of {unit}{what}")
+
+
+def whole_blocks(found: Inventory, verdict: Verdict, stored: Stored, shape: Shape, block: Sequence[int]) -> None:
+    """Scales per block survive what servers do: only the last of a fused set, and nothing that ranks share, may end
+    within a block.
+    """
+    ranks, (rows, cols) = verdict.tensor_parallel, shape
+    last = {group[-1].name for group in found.fused_sets()}
+    fused = {member.name for group in found.fused_sets() for member in group} - last
+    if ranks > 1:
+        own = {"row_unit": 1} if stored.row_parallel else {"col_unit": 1}
+        divides(verdict, stored, rows, cols, **({"row_unit": block[0], "col_unit": block[1]} | own), what=" (blocks)")
+    elif stored.name in fused:
+        divides(verdict, stored, rows, cols, row_unit=block[0], what=" (blocks), and more is fused behind it")
 
 
 def shape_of(info: TensorInfo | None) -> Shape:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError, ConfigError, nearest
-from . import compressed_tensors, fp8
+from . import awq, compressed_tensors, fp8, gptq
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 class Format(Protocol):
-    """What a format module offers. A new format is one new file and one line in FORMATS."""
+    """What a format module offers. A new format is one new file and one line in FORMATS. `PARTS`: the last names of the
+    tensors that a quantized Linear may have, its bias aside.
+    """
 
     NAME: str
     VERSION: str
+    PARTS: tuple[str, ...]
 
     def check(self, scheme: QuantizationScheme) -> None: ...
     def packs(self, scheme: QuantizationScheme) -> bool: ...
+    def scale_name(self, scheme: QuantizationScheme) -> str: ...
     def scale_dtype(self, scheme: QuantizationScheme, model_dtype: str) -> str: ...
     def stored_tensors(
         self, module: str, scheme: QuantizationScheme, rows: int, cols: int, model_dtype: str
@@ -42,15 +46,17 @@ class Format(Protocol):
         user_ignore: Sequence[str],
         kv_cache: QuantizationArgs | None = None,
     ) -> dict[str, Any]: ...
+    def side_files(self, block: Mapping[str, Any]) -> dict[str, bytes]: ...
     def read_schemes(self, block: Mapping[str, Any]) -> Schemes: ...
     def read_kv_cache(self, block: Mapping[str, Any]) -> QuantizationArgs | None: ...
     def quantized_modules(self, tensors: Iterable[str]) -> list[str]: ...
+    def shape(self, module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]: ...
     def load_weight(
         self, module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int
     ) -> QuantizedTensor: ...
 
 
-FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, fp8)}
+FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, gptq, awq, fp8)}
 
 
 def format_by_name(name: str) -> Format:

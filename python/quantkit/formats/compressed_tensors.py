@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 NAME = "compressed-tensors"
 # The release of the library whose rules this file follows; readers only report it.
 VERSION = "0.18.0"
+PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    *("input_scale", "input_zero_point"),
+)
 # The top-level format where groups have different ones.
 MIXED = "mixed-precision"
 ON_DISK = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
@@ -64,6 +68,11 @@ def check(scheme: QuantizationScheme) -> None:
 def packs(scheme: QuantizationScheme) -> bool:
     """Whether integer codes go into int32 words."""
     return format_of(scheme) == "pack-quantized"
+
+
+def scale_name(scheme: QuantizationScheme) -> str:
+    """The last name of the tensor with a weight's scales."""
+    return "weight_scale"
 
 
 def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
@@ -199,6 +208,11 @@ def _entry(args: QuantizationArgs) -> dict[str, Any]:
     }
 
 
+def side_files(block: Mapping[str, Any]) -> dict[str, bytes]:
+    """What the format wants beside config.json: nothing."""
+    return {}
+
+
 def read_schemes(block: Mapping[str, Any]) -> Schemes:
     """The scheme of each module, by the `quantization_config` as this file writes it."""
     groups = []
@@ -260,6 +274,15 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
     """The modules of a checkpoint that carry codes, by their `weight_scale`."""
     suffix = ".weight_scale"
     return [name[: -len(suffix)] for name in tensors if name.endswith(suffix)]
+
+
+def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
+    """[rows, cols] of the weight behind `module`'s tensors."""
+    if packs(scheme):
+        rows, cols = get(f"{module}.weight_shape").tolist()
+    else:
+        rows, cols = get(f"{module}.weight").shape
+    return int(rows), int(cols)
 
 
 def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:

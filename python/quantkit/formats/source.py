@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     from ..quantized import QuantizedTensor
 
 FP8 = torch.float8_e4m3fn
-# What a quantized module may have on disk, its bias aside.
-PARTS = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "input_scale",
-    "input_zero_point",
-)
-
-
 # What an attention module that caches in 8 bit has.
 CACHE_PARTS = ("k_scale", "v_scale")
 
@@ -82,7 +69,8 @@ class WeightSource:
 
     def _stored(self, module: str) -> list[str]:
         """Which tensors of the checkpoint are the quantized form of `module`'s weight and input."""
-        return [n for n in (f"{module}.{part}" for part in PARTS) if n in self.checkpoint.tensors]
+        parts = self.format.PARTS if self.format is not None else ()
+        return [n for n in (f"{module}.{part}" for part in parts) if n in self.checkpoint.tensors]
 
     def release(self, name: str) -> None:
         """Let go of the pages behind `get(name)`."""
@@ -98,20 +86,24 @@ class WeightSource:
         """The codes and scales of `module`'s weight."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
-        rows, cols = self.shape(module)
-        return self.format.load_weight(module, self.schemes[module], self.checkpoint.tensor, rows, cols)
-
-    def scale_dtype(self, module: str) -> str:
-        """What `module`'s weight scale is stored in, as safetensors names it."""
-        return self.checkpoint.info(f"{module}.weight_scale").dtype
+        scheme, get = self.schemes[module], self.checkpoint.tensor
+        return self.format.load_weight(module, scheme, get, *self.format.shape(module, scheme, get))
 
     def shape(self, module: str) -> tuple[int, int]:
         """Rows and columns of `module`'s weight."""
-        info = self.checkpoint.tensors.get(f"{module}.weight")
-        if info is not None:
-            return info.shape[0], info.shape[1]
-        rows, cols = self.checkpoint.tensor(f"{module}.weight_shape").tolist()
-        return int(rows), int(cols)
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        return self.format.shape(module, self.schemes[module], self.checkpoint.tensor)
+
+    def scale_dtype(self, module: str) -> str:
+        """What `module`'s weight scale is stored in, as safetensors names it."""
+        return self.checkpoint.info(self.scale_name(module)).dtype
+
+    def scale_name(self, module: str) -> str:
+        """The tensor with `module`'s weight scales."""
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        return f"{module}.{self.format.scale_name(self.schemes[module])}"
 
     def _cache_quantizers(self, attention: str, args: QuantizationArgs) -> tuple[Quantizer, Quantizer]:
         keys, values = (self.checkpoint.tensor(f"{attention}.{part}").float().clone() for part in CACHE_PARTS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
-from ..formats.source import CACHE_PARTS, PARTS, WeightSource
+from ..formats.source import CACHE_PARTS, WeightSource
 from .linear import DEVICES, describe_scheme, kind_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
 # Stored by writers in whatever float dtype the model had; read as fp32.
-SCALES = ("weight_scale", "input_scale", *CACHE_PARTS)
+SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", *CACHE_PARTS)
 SUPPORTED = (
     "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block; activations in 16 bit, int8 "
     "or fp8 per token or tensor"
@@ -59,15 +59,17 @@ def check_tensors(source: WeightSource) -> None:
 
 def _problems(source: WeightSource) -> Iterator[str]:
     tensors, known = source.checkpoint.tensors, source.names()
+    parts = source.format.PARTS if source.format is not None else ()
+    # What tells that a module is quantized, and so has to be there.
+    anchor = "qweight" if "qweight" in parts else "weight_scale"
     for name, info in tensors.items():
         module, _, part = name.rpartition(".")
         if module in source.modules:
             continue
-        if part in PARTS and part != "weight":
-            what = "weight_scale" if part != "weight_scale" else "weight"
-            yield f"tensor '{name}' is there, but '{module}.{what}' is missing"
+        if part in parts and part != "weight":
+            yield f"tensor '{name}' is there, but '{module}.{anchor}' is missing"
         if info.dtype in CODES and name in known:
-            yield f"tensor '{name}' holds codes ({info.dtype}), but '{module}.weight_scale' is missing"
+            yield f"tensor '{name}' holds codes ({info.dtype}), but '{module}.{anchor}' is missing"
     for module in source.schemes:
         yield from _of_module(source, module)
     yield from _of_cache(source)
@@ -75,19 +77,19 @@ def _problems(source: WeightSource) -> Iterator[str]:
 
 def _of_module(source: WeightSource, module: str) -> Iterator[str]:
     scheme, tensors = source.schemes[module], source.checkpoint.tensors
-    what = describe_scheme(scheme)
+    assert source.format is not None
+    parts, what = source.format.PARTS, describe_scheme(scheme)
     if kind_of(scheme) is None:
         yield f"{module}: no kernel runs {what}; there are kernels for {SUPPORTED}"
-    packed, plain = f"{module}.weight_packed", f"{module}.weight"
-    if packed not in tensors and plain not in tensors:
-        yield f"tensor '{plain}' (or '{packed}') is missing: there is a scale for it"
-    if packed in tensors and f"{module}.weight_shape" not in tensors:
-        yield f"tensor '{module}.weight_shape' is missing: {module} has {what}"
-    weight = tensors[packed if packed in tensors else plain]
+    codes = "qweight" if "qweight" in parts else "weight_packed" if source.format.packs(scheme) else "weight"
+    needed = [codes, "weight_shape"] if codes == "weight_packed" else [codes]
+    for part in needed:
+        if f"{module}.{part}" not in tensors:
+            yield f"tensor '{module}.{part}' is missing: {module} has {what}"
+    weight = tensors[f"{module}.{codes}"]
     if len(weight.shape) != 2:
         yield f"tensor '{weight.name}' has shape {list(weight.shape)}; the weight of a Linear is a matrix"
     rows, cols = source.shape(module)
-    assert source.format is not None
     expected = {t.name: t for t in source.format.stored_tensors(module, scheme, rows, cols, "F32")}
     for name, want in expected.items():
         if name not in tensors:
@@ -102,7 +104,7 @@ def _of_module(source: WeightSource, module: str) -> Iterator[str]:
                 f"tensor '{name}' has shape {list(got.shape)}, a weight of {rows} x {cols} with {what} needs "
                 f"{list(want.shape)}"
             )
-    for part in PARTS:
+    for part in parts:
         name = f"{module}.{part}"
         if name in tensors and name not in expected:
             yield f"tensor '{name}' does not belong to {what}"

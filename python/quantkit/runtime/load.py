@@ -44,12 +44,13 @@ def load(
     """The model in folder `path` (or of that hub id) as Transformers' causal language model; `generate` and all else of
     it works. Its quantized Linears run on quantkit's kernels; weights are never expanded.
 
-    `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, or quant_method fp8, as
-    quantkit and llm-compressor write them. `dtype` (fp32, fp16, bf16; config.json's unless given) is that of all that
-    is not quantized, and of activations between Linears. `attn_implementation`: as Transformers takes it, "sdpa" where
-    the architecture allows. With a `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read one
-    input (q, k and v; gate and up) are computed together; the results are the same. `cache_dir` and `revision` are for
-    hub ids; `trust_remote_code` runs modelling code that the folder brings along.
+    `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, as quantkit and
+    llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16; config.json's unless
+    given) is that of all that is not quantized, and of activations between Linears. `attn_implementation`: as
+    Transformers takes it, "sdpa" where the architecture allows. With a `kv_cache_scheme` the cache holds what its
+    codes can. `merge`: Linears that read one input (q, k and v; gate and up) are computed together; the results are
+    the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code` runs modelling code that the folder
+    brings along.
 
     Raises CheckpointError, naming the tensor, for a checkpoint that is not quantized, has tensors missing, left over or
     of a wrong shape, or a scheme without a kernel; ConfigError for a device without kernels.
@@ -185,11 +186,11 @@ class _Filler:
         zero_point = None
         if static and inputs is not None and not inputs.symmetric:
             zero_point = checkpoint.tensor(f"{name}.input_zero_point").reshape(1)
-        for part, values in (("weight_scale", weight.scale), ("input_scale", scale)):
+        for tensor, values in ((source.scale_name(name), weight.scale), (f"{name}.input_scale", scale)):
             if values is not None and not bool(values.isfinite().all()):
-                raise CheckpointError(f"{self.skeleton.folder}: tensor '{name}.{part}' has NaN or Inf in it")
+                raise CheckpointError(f"{self.skeleton.folder}: tensor '{tensor}' has NaN or Inf in it")
         if weight.g_idx is not None:
-            check_groups(f"{self.skeleton.folder}: tensor '{name}.weight_g_idx'", weight)
+            check_groups(f"{self.skeleton.folder}: {name}: its g_idx", weight)
         bias = None
         if linear.bias is not None:
             bias = self.plain.get(f"{name}.bias").to(self.skeleton.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..formats.source import PARTS
+from ..formats import format_of_checkpoint
 from .linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ class Stored:
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of quantized `module` by the last part of their names, in memory of their own."""
         with Checkpoint(self.folder) as checkpoint:
-            names = {part: f"{module}.{part}" for part in (*PARTS, "bias")}
+            stored = format_of_checkpoint(checkpoint.config)
+            parts = stored.PARTS if stored is not None else ()
+            names = {part: f"{module}.{part}" for part in (*parts, "bias")}
             return {part: checkpoint.tensor(n).clone() for part, n in names.items() if n in checkpoint.tensors}
 
 

@@ -1,0 +1,41 @@
+"""What the formats that hold one scheme have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config.schemes import QuantizationArgs, QuantizationScheme
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from ..config.groups import SchemeGroup
+
+
+def one_group(name: str, groups: Sequence[SchemeGroup], kv_cache: QuantizationArgs | None) -> QuantizationScheme:
+    """The scheme of the only group; ConfigError for more, and for a KV cache."""
+    if kv_cache is not None:
+        raise refuse_cache(name)
+    if len(groups) != 1:
+        raise ConfigError(
+            f"save_name '{name}' holds one scheme, not {len(groups)} "
+            f"({', '.join(group.scheme.name for group in groups) or 'none'}); use save_name 'compressed-tensors'"
+        )
+    return groups[0].scheme
+
+
+def refuse_cache(name: str) -> ConfigError:
+    return ConfigError(f"save_name '{name}' has no place for KV-cache scales; use save_name 'compressed-tensors'")
+
+
+def require_key(block: Mapping[str, Any], *names: str) -> Any:
+    """The first of `names` that is there."""
+    for name in names:
+        if block.get(name) is not None:
+            return block[name]
+    raise CheckpointError(f"quantization_config: no {' or '.join(names)}, without which its weights cannot be read")
+
+
+def suffixed(tensors: Iterable[str], part: str) -> list[str]:
+    """The modules that have a tensor `part`."""
+    return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
