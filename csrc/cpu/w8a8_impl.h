@@ -76,10 +76,11 @@ void quantize_rows(const Int8Input& input, int64_t begin, int64_t end, const Int
 }
 
 inline void take_codes(const Int8Input& input, int64_t begin, int64_t end, const Int8Rows& rows) {
+  const int64_t cols = input.cols;  // bytes are stored below, which could be those of input.cols
   for (int64_t r = begin; r < end; ++r) {
     const uint8_t* const x = static_cast<const uint8_t*>(input.x) + r * input.stride;
     uint8_t* const codes = rows.codes + r * rows.stride;
-    for (int64_t k = 0; k < input.cols; ++k) codes[k] = x[k] ^ kSigned;
+    for (int64_t k = 0; k < cols; ++k) codes[k] = x[k] ^ kSigned;
     rows.scale[r] = 1.0f;
     rows.offset[r] = kSigned;
   }
@@ -102,11 +103,22 @@ void quantize(const Int8Input& input, int64_t begin, int64_t end, const Int8Rows
 
 // ---- sums ----
 
+// What is fetched during a tile's first block of lines: the codes of the tile that follows, from
+// which the hardware sees a new stream for every row, and where its own results go.
+struct Soon {
+  const uint8_t* codes;
+  const char* out;
+  int64_t out_stride;  // in bytes
+  int64_t out_bytes;   // of a row
+};
+
 // A tile's sums over `words` words of four, onto those that are there if `add`. With each word
 // kFetch lines of what follows are fetched.
 template <int kCount, int kFetch>
 __attribute__((noinline)) void tile(const uint8_t* a, int64_t stride, const int8_t* w,
-                                    int64_t words, const int8_t* fetch, bool add, int32_t* sums) {
+                                    int64_t words, const int8_t* fetch, const Soon& soon, bool add,
+                                    int32_t* sums) {
+  constexpr int64_t kLine = 16;  // words
   I32 sum[kCount][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
@@ -115,18 +127,30 @@ __attribute__((noinline)) void tile(const uint8_t* a, int64_t stride, const int8
       sum[i][v] = add ? load_ints(sums + i * kPanel + v * kLanes) : broadcast(0);
     }
   }
-  for (int64_t k = 0; k < words; ++k, w += 4 * kPanel, a += 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(fetch + i * 64, 0, 2);
-    fetch += kFetch * 64;
-    Weights weights[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) weights[v] = load_weights(w + v * 4 * kLanes);
+  const uint8_t* codes_ahead = soon.codes;
+  const char *out = soon.out, *const out_end = out + kCount * soon.out_stride;
+  for (int64_t line = 0; line < words; line += kLine) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      const Codes codes = load_codes(a + i * stride);
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(codes_ahead + i * stride, 0, 2);
+    codes_ahead += 64;
+    if (out < out_end) {
+      for (int64_t i = 0; i < soon.out_bytes; i += 64) __builtin_prefetch(out + i, 1, 2);
+      out += soon.out_stride;
+    }
+    const int64_t end = line + kLine < words ? line + kLine : words;
+    for (int64_t k = line; k < end; ++k, w += 4 * kPanel, a += 4) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = dot(sum[i][v], codes, weights[v]);
+      for (int i = 0; i < kFetch; ++i) __builtin_prefetch(fetch + i * 64, 0, 2);
+      fetch += kFetch * 64;
+      Weights weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) weights[v] = load_weights(w + v * 4 * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        const Codes codes = load_codes(a + i * stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = dot(sum[i][v], codes, weights[v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -136,8 +160,8 @@ __attribute__((noinline)) void tile(const uint8_t* a, int64_t stride, const int8
   }
 }
 
-using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int8_t*, bool,
-                      int32_t*);
+using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int8_t*, const Soon&,
+                      bool, int32_t*);
 
 template <int kFetch, int... kCounts>
 QK_INLINE Tile tile_of(int64_t rows, std::integer_sequence<int, kCounts...>) {
@@ -180,6 +204,7 @@ struct Fetch {
 struct Panel {
   float scale[kPanel], bias[kPanel];
   I32 column_sum[kPanel / kLanes];
+  I32 signed_sum[kPanel / kLanes];  // times kSigned, which most rows want
 };
 
 inline void load_floats(DType dtype, const void* from, int64_t n, float* to) {
@@ -194,6 +219,7 @@ inline void load_panel(const Int8Task& task, Panel& panel) {
   const int64_t words = w8a8_words(task.cols);
   for (int v = 0; v < kPanel / kLanes; ++v) {
     std::memcpy(&panel.column_sum[v], task.panel + (words * kPanel + v * kLanes) * 4, 4 * kLanes);
+    panel.signed_sum[v] = multiply_low(panel.column_sum[v], broadcast(kSigned));
   }
   if (task.one_scale) {
     std::fill_n(panel.scale, kPanel, *task.scale);
@@ -210,10 +236,13 @@ void finish(const Int8Task& task, const Panel& panel, int64_t begin, int64_t end
   for (int64_t r = begin; r < end; ++r, sums += kPanel) {
     T* const out = static_cast<T*>(task.out) + r * task.stride;
     const F32 row_scale = broadcast(task.rows.scale[r]);
-    const I32 offset = broadcast(task.rows.offset[r]);
+    const int32_t offset = task.rows.offset[r];
     const float* const more = task.more ? task.more + r * kPanel : nullptr;
     for_lanes(task.columns, [&](int64_t i, auto lanes) {
-      const I32 acc = load_ints(sums + i) - multiply_low(offset, panel.column_sum[i / kLanes]);
+      const int64_t v = i / kLanes;
+      const I32 acc = load_ints(sums + i) -
+                      (offset == kSigned ? panel.signed_sum[v]
+                                         : multiply_low(broadcast(offset), panel.column_sum[v]));
       if constexpr (std::is_same_v<T, int32_t>) {
         store(reinterpret_cast<float*>(out + i), from_bits(acc), lanes);
       } else {
@@ -241,16 +270,26 @@ void multiply_panel(const Int8Task& task) {
     const int8_t* const w = task.panel + first * 4 * kPanel;
     const int8_t* const next = last ? task.next : w + count * 4 * kPanel;
     Fetch fetch(next, last ? start(1) : start(b + 2) - start(b + 1), tiles * parts * count);
+    const uint8_t* const codes = task.rows.codes + first * 4;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = task.begin + rows * t / tiles,
                     end = task.begin + rows * (t + 1) / tiles;
-      const uint8_t* const a = task.rows.codes + begin * task.rows.stride + first * 4;
+      const uint8_t* const a = codes + begin * task.rows.stride;
+      // After the last tile come the first rows once more, of the next block or panel.
+      const uint8_t* const ahead = t + 1 < tiles ? codes + end * task.rows.stride
+                                                 : task.rows.codes + task.begin * task.rows.stride +
+                                                       (last ? 0 : first + count) * 4;
       int32_t* const sums = task.sums + (blocks > 1 ? begin - task.begin : 0) * kPanel;
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t column = p * kVectors * kLanes;
+        const Soon soon = {ahead,
+                           static_cast<const char*>(task.out) +
+                               (begin * task.stride + column) * static_cast<int64_t>(sizeof(T)),
+                           last ? task.stride * static_cast<int64_t>(sizeof(T)) : 0,
+                           kVectors * kLanes * static_cast<int64_t>(sizeof(T))};
         fetch.run(count, [&](int64_t rate, const int8_t* at, int64_t from, int64_t to) {
           tile_of(end - begin, rate)(a + from * 4, task.rows.stride,
-                                     w + (from * kPanel + column) * 4, to - from, at,
+                                     w + (from * kPanel + column) * 4, to - from, at, soon,
                                      b > 0 || from > 0, sums + column);
         });
       }

@@ -10,7 +10,9 @@ namespace {
 constexpr int64_t kChunkBytes = 4 << 20;     // of codes: scratch stays bounded, and in the L3 cache
 constexpr int64_t kLeastChunk = 192;         // rows that make reading the weights once more cheap
 constexpr int64_t kQuantizeElements = 8192;  // a thread takes at a time
-constexpr int64_t kPieceRows = 24;           // least rows of a piece, where panels are few
+constexpr int64_t kPieceRows = 96;           // of one panel, at least
+constexpr int64_t kPieces = 64;              // for each thread, or the last ones come out uneven
+constexpr int64_t kFirstBytes = 16 << 10;    // of its first panel, fetched while rows are quantized
 constexpr int64_t kThreadBytes = 64 << 10;   // of weights that are worth waking a thread for
 
 // Scratch of one call, cut into aligned parts.
@@ -75,10 +77,16 @@ void int8_product(const Tensor& like, const Int8Product& product) {
   for (int64_t from = 0; from < product.rows; from += chunk) {
     const int64_t rows = std::min(chunk, product.rows - from);
     input.x = static_cast<const char*>(product.input.x) + from * input.stride * input_bytes;
-    const int64_t pieces =
-        std::min((rows + kPieceRows - 1) / kPieceRows, (8 * threads + panels - 1) / panels);
+    const int64_t pieces = std::min(std::max<int64_t>(1, rows / kPieceRows),
+                                    (kPieces * threads + panels - 1) / panels);
     parallel_stages(
-        threads, (rows + group - 1) / group,
+        threads,
+        [&](int64_t i) {
+          const int8_t* const panel = product.packed + i / pieces * panel_bytes;
+          const int64_t bytes = std::min(panel_bytes, kFirstBytes);
+          for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
+        },
+        (rows + group - 1) / group,
         [&](int64_t i, int64_t thread) {
           kernels.quantize(input, i * group, std::min(rows, (i + 1) * group), task.rows,
                            arena.at<float>(copy) + thread * cols);

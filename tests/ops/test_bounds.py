@@ -52,6 +52,13 @@ for cols in (1, 3, 15, 16, 17, 31, 33, 63, 65, 130):
             for norm in (2.0, 2.4):
                 ops.mse_scale(x, block, q_min=-8, q_max=7, divisor=7.5, importance=weights, norm=norm, search_steps=2)
             ops.percentile_scale(x, block, percentile=90.0, q_min=-8, q_max=7, symmetric=False)
+        for features in (1, 17, 64, 70):
+            weight = at_the_end(torch.randint(-128, 128, (features, cols), dtype=torch.int8))
+            packed, scale = (at_the_end(t) for t in (ops.pack_w8a8(weight), torch.rand(features)))
+            bias = at_the_end(torch.rand(features).to(dtype))
+            ops.int8_gemm(at_the_end(x.to(torch.int8)), packed, features)
+            ops.w8a8_gemm(x, packed, scale, features, symmetric=False, bias=bias)
+            ops.int8_mixed_gemm(x, packed, scale, features, threshold=0.5, bias=bias)
 print("within bounds", len(mappings))
 """
 
