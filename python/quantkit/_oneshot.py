@@ -18,6 +18,7 @@ from .config.recipe import GPTQModifier, Modifier, QuantizationModifier, Recipe
 from .config.recipe_file import recipe_of
 from .config.run_config import (
     DTYPES,
+    FORWARDS,
     CompressionConfig,
     DatasetConfig,
     GlobalConfig,
@@ -90,6 +91,7 @@ def oneshot(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     precision: str = "auto",
+    calibration_forwards: int | str = "auto",
     trust_remote_code_model: bool = False,
     model_revision: str | None = None,
     progress: bool = True,
@@ -113,6 +115,7 @@ def oneshot(
         min_tokens_per_module: of GPTQ's experts; below 1 a share of all tokens. See GPTQModifier.
         save_compressed: False writes plain weights with the values of the codes.
         precision: dtype of the calibration forward; auto: the model's own.
+        calibration_forwards: of each layer: 1, 2, or auto: 1 where that does. See docs/algorithms.md.
 
     Arguments of llm-compressor that change nothing here are accepted and said on stderr. Raises QuantkitError, before
     anything long is done, for whatever can be known by then to be wrong.
@@ -126,6 +129,7 @@ def oneshot(
         seed,
         text_column,
         precision,
+        calibration_forwards,
         save_compressed,
         max_shard_size,
         overwrite,
@@ -188,6 +192,7 @@ class _Options:
     seed: int
     text_column: str
     precision: str
+    calibration_forwards: int | str
     save_compressed: bool
     max_shard_size: int | str
     overwrite: bool
@@ -209,6 +214,8 @@ class _Options:
         if self.precision not in DTYPES:
             hint = nearest(self.precision, DTYPES)
             raise FieldError("precision", f"no such dtype: '{self.precision}'{hint}; use {', '.join(DTYPES)}")
+        if self.calibration_forwards not in FORWARDS:
+            raise FieldError("calibration_forwards", f"{self.calibration_forwards!r}: use auto, 1 or 2")
         if self.length < 2:
             raise FieldError("max_seq_length", f"{self.length} must be at least 2")
 
@@ -262,7 +269,13 @@ class _Options:
         if rows is not None:
             dataset = DatasetConfig(_IN_MEMORY, max_seq_length=max(map(len, rows)), num_samples=len(rows))
         return RunConfig(
-            GlobalConfig(str(folder.parent), self.max_shard_size, self.seed, self.overwrite),
+            GlobalConfig(
+                str(folder.parent),
+                self.max_shard_size,
+                self.seed,
+                self.overwrite,
+                calibration_forwards=self.calibration_forwards,
+            ),
             ModelConfig(model, self.trust_remote_code_model, self.precision),
             CompressionConfig(recipe=recipe),
             dataset,

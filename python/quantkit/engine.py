@@ -175,9 +175,18 @@ def calibrate(
     pipeline = Pipeline(plan, sink, report)
     with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
         report.listener = bar.note
-        seen = sweep(skeleton, source, batches(rows), pipeline, progress=bar, all_experts=plan.recipe.all_experts)
+        seen = sweep(
+            skeleton,
+            source,
+            batches(rows),
+            pipeline,
+            progress=bar,
+            all_experts=plan.recipe.all_experts,
+            forwards=plan.config.global_.calibration_forwards,
+        )
         report.listener = None
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
+    report.once, report.twice = seen.once, seen.twice
     report.silent_experts = seen.silent_experts
     return report
 

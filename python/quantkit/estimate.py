@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 SIDE_FILES, PROCESS = 64 << 20, 300 << 20
 # num_samples: -1 means all there are, which the plan does not count.
 UNLIMITED_SAMPLES = 512
+# What activations of all batches may take while they wait in front of a Linear, for one forward a layer instead of two.
+# The same on every machine, since the two give different results.
+HELD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes: what the output takes, what the run needs at its peak, and what this machine has. `gram_bytes`: those of
-    `memory_bytes` that the Gram matrices of one layer's inputs take.
+    """Bytes: what the output takes, what the run needs at its peak, and what this machine has. Of `memory_bytes`,
+    `gram_bytes` are for the Gram matrices of one layer's inputs, `held_bytes` for activations that wait.
     """
 
     source_bytes: int
@@ -36,6 +39,7 @@ class Estimate:
     bits_per_weight: float
     memory_bytes: int
     gram_bytes: int
+    held_bytes: int
     memory_available: int | None
     disk_available: int
 
@@ -53,8 +57,9 @@ def estimate(
     """`stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all weight files."""
     weights = sum(m.rows * m.cols for m in modules.values())
     grams = gram_bytes(config, family, modules)
+    held = held_bytes(config, checkpoint, family, modules) if grams or smoothed else 0
     if config.recipe.needs_data:
-        memory = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams
+        memory = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams + held
     else:
         memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
@@ -64,6 +69,7 @@ def estimate(
         bits_per_weight=8 * stored_bytes / weights if weights else 0.0,
         memory_bytes=memory,
         gram_bytes=grams,
+        held_bytes=held,
         memory_available=_memory_available(),
         disk_available=shutil.disk_usage(parent).free,
     )
@@ -83,13 +89,33 @@ def _calibrated(
     layers: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         layers[str(family.layer_of(name))] += info.nbytes
-    tokens = 0
-    if config.dataset is not None:
-        samples = config.dataset.num_samples if config.dataset.num_samples > 0 else UNLIMITED_SAMPLES
-        tokens = samples * config.dataset.max_seq_length
-    hidden = int(text_config(checkpoint.config).get("hidden_size", 0))
     widest = max((m.cols for m in modules.values() if m.modifier.kind == "gptq"), default=0)
-    return PROCESS + (5 if smoothed else 3) * max(layers.values()) + tokens * hidden * 2 + 2 * 4 * widest**2
+    states = _tokens(config) * _hidden(checkpoint) * 2
+    return PROCESS + (5 if smoothed else 3) * max(layers.values()) + states + 2 * 4 * widest**2
+
+
+def _tokens(config: RunConfig) -> int:
+    if config.dataset is None:
+        return 0
+    samples = config.dataset.num_samples if config.dataset.num_samples > 0 else UNLIMITED_SAMPLES
+    return samples * config.dataset.max_seq_length
+
+
+def _hidden(checkpoint: Checkpoint) -> int:
+    return int(text_config(checkpoint.config).get("hidden_size", 0))
+
+
+def held_bytes(config: RunConfig, checkpoint: Checkpoint, family: Family, modules: Mapping[str, PlannedModule]) -> int:
+    """Where one forward serves a layer: for each token the widest input, the norm's output and the residual. The sweep
+    measures what it is, and takes two forwards if it is more than HELD_BYTES.
+    """
+    forwards = config.global_.calibration_forwards
+    if forwards == 2 or any(isinstance(modifier, AWQModifier) for modifier in config.recipe.modifiers):
+        return 0
+    routed = {family.layer_of(f"{name}.weight") for name in modules if family.is_expert(name)}
+    widths = [m.cols for m in modules.values() if family.layer_of(f"{m.name}.weight") not in routed]
+    held = _tokens(config) * 2 * (max(widths) + 2 * _hidden(checkpoint)) if widths else 0
+    return 0 if forwards == "auto" and held > HELD_BYTES else held
 
 
 def gram_bytes(config: RunConfig, family: Family, modules: Mapping[str, PlannedModule]) -> int:
@@ -116,9 +142,10 @@ def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
         )
     if found.memory_available is not None and found.memory_available < found.memory_bytes:
         grams = f" ({found.gram_bytes / 1e9:.1f} GB of it for Gram matrices)" if found.gram_bytes else ""
+        fewer = "set global.calibration_forwards to 2, " if found.held_bytes else ""
         yield (
             f"the run needs about {found.memory_bytes / 1e9:.1f} GB of memory{grams} and "
-            f"{found.memory_available / 1e9:.1f} GB are available; lower dataset.num_samples or max_seq_length, "
+            f"{found.memory_available / 1e9:.1f} GB are available; {fewer}lower dataset.num_samples or max_seq_length, "
             "or close other programs"
         )
 

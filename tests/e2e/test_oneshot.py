@@ -352,6 +352,7 @@ GPTQ = GPTQModifier(scheme="W8A8")
         ({"recipe": GPTQ, "dataset": rows(), "max_seq_length": 1}, "max_seq_length: 1 must be at least 2"),
         ({"recipe": GPTQ, "dataset": rows(), "max_seq_length": True}, "max_seq_length: expected an integer"),
         ({"recipe": GPTQ, "dataset": rows(), "precision": "bf16"}, "precision: no such dtype.*did you mean 'bfloat16'"),
+        ({"recipe": GPTQ, "dataset": rows(), "calibration_forwards": 3}, "calibration_forwards: 3: use auto, 1 or 2"),
         ({"recipe": GPTQ, "dataset": rows(), "min_tokens_per_module": -1}, "min_tokens_per_module: -1 is negative"),
         ({"recipe": GPTQ, "dataset": rows(), "moe_calibrate_all_experts": 1}, "all_experts: expected true"),
         ({"recipe": GPTQ, "datset": rows()}, "no argument 'datset' .did you mean 'dataset'"),

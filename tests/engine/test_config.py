@@ -385,6 +385,12 @@ def test_no_model_says_how_to_give_one() -> None:
         ("global.num_threads=0", "global.num_threads: 0 must be positive"),
         ("global.max_shard_size=5XB", "'5XB' is no size; write it like 5GB"),
         ("global.max_shard_size=0", "must be positive"),
+        (
+            "global.calibration_forwards=3",
+            "calibration_forwards: 3: a layer takes 1 forward or 2; use auto",
+        ),
+        ("global.calibration_forwards=yes", "global.calibration_forwards: expected"),
+        ("global.calibration_forwards=one", "'one': a layer takes 1 forward or 2"),
         ("model.torch_dtype=bf16", "no such dtype: 'bf16' (did you mean 'bfloat16'?)"),
         ("model.torch_dtype=fp8", "starting from an FP8 checkpoint is not supported"),
         (

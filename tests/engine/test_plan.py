@@ -174,6 +174,29 @@ def test_smoothing_rewrites_what_is_not_quantized(tmp_path: Path) -> None:
     assert "of it for a layer's Gram matrices" in render_plan(made)
 
 
+def test_activations_that_wait_are_counted(small: Path, tmp_path: Path) -> None:
+    """4 rows of 64 tokens, bf16: the input of down_proj, the norm's output and the residual."""
+
+    def made(modifier: str, forwards: int | str = "auto", model: Path = small) -> Plan:
+        yaml = tmp_path / "job.yaml"
+        yaml.write_text(
+            f"global: {{save_path: {tmp_path}, calibration_forwards: {forwards}}}\nmodel: {{model_path: {model}}}\n"
+            f"compression: {{recipe: {{quant_stage: {{quant_modifiers: [{modifier}]}}}}}}\n"
+            "dataset: {data_path: job.yaml, max_seq_length: 64, num_samples: 4}"
+        )
+        with Checkpoint(model) as checkpoint:
+            return build_plan(load_run_config(yaml), checkpoint)
+
+    gptq, one, two = (made("{GPTQModifier: {scheme: W8A16}}", n) for n in ("auto", 1, 2))
+    held = 4 * 64 * 2 * (768 + 2 * 256)
+    assert gptq.estimate.held_bytes == one.estimate.held_bytes == held and two.estimate.held_bytes == 0
+    assert gptq.estimate.memory_bytes - two.estimate.memory_bytes == held
+    assert "655.4 kB for activations, one forward a layer" in render_plan(gptq)
+    assert made("{AWQModifier: {scheme: W4A16}}").estimate.held_bytes == 0, "AWQ takes two"
+    assert made("{QuantizationModifier: {scheme: W8A8_STATIC}}").estimate.held_bytes == 0, "nothing waits"
+    assert made("{GPTQModifier: {scheme: W4A16}}", model=MOE).estimate.held_bytes == 0, "experts take two"
+
+
 def test_a_cache_gets_its_scales(tmp_path: Path) -> None:
     made = planned(MOE, tmp_path, "{QuantizationModifier: {kv_cache_scheme: {num_bits: 8, strategy: attn_head}}}")
     assert not made.modules and made.attentions == tuple(f"model.layers.{i}.self_attn" for i in range(3))

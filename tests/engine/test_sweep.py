@@ -45,6 +45,12 @@ class Recorder:
         self.statistics, self.ranges = (wanted, {}) if self.second_forward else ({}, wanted)
         return self
 
+    def across(self, index: int) -> str | None:
+        return None
+
+    def norms(self, index: int) -> dict[str, tuple[str, ...]]:
+        return {}
+
     def prepare(self, layer: Layer) -> None:
         assert all(not p.is_meta for linear in layer.linears.values() for p in linear.parameters())
 
@@ -354,7 +360,8 @@ def test_weights_put_in_place_by_prepare_run_in_the_one_forward(tmp_path: Path) 
         assert torch.equal(rounding.found[name].max, statistics.max), name
 
 
-def test_a_second_forward_carries_on_with_the_weights_that_finish_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_a_layer_carries_on_with_the_weights_that_finish_left(forwards: int, tmp_path: Path) -> None:
     """`finish` zeroes the weights: a layer's statistics are of full ones, the next layer's of one that adds nothing."""
     make(tmp_path, "llama")
 
@@ -366,7 +373,9 @@ def test_a_second_forward_carries_on_with_the_weights_that_finish_left(tmp_path:
 
     data = batches(rows([16]))
     visitor = Zeroing(second_forward=True)
-    run(tmp_path, data, visitor, [f"model.layers.{i}.self_attn.q_proj" for i in range(3)])
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    skeleton, source = opened(tmp_path)
+    sweep(skeleton, source, data, visitor.want(names), forwards=forwards)
     first = visitor.found["model.layers.0.self_attn.q_proj"]
     for i in (1, 2):  # the norms are all ones, so the same hidden states give the same input
         assert torch.equal(visitor.found[f"model.layers.{i}.self_attn.q_proj"].max, first.max)

@@ -43,10 +43,10 @@ def int4(group_size: int | None = 16, symmetric: bool = True) -> QuantizationSch
 
 
 def calibrated(
-    folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]]
+    folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]], forwards: int | str = "auto"
 ) -> tuple[LiveSink, CalibrationReport]:
     config = RunConfig(
-        GlobalConfig(save_path=str(folder / "out")),
+        GlobalConfig(save_path=str(folder / "out"), calibration_forwards=forwards),
         ModelConfig(str(folder)),
         CompressionConfig(recipe=Recipe(modifiers)),
         DatasetConfig(data_path="rows"),
@@ -208,6 +208,37 @@ def test_the_report_tells_the_worst_first(tmp_path: Path) -> None:
     worst = max(report.modules, key=lambda m: m.relative or 0)
     assert text.splitlines()[2].startswith(worst.name)
     assert "and 9 more" in text
+
+
+def test_a_report_says_which_layers_took_two_forwards_and_why(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    _, one = calibrated(tmp_path, (SmoothQuantModifier(), GPTQModifier(scheme="W8A8")), tokens(4))
+    assert (one.once, one.twice) == (3, {}) and "forwards" not in "\n".join(one.remarks())
+    _, awq_ = calibrated(tmp_path, (AWQModifier(scheme=int4(symmetric=False)),), tokens(4))
+    why = "AWQ smooths Linears by the inputs of others behind them"
+    assert awq_.twice == {f"model.layers.{i}": why for i in range(3)}
+    assert f"two forwards instead of one in model.layers.0 and 2 more: {why}" in awq_.remarks()
+    assert f'"model.layers.1": "{why}"' in awq_.to_json()
+    by_hand = SmoothQuantModifier(mappings=[(("re:.*down_proj",), "re:.*up_proj")])
+    _, other = calibrated(tmp_path, (by_hand, GPTQModifier(scheme="W8A8")), tokens(4))
+    assert other.twice["model.layers.2"] == "model.layers.2.mlp.up_proj is smoothed, which is no norm"
+
+
+def test_one_forward_and_two_smooth_and_measure_the_first_input_alike(tmp_path: Path) -> None:
+    """Nothing is quantized before it. Behind it codes are not the same, but about as good."""
+    make(tmp_path, "llama", torch.float32)
+    recipe = (SmoothQuantModifier(), QuantizationModifier(scheme="W8A8_STATIC", kv_cache_scheme="fp8"))
+    (one, _), (two, _) = (calibrated(tmp_path, recipe, tokens(4), forwards=n) for n in (1, 2))
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(one.tensors[norm], two.tensors[norm]) and not torch.equal(one.tensors[norm], torch.ones(64))
+    for part in "qkv":
+        name = f"model.layers.0.self_attn.{part}_proj"
+        assert torch.equal(one.weights[name].codes, two.weights[name].codes)
+        torch.testing.assert_close(one.inputs[name][0], two.inputs[name][0], rtol=1e-5, atol=0)
+    for name, scales in one.caches.items():
+        torch.testing.assert_close(scales, two.caches[name], rtol=0.03, atol=0)
+    for name, (scale, _) in one.inputs.items():
+        torch.testing.assert_close(scale, two.inputs[name][0], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W8A8_STATIC_ASYM"])

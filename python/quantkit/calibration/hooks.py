@@ -19,12 +19,70 @@ class SeenAll(Exception):
     """Ends a layer's forward behind its last hook."""
 
 
-class InputHooks:
-    """Forward-pre-hooks on Linears that gather statistics of each distinct input once.
+class BatchRows:
+    """A batch as Linears see it: which rows of an input are real tokens, and what they are called in an error."""
 
-    Two Linears share an input if they are called with the same memory while the tensor seen first still lives and has
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.mask = None if batch.mask is None else batch.mask.reshape(-1).bool()
+        self._real = None if self.mask is None else self.mask.nonzero().flatten()
+
+    def of(self, x: Tensor, name: str) -> Tensor:
+        """The rows [tokens, channels] of x [..., channels], the input of `name`, that are real tokens."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._real is None or self.mask is None:
+            return rows
+        if rows.shape[0] != self.mask.numel():
+            raise CalibrationError(
+                f"{name}: input {list(x.shape)} does not have one row per token, so padding cannot be told apart; "
+                "use calibration rows of equal length (plain text, or a lower max_seq_length)"
+            )
+        return rows.index_select(0, self._real)
+
+    def samples(self, x: Tensor) -> str:
+        """Which calibration rows of the batch make `x` not finite, as far as x tells them apart."""
+        index = self.batch.index
+        if x.dim() == 3 and x.shape[0] == len(index):
+            bad = ~torch.isfinite(x).flatten(1).all(1)
+            index = tuple(i for i, wrong in zip(index, bad.tolist(), strict=True) if wrong)
+        shown = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
+        return f"calibration sample{'s' if len(index) > 1 else ''} {shown}"
+
+
+class Sharing:
+    """Tells tensors apart. Two are the same if they are the same memory while the one seen first still lives and has
     not been written to. Names do not matter.
     """
+
+    def __init__(self) -> None:
+        self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
+
+    def clear(self) -> None:
+        """Forget all that was seen."""
+        self._live.clear()
+
+    def first(self, name: str, x: Tensor) -> str:
+        """Under which name x was seen first: `name` if it is new."""
+        for reference, version, seen in self._live:
+            other = reference()
+            if other is not None and other._version == version and _same_memory(other, x):
+                return seen
+        self._live.append((weakref.ref(x), x._version, name))
+        return name
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        a.data_ptr() == b.data_ptr()
+        and a.numel() == b.numel()
+        and a.shape[-1] == b.shape[-1]
+        and a.is_contiguous()
+        and b.is_contiguous()
+    )
+
+
+class InputHooks:
+    """Forward-pre-hooks on Linears that gather statistics of each distinct input once; see `Sharing`."""
 
     def __init__(
         self, linears: Mapping[str, nn.Linear], wants: Mapping[str, Wants], experts: Sequence[Experts]
@@ -33,10 +91,8 @@ class InputHooks:
         self.statistics: dict[str, Statistics] = {}
         self._routed = {module for group in experts for module in group.modules()}
         self._leader: dict[str, str] = {}
-        self._live: list[tuple[weakref.ref[Tensor], int, str]] = []
-        self._batch = Batch(torch.empty(0, 0), None)
-        self._rows: Tensor | None = None
-        self._positions = 0
+        self._sharing = Sharing()
+        self._rows = BatchRows(Batch(torch.empty(0, 0), None))
         self._last: str | None = None
         self._newest: str | None = None
 
@@ -48,12 +104,10 @@ class InputHooks:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, batch: Batch, mask: Tensor | None) -> None:
-        """Announce the next batch; `mask` (bool, one per position) keeps padding out."""
-        self._batch = batch
-        self._live.clear()
-        self._rows = None if mask is None else mask.nonzero().flatten()
-        self._positions = 0 if mask is None else mask.numel()
+    def begin(self, rows: BatchRows) -> None:
+        """Announce the next batch."""
+        self._rows = rows
+        self._sharing.clear()
 
     def may_stop(self) -> None:
         """Outputs are not needed: raise SeenAll behind the Linear that was called last in the batch just done. Which
@@ -71,7 +125,7 @@ class InputHooks:
         return hook
 
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        leader = self._sharing(x) or name
+        leader = self._sharing.first(name, x)
         if self._leader.setdefault(name, leader) != leader:
             raise CalibrationError(
                 f"{name}: shared its input with {self._leader[name]} in one batch and not in another; statistics "
@@ -80,46 +134,13 @@ class InputHooks:
         if leader != name:
             self.statistics[name] = self.statistics[leader]
             return
-        self._live.append((weakref.ref(x), x._version, name))
-        rows = x.reshape(-1, x.shape[-1])
         # Experts are given no padding in the first place.
-        if self._rows is not None and module not in self._routed:
-            if rows.shape[0] != self._positions:
-                raise CalibrationError(
-                    f"{name}: input {list(x.shape)} does not have one row per token, so padding cannot be told apart; "
-                    "use calibration rows of equal length (plain text, or a lower max_seq_length)"
-                )
-            rows = rows.index_select(0, self._rows)
+        rows = x.reshape(-1, x.shape[-1]) if module in self._routed else self._rows.of(x, name)
         if rows.shape[0] == 0:
             return
         if name not in self.statistics:
             self.statistics[name] = Statistics.empty(rows.shape[1], self.wants[name])
-        self.statistics[name].update(rows, lambda: f"{name}, {self._samples(x)}")
-
-    def _samples(self, x: Tensor) -> str:
-        """Which calibration rows of the batch make `x` not finite, as far as x tells them apart."""
-        index = self._batch.index
-        if x.dim() == 3 and x.shape[0] == len(index):
-            bad = ~torch.isfinite(x).flatten(1).all(1)
-            index = tuple(i for i, wrong in zip(index, bad.tolist(), strict=True) if wrong)
-        shown = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
-        return f"calibration sample{'s' if len(index) > 1 else ''} {shown}"
-
-    def _sharing(self, x: Tensor) -> str | None:
-        for reference, version, name in self._live:
-            other = reference()
-            if other is None:
-                continue
-            same = other is x or (
-                other.data_ptr() == x.data_ptr()
-                and other.numel() == x.numel()
-                and other.shape[-1] == x.shape[-1]
-                and other.is_contiguous()
-                and x.is_contiguous()
-            )
-            if same and other._version == version:
-                return name
-        return None
+        self.statistics[name].update(rows, lambda: f"{name}, {self._rows.samples(x)}")
 
 
 class CacheRecorder:

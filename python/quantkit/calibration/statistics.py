@@ -41,7 +41,7 @@ class Statistics:
     """Of one input [tokens, channels]: how many tokens there were, each channel's smallest and largest value and sum of
     magnitudes (fp32 [channels]), `gram` = x^T x (fp32 [channels, channels]), a histogram. All but the moving averages
     (fp32 [2]: lowest, highest) merge by sum, min or max, so batches may come in any split. Linears that read the same
-    tensor share one object.
+    tensor share one object. `divided`: what each channel has been divided by since (fp32 [channels]).
     """
 
     count: int
@@ -51,6 +51,7 @@ class Statistics:
     gram: Tensor | None = None
     histogram: Histogram | None = None
     averages: Tensor | None = None
+    divided: Tensor | None = None
     _channels: Tensor | None = None
 
     @classmethod
@@ -143,6 +144,7 @@ class Statistics:
         if self.gram is not None:
             self.gram /= s
             self.gram /= s[:, None]
+        self.divided = s.clone() if self.divided is None else self.divided * s
 
     @property
     def absmax(self) -> Tensor:

@@ -1,29 +1,32 @@
 """One pass over the decoder layers that collects what the inputs of their Linears are like.
 
-Per layer: load; let the visitor prepare (and quantize, if its codes do not depend on data); run every batch with hooks
-if it wants statistics to work with, and let it work; run every batch once more, which makes the next layer's inputs
-with the weights it left and gathers the ranges of what will be served; drop. A layer runs twice at most.
+Per layer: load; let the visitor prepare (and quantize, if its codes do not depend on data); run every batch, and let
+the visitor work on each distinct input once all batches are there (see `lockstep`); drop. Where that does not do, the
+layer runs twice: with hooks that gather the statistics of all inputs, and, once the visitor has worked on them, again,
+which makes the next layer's inputs with the weights it left and gathers the ranges of what will be served.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError
+from ..estimate import HELD_BYTES
 from ..models.fused_norm import fused
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
 from .batches import Batch, HiddenStates
-from .hooks import CacheRecorder, InputHooks, SeenAll
+from .hooks import BatchRows, CacheRecorder, InputHooks, SeenAll
+from .lockstep import PROBE_TOKENS, Course, Lockstep, Unfit, explore
 from .statistics import Statistics, Wants
 
 
@@ -53,7 +56,7 @@ class Layer:
 
 class Visitor(Protocol):
     """What is done to each layer. `statistics`: which Linears' inputs are wanted to work with, `ranges`: which of them
-    in the layer's last forward; `caches`: attention modules whose keys and values are looked at in it.
+    as they will be served; `caches`: attention modules whose keys and values are looked at as they will be.
     """
 
     @property
@@ -63,13 +66,22 @@ class Visitor(Protocol):
     @property
     def caches(self) -> Collection[str]: ...
 
+    def across(self, index: int) -> str | None:
+        """Why the inputs of layer `index` have to be worked on together; None if one at a time will do."""
+        ...
+
+    def norms(self, index: int) -> Mapping[str, Collection[str]]:
+        """Norms of the layer that `finish` divides together with an input, each with that input's readers."""
+        ...
+
     def prepare(self, layer: Layer) -> None:
         """Before any forward. May put other weights into the layer."""
         ...
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        """After the first forward, with the statistics of each Linear's input. Linears that read the same tensor have
-        the very same object. May put other weights into the layer.
+        """With the statistics of the inputs of some Linears, all that read them among these: of one input after the
+        other, or of all the layer's at once. Linears that read the same tensor have the very same object. May put other
+        weights into the layer, and divide an input (`Statistics.divide`) whose norm it divides.
         """
         ...
 
@@ -80,11 +92,15 @@ class Visitor(Protocol):
 
 @dataclass
 class SweepReport:
-    """What a sweep saw: tokens, tokens per Linear of an expert, and those whose input was borrowed since none came."""
+    """What a sweep saw: tokens, tokens per Linear of an expert, and those whose input was borrowed since none came;
+    how many layers one forward served, and why each other one took two.
+    """
 
     tokens: int
     expert_tokens: dict[str, int] = field(default_factory=dict)
     silent_experts: list[str] = field(default_factory=list)
+    once: int = 0
+    twice: dict[str, str] = field(default_factory=dict)
 
 
 def sweep(
@@ -95,9 +111,11 @@ def sweep(
     *,
     progress: Progress | None = None,
     all_experts: bool = False,
+    forwards: int | str = "auto",
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
+    `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -117,27 +135,44 @@ def sweep(
     if progress is not None:
         progress.expect(stop)
     with torch.no_grad():
-        hidden, calls = embed(skeleton, source, batches)
+        # One more, of a few tokens, finds out what each layer does.
+        probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
+        hidden, calls = embed(skeleton, source, [*batches, probe])
+        probe_calls, probe_view = calls.pop(), hidden.views.pop()
         for index in range(stop):
             skeleton.materialize(index, source)
-            run = _Run(skeleton, index, batches, calls, hidden, report)
+            run = _Run(skeleton, index, batches, calls, hidden, report, (probe_view, probe_calls[index]))
             layer = Layer(
                 index, skeleton.layer_prefix(index), skeleton.linears(index), skeleton.stored(index), run.outputs
             )
             visitor.prepare(layer)
             first = {n: visitor.statistics[n] for n in names[index] if n in visitor.statistics}
             last = {n: visitor.ranges[n] for n in names[index] if n in visitor.ranges}
-            if first:
-                visitor.finish(layer, run.statistics(layer, first, keep=False, all_experts=all_experts))
             feeds_on = index + 1 < stop
             recorders = {name: CacheRecorder(name) for name in caches[index]}
-            if last or recorders or feeds_on:
-                seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
+            course = run.course(layer, visitor, [*first, *last], forwards) if first else None
+            if course is not None:
+                seen = run.lockstep(layer, course, visitor, first, last, keep=feeds_on, recorders=recorders)
                 visitor.observe(layer, seen, recorders)
+            else:
+                if first:
+                    visitor.finish(layer, run.statistics(layer, first, keep=False, all_experts=all_experts))
+                if last or recorders or feeds_on:
+                    seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
+                    visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
             if progress is not None:
                 progress.advance(1)
     return report
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(entry)
 
 
 def _within(modules: Collection[str], prefix: str) -> list[str]:
@@ -146,7 +181,7 @@ def _within(modules: Collection[str], prefix: str) -> list[str]:
 
 @dataclass
 class _Run:
-    """A layer and what goes through it."""
+    """A layer and what goes through it; `probe`: a few tokens' hidden states and call."""
 
     skeleton: Skeleton
     index: int
@@ -154,6 +189,67 @@ class _Run:
     calls: Sequence[Sequence[LayerCall]]
     hidden: HiddenStates
     report: SweepReport
+    probe: tuple[Tensor, LayerCall]
+
+    def course(self, layer: Layer, visitor: Visitor, wanted: Sequence[str], forwards: int | str) -> Course | None:
+        """How one forward would go about the layer; None, and why in the report, if it is to run twice."""
+        try:
+            found = self._course(layer, visitor, list(dict.fromkeys(wanted)), forwards)
+        except Unfit as why:
+            if forwards == 1:
+                raise CalibrationError(
+                    f"{layer.prefix}: one forward does not do: {why}. global.calibration_forwards: auto takes two there"
+                ) from None
+            self.report.twice[layer.prefix] = str(why)
+            return None
+        self.report.once += 1
+        return found
+
+    def _course(self, layer: Layer, visitor: Visitor, wanted: Sequence[str], forwards: int | str) -> Course:
+        if forwards == 2:
+            raise Unfit("as global.calibration_forwards says")
+        if self.skeleton.experts[self.index]:
+            raise Unfit("which experts run depends on the data")
+        if (why := visitor.across(self.index)) is not None:
+            raise Unfit(why)
+        view, call = self.probe
+        known = [self.hidden.buffer, *tensors_in([call.args, call.kwargs])]
+        course = explore(
+            layer,
+            wanted,
+            visitor.norms(self.index),
+            lambda: self.skeleton.forward(self.index, view, call),
+            view.shape[1],
+            known,
+        )
+        held = course.bytes_per_position * sum(batch.input_ids.numel() for batch in self.batches)
+        if forwards != 1 and held > HELD_BYTES:
+            raise Unfit(f"{held / 1e9:.1f} GB would wait between its Linears, more than {HELD_BYTES / 1e9:.1f}")
+        return course
+
+    def lockstep(
+        self,
+        layer: Layer,
+        course: Course,
+        visitor: Visitor,
+        first: Mapping[str, Wants],
+        last: Mapping[str, Wants],
+        *,
+        keep: bool,
+        recorders: Mapping[str, CacheRecorder],
+    ) -> dict[str, Statistics]:
+        """Every batch through the layer once, the visitor at work in between; the statistics for `last`."""
+        cache = next(iter(recorders.values()), None)
+
+        def forward(number: int) -> None:
+            view = self.hidden.views[number]
+            out = self.skeleton.forward(self.index, view, self.calls[number][self.index], cache)
+            if keep:
+                view.copy_(out)
+
+        walks = Lockstep(layer, course, [BatchRows(batch) for batch in self.batches], forward, cache)
+        with faster(self.skeleton, self.index, self.batches):
+            return walks.run(visitor, first, last, to_end=keep or cache is not None)
 
     def statistics(
         self,
@@ -270,6 +366,15 @@ def embed(
     return hidden, calls
 
 
+@contextmanager
+def faster(skeleton: Skeleton, index: int, batches: Sequence[Batch]) -> Iterator[None]:
+    """Within the block, layer `index` runs `batches` by the fastest means."""
+    dense = [m for n, m in skeleton.linears(index).items() if not skeleton.family.is_expert(n)]
+    # Packing a weight costs about what it saves in one call.
+    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(skeleton.layers[index]):
+        yield
+
+
 def forward(
     skeleton: Skeleton,
     index: int,
@@ -284,15 +389,13 @@ def forward(
     """Every batch through layer `index`; outputs replace the inputs if `keep`. If nobody needs outputs, a batch ends
     as soon as `hooks` have seen every input.
     """
-    dense = [m for n, m in skeleton.linears(index).items() if not skeleton.family.is_expert(n)]
-    # Packing a weight costs about what it saves in one call.
-    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(skeleton.layers[index]):
+    with faster(skeleton, index, batches):
         for number, (batch, view) in enumerate(zip(batches, hidden.views, strict=True)):
-            mask = None if batch.mask is None else batch.mask.reshape(-1).bool()
+            rows = BatchRows(batch)
             for experts in skeleton.experts[index]:
-                experts.token_mask = mask
+                experts.token_mask = rows.mask
             if hooks is not None:
-                hooks.begin(batch, mask)
+                hooks.begin(rows)
             if cache is not None:
                 cache.mask = None if batch.mask is None else batch.mask.bool()
             try:

@@ -22,6 +22,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 _UNITS_BY_CASE = {unit.upper(): factor for unit, factor in _UNITS.items()}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FORWARDS = ("auto", 1, 2)
 TEXT_DATASET = "TextDataset"
 _EXAMPLE = "  dataset:\n    name: TextDataset\n    data_path: ./examples/data/calibration.jsonl\n    num_samples: 64"
 
@@ -35,12 +36,19 @@ class GlobalConfig:
     seed: int = 0
     overwrite: bool = False
     num_threads: int | None = None
+    calibration_forwards: int | str = "auto"
 
     def __post_init__(self) -> None:
         require(bool(self.save_path.strip()), "save_path", "is empty; give a folder")
         require(self.seed >= 0, "seed", f"{self.seed} is negative")
         require(self.num_threads is None or self.num_threads > 0, "num_threads", f"{self.num_threads} must be positive")
         require(self.max_shard_bytes > 0, "max_shard_size", f"'{self.max_shard_size}' must be positive")
+        forwards = self.calibration_forwards
+        require(
+            forwards in FORWARDS,
+            "calibration_forwards",
+            f"{forwards!r}: a layer takes 1 forward or 2; use auto, 1 or 2",
+        )
 
     @property
     def max_shard_bytes(self) -> int:

@@ -26,8 +26,8 @@ def available() -> bool:
 
 @contextmanager
 def packed(linears: Iterable[nn.Linear], rows: int) -> Iterator[None]:
-    """Within the block, `linears` run with packed weights, best for inputs of `rows` rows. Their hooks still run; their
-    weights must not be replaced meanwhile.
+    """Within the block, `linears` run with packed weights, best for inputs of `rows` rows. Their hooks still run. A
+    weight is packed at its first call, and its successor likewise if it is replaced meanwhile.
     """
     usable = available()
     replaced = [m for m in linears if usable and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"]
@@ -41,12 +41,15 @@ def packed(linears: Iterable[nn.Linear], rows: int) -> Iterator[None]:
 
 
 def _forward(linear: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-    bias = linear.bias
+    of: Tensor | None = None
+    weight: Tensor | None = None
     multiply = torch.ops.mkldnn._linear_pointwise
 
     def forward(x: Tensor) -> Tensor:
-        result: Tensor = multiply(x, weight, bias, "none", [], "")
+        nonlocal of, weight
+        if of is not linear.weight:
+            of, weight = linear.weight, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        result: Tensor = multiply(x, weight, linear.bias, "none", [], "")
         return result
 
     return forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,10 @@ from .. import ops
 from ..calibration.hooks import CacheRecorder
 from ..calibration.statistics import Statistics, Wants
 from ..calibration.sweep import Layer
-from ..config.recipe import AWQModifier, GPTQModifier, SmoothQuantModifier
+from ..config.recipe import AWQModifier, GPTQModifier, Modifier, SmoothQuantModifier
 from ..config.schemes import QuantizationArgs
 from ..errors import CalibrationError
-from ..models.mappings import OFFSET_NORMS
+from ..models.mappings import OFFSET_NORMS, Smoothing
 from ..plan import Plan
 from ..report.calibration import CalibrationReport, ModuleReport
 from . import awq, gptq, smoothquant
@@ -29,7 +29,7 @@ class Pipeline:
     """See `calibration.sweep.Visitor`. Results go to `sink`, what happened to `report`.
 
     Codes that depend on no data are made before the only forward, which then runs with what will be served. Otherwise
-    the first forward gathers statistics, every modifier works on them in turn, and the second runs with the outcome.
+    every modifier works in turn on the statistics of an input, or of all the layer's inputs at once.
     """
 
     def __init__(self, plan: Plan, sink: Sink, report: CalibrationReport) -> None:
@@ -61,6 +61,23 @@ class Pipeline:
                 found[name] = wants(inputs)
         return found
 
+    def across(self, index: int) -> str | None:
+        """AWQ changes weights whose outputs have gone through the layer already; so does smoothing a Linear."""
+        for place, modifier in self._places(index):
+            if isinstance(modifier, AWQModifier):
+                return "AWQ smooths Linears by the inputs of others behind them"
+            if place.kind != "norm":
+                return f"{place.smooth} is smoothed, which is no norm"
+        return None
+
+    def norms(self, index: int) -> Mapping[str, Collection[str]]:
+        """Those that are smoothed."""
+        return {place.smooth: place.balance for place, _ in self._places(index)}
+
+    def _places(self, index: int) -> list[tuple[Smoothing, Modifier]]:
+        modifiers, found = self.plan.recipe.modifiers, self.plan.smoothings
+        return [(place, modifiers[i]) for i, places in found.items() for place in places if place.layer == index]
+
     def prepare(self, layer: Layer) -> None:
         """Codes that wait for nothing."""
         for name in layer.linears:
@@ -68,12 +85,12 @@ class Pipeline:
                 self._keep(layer, name, self._round(name, layer.linears[name].weight.data))
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        """Every modifier in turn."""
+        """Every modifier in turn, on the readers of the inputs that there are statistics of."""
         working = Working(layer, statistics, offset_norms=self.offset_norms)
         here = [name for name in layer.linears if name in self.modules and name in statistics]
         for index, modifier in enumerate(self.plan.recipe.modifiers):
             for place in self.plan.smoothings.get(index, ()):
-                if place.layer != layer.index:
+                if place.layer != layer.index or not any(name in statistics for name in place.balance):
                     continue
                 if isinstance(modifier, SmoothQuantModifier):
                     working.smooth(place, smoothquant.scales(modifier, place, working))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..plan import collapse
 from .table import table
 
 SHOWN = 12
@@ -32,13 +33,17 @@ class ModuleReport:
 
 @dataclass
 class CalibrationReport:
-    """Everything in the order in which it happened. `listener` hears each module's line."""
+    """Everything in the order in which it happened. `once`: how many layers one forward served; `twice`: why each
+    other one took two. `listener` hears each module's line.
+    """
 
     modules: list[ModuleReport] = field(default_factory=list)
     smoothings: dict[str, tuple[float, float]] = field(default_factory=dict)
     tokens: int = 0
     expert_tokens: dict[str, int] = field(default_factory=dict)
     silent_experts: list[str] = field(default_factory=list)
+    once: int = 0
+    twice: dict[str, str] = field(default_factory=dict)
     listener: Callable[[str], None] | None = field(default=None, repr=False)
 
     def add(self, module: ModuleReport) -> None:
@@ -59,6 +64,8 @@ class CalibrationReport:
             "smoothings": {k: {"loss": a, "without": b} for k, (a, b) in self.smoothings.items()},
             "expert_tokens": self.expert_tokens,
             "silent_experts": self.silent_experts,
+            "one_forward": self.once,
+            "two_forwards": self.twice,
         }
         return json.dumps(found, indent=2)
 
@@ -103,6 +110,12 @@ class CalibrationReport:
             if members:
                 more = f" and {len(members) - 5} more" if len(members) > 5 else ""
                 found.append(f"note: {what} in {len(members)} Linears: {', '.join(members[:5])}{more}")
+        reasons: dict[str, list[str]] = {}
+        for layer, why in self.twice.items():
+            reasons.setdefault(collapse(why), []).append(layer)
+        for why, layers in reasons.items():
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            found.append(f"two forwards instead of one in {layers[0]}{more}: {why}")
         if self.expert_tokens:
             counts = sorted(self.expert_tokens.values())
             found.append(

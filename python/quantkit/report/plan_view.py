@@ -40,7 +40,8 @@ def render_plan(plan: Plan) -> str:
         f"{e.bits_per_weight:.2f} bits per quantized weight, {len(plan.layout.shards)} file(s)",
         f"memory   about {size(e.memory_bytes)} needed"
         + (f", {size(e.memory_available)} available" if e.memory_available else "")
-        + (f"; {size(e.gram_bytes)} of it for a layer's Gram matrices, in x in for each input" if e.gram_bytes else ""),
+        + (f"; {size(e.gram_bytes)} of it for a layer's Gram matrices, in x in for each input" if e.gram_bytes else "")
+        + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else ""),
         f"disk     {size(e.output_bytes)} needed, {size(e.disk_available)} free",
     ]
     lines += [f"note     {note}" for note in plan.config.notes]
