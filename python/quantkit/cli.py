@@ -118,6 +118,23 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from .inspection import inspect_folder
+
+    found = inspect_folder(args.folder)
+    print(found.render())
+    if args.json:
+        Path(args.json).write_text(found.to_json() + "\n")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert
+
+    print(f"written to {convert(args.source, args.target, args.format, overwrite=args.overwrite)}")
+    return 0
+
+
 def _env(args: argparse.Namespace) -> int:
     from .env import report
 
@@ -194,6 +211,16 @@ def _parser() -> argparse.ArgumentParser:
         "--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share each layer (default 1)"
     )
     sub.add_argument("--json", metavar="FILE", help="also write every finding to FILE")
+
+    sub = add("inspect", _inspect, "show what a quantized folder holds: schemes, bits, scales, outliers")
+    sub.add_argument("folder", help="the folder, in any format that quantkit reads")
+    sub.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+
+    sub = add("convert", _convert, "write a quantized folder in another format that holds the same codes, without loss")
+    sub.add_argument("source", help="the quantized folder")
+    sub.add_argument("target", help="the folder to be written")
+    sub.add_argument("--format", required=True, metavar="NAME", help="compressed-tensors, gptq, awq, fp8")
+    sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
 
     add("env", _env, "print versions, the instruction set in use, and which libraries are loaded or why not")
     return parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
             "actorder 'group': compressed-tensors from 0.19 on refuses it, and so do Transformers and servers that use "
             "it, and vLLM 0.32 in GPTQ's format, too; actorder 'weight' is about as good and read by all"
         )
-    ignore = _kept_linears(family, shapes, modules)
+    ignore = kept_linears(family, shapes, modules)
     outputs, carried, stored_bytes = _outputs(checkpoint, fmt, modules, rewritten)
     if recipe.kv_cache is not None:
         for attention in attentions:
@@ -210,9 +210,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     )
 
 
-def _kept_linears(
-    family: Family, shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, PlannedModule]
-) -> tuple[str, ...]:
+def kept_linears(family: Family, shapes: Mapping[str, tuple[int, ...]], modules: Container[str]) -> tuple[str, ...]:
     """Full names of whatever a server may hold as a Linear and finds unquantized: routers, ignored layers, towers,
     the head (also a tied one, which has no tensor of its own).
     """

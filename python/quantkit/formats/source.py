@@ -63,11 +63,11 @@ class WeightSource:
 
     def names(self) -> set[str]:
         """The names that `get` knows: those of the plain checkpoint."""
-        stored = {name for module in self.modules for name in self._stored(module)}
+        stored = {name for module in self.modules for name in self.stored(module)}
         stored |= {f"{attention}.{part}" for attention in self.cache_quantizers for part in CACHE_PARTS}
         return (set(self.checkpoint.tensors) - stored) | {f"{module}.weight" for module in self.modules}
 
-    def _stored(self, module: str) -> list[str]:
+    def stored(self, module: str) -> list[str]:
         """Which tensors of the checkpoint are the quantized form of `module`'s weight and input."""
         parts = self.format.PARTS if self.format is not None else ()
         return [n for n in (f"{module}.{part}" for part in parts) if n in self.checkpoint.tensors]
@@ -75,7 +75,7 @@ class WeightSource:
     def release(self, name: str) -> None:
         """Let go of the pages behind `get(name)`."""
         module = self.module_of(name)
-        for stored in [name] if module is None else self._stored(module):
+        for stored in [name] if module is None else self.stored(module):
             self.checkpoint.release(stored)
 
     def get(self, name: str) -> Tensor:
@@ -86,11 +86,10 @@ class WeightSource:
         """The codes and scales of `module`'s weight."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
-        scheme, get = self.schemes[module], self.checkpoint.tensor
-        return self.format.load_weight(module, scheme, get, *self.format.shape(module, scheme, get))
+        return self.format.load_weight(module, self.schemes[module], self.checkpoint.tensor, *self.shape(module))
 
     def shape(self, module: str) -> tuple[int, int]:
-        """Rows and columns of `module`'s weight."""
+        """[rows, cols] of `module`'s weight."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
         return self.format.shape(module, self.schemes[module], self.checkpoint.tensor)
