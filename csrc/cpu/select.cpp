@@ -1,4 +1,5 @@
 // Every family's table for the instruction set that dispatch.h chose.
+#include "cpu/attention.h"
 #include "cpu/awq.h"
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
@@ -51,6 +52,7 @@
 
 namespace qk {
 
+QK_FAMILY(AttentionKernels, attention)
 QK_FAMILY(ReduceKernels, reduce)
 QK_FAMILY(ScaleKernels, scale)
 QK_FAMILY(QuantizeKernels, quantize)

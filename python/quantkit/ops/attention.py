@@ -229,7 +229,7 @@ _sage = declare(
     "int window, bool smooth_k, bool per_token, int pv) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 

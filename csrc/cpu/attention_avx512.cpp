@@ -1,0 +1,98 @@
+// The kernels of attention.h for AVX-512: vpdpbusd multiplies codes of four, vdpbf16ps pairs of
+// bf16 numbers.
+#include "cpu/simd_avx512.h"
+#include "cpu/transpose_avx512.h"
+
+#include "cpu/attention_words.h"
+
+namespace qk::avx512 {
+namespace {
+
+// 24 sums, 4 words and a row's in 32 registers.
+constexpr int kRows = 6, kVectors = 4;
+
+QK_INLINE __m512i four_bytes(const float* p) { return _mm512_castps_si512(_mm512_set1_ps(*p)); }
+
+// Keys' codes are stored unsigned, as the instruction's first operand has to be: 128 more than they
+// are, which the sums start without.
+struct Keys8 {
+  using Sum = I32;
+  static constexpr int kDepth = 4, kOffset = 128;
+  static QK_INLINE Sum start(int codes) { return broadcast(-kOffset * codes); }
+  static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
+    return {_mm512_dpbusd_epi32(sum.v, b.v, four_bytes(a))};
+  }
+  static QK_INLINE F32 number(Sum sum) { return to_float(sum); }
+  static QK_INLINE void store_keys(float* row, int64_t i, I32 codes) {
+    store_bytes(reinterpret_cast<uint8_t*>(row) + i, codes + broadcast(kOffset), Full{});
+  }
+  static QK_INLINE void store_queries(float* row, int64_t i, I32 codes) {
+    store_bytes(reinterpret_cast<uint8_t*>(row) + i, codes, Full{});
+  }
+};
+
+struct Values16 {
+  using Sum = F32;
+  static constexpr int kDepth = 2;
+  static constexpr float kShift = 0.0f;
+  static QK_INLINE Sum zero() { return broadcast(0.0f); }
+  static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)four_bytes(a), (__m512bh)b.v)};
+  }
+  static QK_INLINE F32 number(Sum sum) { return sum; }
+  static QK_INLINE I32 word(const F32* tokens) {
+    const I32 low = bits(round_to(tokens[0], BFloat16{})),
+              high = bits(round_to(tokens[1], BFloat16{}));
+    return shift_right<16>(low) | high;
+  }
+  using Total = F32;
+  static QK_INLINE Total weights(float* row, int64_t i, F32 a, F32 b, Total total) {
+    const __m512bh pair = _mm512_cvtne2ps_pbh(b.v, a.v);
+    _mm512_storeu_si512(reinterpret_cast<uint16_t*>(row) + i, (__m512i)pair);
+    return {_mm512_dpbf16_ps(total.v, pair, (__m512bh)_mm512_set1_epi32(0x3f803f80))};
+  }
+  static QK_INLINE float total(Total x) { return sum_of(x); }
+};
+
+struct Values8 {
+  using Sum = I32;
+  static constexpr int kDepth = 4;
+  static constexpr float kShift = RoundToInteger::kShift;
+  static QK_INLINE Sum zero() { return broadcast(0); }
+  static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
+    return {_mm512_dpbusd_epi32(sum.v, four_bytes(a), b.v)};
+  }
+  static QK_INLINE F32 number(Sum sum) { return to_float(sum); }
+  static QK_INLINE I32 word(const F32* tokens) {
+    const I32 low = broadcast(0xff);
+    return (round(tokens[0]) & low) | shift_left<8>(round(tokens[1]) & low) |
+           shift_left<16>(round(tokens[2]) & low) | shift_left<24>(round(tokens[3]));
+  }
+  using Total = I32;
+  static QK_INLINE Total weights(float* row, int64_t i, F32 a, F32 b, Total total) {
+    const I32 low = round(a), high = round(b);
+    store_bytes(reinterpret_cast<uint8_t*>(row) + i, low, Full{});
+    store_bytes(reinterpret_cast<uint8_t*>(row) + i + kLanes, high, Full{});
+    return total + (low + high);
+  }
+  static QK_INLINE float total(Total x) { return sum_of(to_float(x)); }
+};
+
+// 2^x, to 1.5e-7 of it: a polynomial on [0, 1), and the exponent by vscalefps, which takes the
+// floor of x itself. 2^-inf is 0.
+#define QK_EXP2
+QK_INLINE F32 exp2(F32 x) {
+  const F32 f = {_mm512_reduce_ps(x.v, 0x9)};  // x - floor(x)
+  F32 p = broadcast(0x1.e974fcp-10f);
+  p = multiply_add(p, f, broadcast(0x1.277854p-7f));
+  p = multiply_add(p, f, broadcast(0x1.c91ce6p-5f));
+  p = multiply_add(p, f, broadcast(0x1.ebdb56p-3f));
+  p = multiply_add(p, f, broadcast(0x1.62e4bap-1f));
+  p = multiply_add(p, f, broadcast(1.0f));
+  return {_mm512_scalef_ps(p.v, x.v)};
+}
+
+}  // namespace
+}  // namespace qk::avx512
+
+#include "cpu/attention.inl"

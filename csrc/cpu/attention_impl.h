@@ -1,0 +1,423 @@
+// See attention.h. An ISA's file says what a tile in registers is, kRows rows of kVectors vectors,
+// and which words it multiplies: Keys8, Values16 and Values8 (attention_words.h).
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/attention.h"
+#include "cpu/attention_words.h"
+#include "cpu/transpose.inl"
+
+namespace qk::QK_ISA {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+static_assert(kQueryBlock % kRows == 0 && kQueryBlock % kScaleBlock == 0);
+static_assert(kKeyBlock % (2 * kLanes) == 0 && kKeyBlock % kScaleBlock == 0);
+
+#ifndef QK_EXP2
+// 2^x, to 1.7e-7 of it. -127 is where the exponent's bits end: 0, as for all x below.
+QK_INLINE F32 exp2(F32 x) {
+  x = max(broadcast(-127.0f), x);
+  const I32 n = round(x);
+  const F32 f = x - to_float(n);
+  F32 p = broadcast(0x1.5bba14p-10f);
+  p = multiply_add(p, f, broadcast(0x1.3cea88p-7f));
+  p = multiply_add(p, f, broadcast(0x1.c6b752p-5f));
+  p = multiply_add(p, f, broadcast(0x1.ebf9bcp-3f));
+  p = multiply_add(p, f, broadcast(0x1.62e42ap-1f));
+  p = multiply_add(p, f, broadcast(1.0f));
+  return from_bits(bits(p) + shift_left<23>(n));
+}
+#endif
+
+// sum[r][v] += a[r] * b[v], summed over `depth` words; rows of a are kStride words apart.
+template <class Words, int kStride, int kCols>
+QK_INLINE void multiply(const float* a, const float* b, int64_t vector_stride, int64_t depth_stride,
+                        int64_t depth, typename Words::Sum (&sum)[kRows][kCols]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    I32 right[kCols];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCols; ++v) right[v] = load_words(b + v * vector_stride + k * depth_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kCols; ++v) {
+        sum[r][v] = Words::add(sum[r][v], a + r * kStride + k, right[v]);
+      }
+    }
+  }
+}
+
+// ---- packing ----
+QK_INLINE float largest_of(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x, Full{});
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+// The scale of codes within +-127 for magnitudes up to `amax`.
+QK_INLINE float code_scale(float amax) { return std::max(amax / 127.0f, 0x1p-100f); }
+QK_INLINE I32 code_of(F32 x, F32 inverse) {
+  const F32 limit = broadcast(127.0f);
+  return round(max(broadcast(0.0f) - limit, min(limit, x * inverse)));
+}
+
+template <class T>
+QK_INLINE bool is_finite(const T* x, int64_t n) {
+  I32 most = broadcast(0);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    most = max(most, bits(load(x + i, Full{})) & broadcast(0x7fffffff));
+  }
+  return largest_of(from_bits(min(most, broadcast(0x7f800000)))) < kInfinity;
+}
+
+template <class T>
+int64_t key_statistics(const AttentionKeys& keys, int64_t first, int64_t last, float* sums,
+                       float* amax) {
+  const int64_t size = keys.size;
+  std::fill(sums, sums + size, 0.0f);
+  std::fill(amax, amax + size, 0.0f);
+  int64_t bad = 0;
+  for (int64_t j = first; j < last; ++j) {
+    const T* const k = static_cast<const T*>(keys.k) + j * keys.k_stride;
+    const T* const v = static_cast<const T*>(keys.v) + j * keys.v_stride;
+    keys.bad[j] = !(is_finite(k, size) && is_finite(v, size));
+    if (keys.bad[j]) {
+      ++bad;
+      continue;
+    }
+    for (int64_t i = 0; i < size; i += kLanes) {
+      store(sums + i, load(sums + i, Full{}) + load(k + i, Full{}), Full{});
+      store(amax + i, max(load(amax + i, Full{}), magnitude(load(v + i, Full{}))), Full{});
+    }
+  }
+  return bad;
+}
+
+// Rows of words [16][words], kMaxHeadSize apart, to [words][16].
+inline void turn_words(const float* rows, int64_t words, float* out) {
+  int64_t w = 0;
+  for (; w + kLanes <= words; w += kLanes) {
+    transpose(rows + w, kMaxHeadSize, out + w * kLanes, kLanes);
+  }
+  for (; w < words; ++w) {
+    for (int i = 0; i < kLanes; ++i) out[w * kLanes + i] = rows[i * kMaxHeadSize + w];
+  }
+}
+
+template <class T>
+void pack_keys(const AttentionKeys& keys, int64_t first, const float* mean, bool per_token,
+               const AttentionPacked& packed, float* rows) {
+  const int64_t size = keys.size, words = size / Keys8::kDepth;
+  const auto counts = [&](int64_t j) {
+    return j >= keys.begin && j < keys.end && !(packed.bad && packed.bad[j]);
+  };
+  const auto row = [&](int64_t j) { return static_cast<const T*>(keys.k) + j * keys.k_stride; };
+  float scales[kScaleBlock];
+  float largest = 0.0f;
+  for (int64_t j = 0; j < kScaleBlock; ++j) {
+    F32 most = broadcast(0.0f);
+    if (counts(first + j)) {
+      const T* const k = row(first + j);
+      for (int64_t i = 0; i < size; i += kLanes) {
+        most = max(most, magnitude(load(k + i, Full{}) - load(mean + i, Full{})));
+      }
+    }
+    const float amax = largest_of(most);
+    largest = std::max(largest, amax);
+    scales[j] = code_scale(amax);
+  }
+  if (!per_token) std::fill(scales, scales + kScaleBlock, code_scale(largest));
+  for (int64_t j = 0; j < kScaleBlock; ++j) {
+    float* const codes = rows + j % kLanes * kMaxHeadSize;
+    const bool counted = counts(first + j);
+    const T* const k = counted ? row(first + j) : nullptr;
+    const F32 inverse = broadcast(1.0f / scales[j]);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const I32 code =
+          counted ? code_of(load(k + i, Full{}) - load(mean + i, Full{}), inverse) : broadcast(0);
+      Keys8::store_keys(codes, i, code);
+    }
+    packed.key_scale[first + j] = scales[j];
+    if ((j + 1) % kLanes == 0) {
+      float* const out = static_cast<float*>(packed.keys) + (first + j + 1 - kLanes) * words;
+      turn_words(rows, words, out);
+    }
+  }
+}
+
+template <class Values, class T>
+void pack_values(const AttentionKeys& keys, int64_t first, const AttentionPacked& packed) {
+  const int64_t size = keys.size;
+  float inverse[kMaxHeadSize];
+  for (int64_t i = 0; packed.value_scale && i < size; i += kLanes) {
+    store(inverse + i, broadcast(1.0f) / load(packed.value_scale + i, Full{}), Full{});
+  }
+  float* out = static_cast<float*>(packed.values) + first / Values::kDepth * size;
+  for (int64_t j = first; j < first + kKeyBlock; j += Values::kDepth, out += size) {
+    const T* rows[Values::kDepth];
+    for (int t = 0; t < Values::kDepth; ++t) {
+      const bool counted =
+          j + t >= keys.begin && j + t < keys.end && !(packed.bad && packed.bad[j + t]);
+      rows[t] = counted ? static_cast<const T*>(keys.v) + (j + t) * keys.v_stride : nullptr;
+    }
+    for (int64_t i = 0; i < size; i += kLanes) {
+      F32 x[Values::kDepth];
+#pragma GCC unroll 4
+      for (int t = 0; t < Values::kDepth; ++t) {
+        x[t] = rows[t] ? load(rows[t] + i, Full{}) : broadcast(0.0f);
+        if (packed.value_scale) {
+          const F32 limit = broadcast(127.0f);
+          x[t] = max(broadcast(0.0f) - limit, min(limit, x[t] * load(inverse + i, Full{})));
+        }
+      }
+      store_words(out + i, Values::word(x));
+    }
+  }
+}
+
+// ---- one head's block of queries ----
+struct Scratch {
+  static constexpr int kQueryStride = kMaxHeadSize / Keys8::kDepth;
+  float* codes;                  // [kQueryBlock][kQueryStride], words
+  float* sums;                   // [kQueryBlock][size]
+  float* logits;                 // [kRows][kKeyBlock], without the queries' scale
+  float* weights;                // [kRows][kKeyBlock], words
+  float *factor, *peak, *total;  // [kQueryBlock]
+  int32_t* code_sum;             // [kQueryBlock]
+  uint8_t* bad;                  // [kQueryBlock]
+};
+
+template <class T>
+void quantize_queries(const AttentionQueries& queries, int64_t first, int64_t rows,
+                      const Scratch& s) {
+  const int64_t size = queries.size;
+  const auto row = [&](int64_t r) {
+    return static_cast<const T*>(queries.q) + (first + r) * queries.q_stride;
+  };
+  float amax[kQueryBlock] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    s.bad[r] = !is_finite(row(r), size);
+    if (s.bad[r]) continue;
+    F32 most = broadcast(0.0f);
+    for (int64_t i = 0; i < size; i += kLanes)
+      most = max(most, magnitude(load(row(r) + i, Full{})));
+    amax[r] = largest_of(most);
+  }
+  if (!queries.per_token) {
+    for (int64_t b = 0; b < kQueryBlock; b += kScaleBlock) {
+      const float most = *std::max_element(amax + b, amax + b + kScaleBlock);
+      std::fill(amax + b, amax + b + kScaleBlock, most);
+    }
+  }
+  const int64_t padded = (rows + kRows - 1) / kRows * kRows;
+  for (int64_t r = 0; r < padded; ++r) {
+    const bool counted = r < rows && !s.bad[r];
+    const float scale = code_scale(amax[r]);
+    const F32 inverse = broadcast(1.0f / scale);
+    I32 sum = broadcast(0);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const I32 code = counted ? code_of(load(row(r) + i, Full{}), inverse) : broadcast(0);
+      Keys8::store_queries(s.codes + r * Scratch::kQueryStride, i, code);
+      sum = sum + code;
+    }
+    s.code_sum[r] = static_cast<int32_t>(sum_of(to_float(sum)));  // at most 127 * 512: exact
+    s.factor[r] = scale * queries.scale;
+    s.peak[r] = -kInfinity;
+    s.total[r] = 0.0f;
+  }
+}
+
+// Logits of kCols vectors of keys; `most` takes in the rows' largest.
+template <int kCols>
+QK_INLINE void logits_tile(const Scratch& s, int64_t row, const float* keys, const float* key_scale,
+                           int64_t words, int64_t first, F32 (&most)[kRows]) {
+  Keys8::Sum sum[kRows][kCols];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kCols; ++v) sum[r][v] = Keys8::start(s.code_sum[row + r]);
+  }
+  multiply<Keys8, Scratch::kQueryStride, kCols>(s.codes + row * Scratch::kQueryStride, keys,
+                                                words * kLanes, kLanes, words, sum);
+#pragma GCC unroll 4
+  for (int v = 0; v < kCols; ++v) {
+    const F32 scale = load(key_scale + v * kLanes, Full{});
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F32 logit = Keys8::number(sum[r][v]) * scale;
+      store(s.logits + r * kKeyBlock + first + v * kLanes, logit, Full{});
+      most[r] = max(most[r], logit);
+    }
+  }
+}
+
+// sums = sums * decay + weights * values, kCols vectors of channels.
+template <class Values, int kCols>
+QK_INLINE void values_tile(const Scratch& s, int64_t row, const float* values, int64_t size,
+                           int64_t keys, int64_t channel, const float* decay) {
+  typename Values::Sum sum[kRows][kCols];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kCols; ++v) sum[r][v] = Values::zero();
+  }
+  multiply<Values, kKeyBlock / Values::kDepth, kCols>(s.weights, values + channel, kLanes, size,
+                                                      keys / Values::kDepth, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* const out = s.sums + (row + r) * size + channel;
+    const F32 kept = broadcast(decay[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kCols; ++v) {
+      const F32 old = load(out + v * kLanes, Full{});
+      store(out + v * kLanes, multiply_add(old, kept, Values::number(sum[r][v])), Full{});
+    }
+  }
+}
+
+template <class Values>
+inline void add_values(const Scratch& s, int64_t row, const float* values, int64_t size,
+                       int64_t keys, const float* decay) {
+  for (int64_t channel = 0; channel < size;) {
+    const int64_t left = (size - channel) / kLanes;
+    if constexpr (kVectors >= 4) {
+      if (left == 4 || left >= 6) {
+        values_tile<Values, 4>(s, row, values, size, keys, channel, decay);
+        channel += 4 * kLanes;
+        continue;
+      }
+      if (left == 3 || left == 5) {
+        values_tile<Values, 3>(s, row, values, size, keys, channel, decay);
+        channel += 3 * kLanes;
+        continue;
+      }
+      if (left == 2) {
+        values_tile<Values, 2>(s, row, values, size, keys, channel, decay);
+        channel += 2 * kLanes;
+        continue;
+      }
+    }
+    values_tile<Values, 1>(s, row, values, size, keys, channel, decay);
+    channel += kLanes;
+  }
+}
+
+// Keys that a row sees, as [begin, end) of a block's.
+struct Seen {
+  int64_t begin, end;
+};
+
+inline Seen seen_keys(const AttentionQueries& queries, int64_t t, int64_t base, int64_t keys) {
+  const int64_t position = t + queries.shift;
+  const int64_t begin = std::max(queries.begin, position - queries.window) - base;
+  const int64_t end = (queries.causal ? std::min(queries.end, position) : queries.end) - base;
+  return {std::clamp<int64_t>(begin, 0, keys), std::clamp<int64_t>(end, 0, keys)};
+}
+
+// Rows [row, row + kRows) of the block of queries from `first` on go over one block of keys.
+template <class Values>
+void attend_tile(const AttentionQueries& queries, const AttentionPacked& packed, int64_t first,
+                 int64_t row, int64_t rows, int64_t base, const Scratch& s) {
+  const int64_t last = std::min(row + kRows, rows) - 1, size = queries.size;
+  const Seen low = seen_keys(queries, first + row, base, kKeyBlock);
+  const Seen high = seen_keys(queries, first + last, base, kKeyBlock);
+  if (low.begin >= high.end) return;
+  const int64_t keys = (high.end + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  const int64_t words = size / Keys8::kDepth;
+  const float* const packed_keys = static_cast<const float*>(packed.keys) + base * words;
+  const float* const key_scale = packed.key_scale + base;
+
+  F32 most[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) most[r] = broadcast(-kInfinity);
+  for (int64_t j = 0; j < keys;) {
+    if (kVectors >= 4 && j + 4 * kLanes <= keys) {
+      logits_tile<kVectors>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
+      j += kVectors * kLanes;
+    } else {
+      constexpr int kFew = kVectors >= 2 ? 2 : 1;
+      logits_tile<kFew>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
+      j += kFew * kLanes;
+    }
+  }
+  if (high.begin > 0 || low.end < keys) {
+    for (int r = 0; r < kRows; ++r) {
+      const Seen seen = seen_keys(queries, first + std::min(row + r, last), base, keys);
+      float* const logits = s.logits + r * kKeyBlock;
+      std::fill(logits, logits + std::min(seen.begin, keys), -kInfinity);
+      std::fill(logits + seen.end, logits + keys, -kInfinity);
+      most[r] = broadcast(-kInfinity);
+      for (int64_t j = 0; j < keys; j += kLanes) most[r] = max(most[r], load(logits + j, Full{}));
+    }
+  }
+
+  // Where nothing is seen yet, any finite peak leaves zeros.
+  float peaks[kLanes] = {}, change[kLanes] = {}, decay[kLanes];
+  for (int r = 0; r < kRows; ++r) {
+    const float old = s.peak[row + r];
+    const float peak = std::max(old, largest_of(most[r]) * s.factor[row + r]);
+    peaks[r] = peak == -kInfinity ? 0.0f : peak;
+    change[r] = old - peaks[r];
+    s.peak[row + r] = peak;
+  }
+  store(decay, exp2(load(change, Full{})), Full{});
+  for (int r = 0; r < kRows; ++r) {
+    const F32 factor = broadcast(s.factor[row + r]), shift = broadcast(Values::kShift - peaks[r]);
+    const float* const logits = s.logits + r * kKeyBlock;
+    float* const weights = s.weights + r * (kKeyBlock / Values::kDepth);
+    typename Values::Total total = Values::zero();
+    for (int64_t j = 0; j < keys; j += 2 * kLanes) {
+      const F32 a = exp2(multiply_add(load(logits + j, Full{}), factor, shift));
+      const F32 b = exp2(multiply_add(load(logits + j + kLanes, Full{}), factor, shift));
+      total = Values::weights(weights, j, a, b, total);
+    }
+    s.total[row + r] = s.total[row + r] * decay[r] + Values::total(total);
+  }
+  const float* const values =
+      static_cast<const float*>(packed.values) + base / Values::kDepth * size;
+  add_values<Values>(s, row, values, size, keys, decay);
+}
+
+template <class T>
+void finish_row(const AttentionQueries& queries, const AttentionPacked& packed, int64_t t,
+                int64_t r, const Scratch& s) {
+  const int64_t size = queries.size;
+  T* const out = static_cast<T*>(queries.out) + t * queries.out_stride;
+  const Seen seen = seen_keys(queries, t, 0, queries.end);
+  float factor = 0.0f;
+  if (seen.begin < seen.end) {
+    const bool poisoned = s.bad[r] || !(s.peak[r] < kInfinity && s.factor[r] < kInfinity) ||
+                          (packed.bad && std::any_of(packed.bad + seen.begin, packed.bad + seen.end,
+                                                     [](uint8_t bad) { return bad != 0; }));
+    factor = poisoned ? std::numeric_limits<float>::quiet_NaN() : 1.0f / s.total[r];
+  }
+  for (int64_t i = 0; i < size; i += kLanes) {
+    F32 x = load(s.sums + r * size + i, Full{}) * broadcast(factor);
+    if (packed.value_scale) x = x * load(packed.value_scale + i, Full{});
+    store(out + i, x, Full{});
+  }
+}
+
+template <class Values, class T>
+void attend_block(const AttentionQueries& queries, const AttentionPacked& packed, int64_t first,
+                  const Scratch& s) {
+  const int64_t rows = std::min(kQueryBlock, queries.tokens - first);
+  quantize_queries<T>(queries, first, rows, s);
+  std::fill(s.sums, s.sums + (rows + kRows - 1) / kRows * kRows * queries.size, 0.0f);
+  const int64_t begin = seen_keys(queries, first, 0, queries.end).begin;
+  const int64_t end = seen_keys(queries, first + rows - 1, 0, queries.end).end;
+  for (int64_t base = begin / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      attend_tile<Values>(queries, packed, first, row, rows, base, s);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) finish_row<T>(queries, packed, first + r, r, s);
+}
+
+}  // namespace
+}  // namespace qk::QK_ISA
