@@ -1,5 +1,6 @@
 // The kernels of attention.h for AVX-512: vpdpbusd multiplies codes of four, vdpbf16ps pairs of
 // bf16 numbers.
+#include "cpu/exp2_avx512.h"
 #include "cpu/simd_avx512.h"
 #include "cpu/transpose_avx512.h"
 
@@ -13,6 +14,13 @@ constexpr int kRows = 6, kVectors = 4;
 
 QK_INLINE __m512i four_bytes(const float* p) { return _mm512_castps_si512(_mm512_set1_ps(*p)); }
 
+// sum + the products of four unsigned bytes by four signed ones. Not the intrinsic: GCC 12 copies
+// the sums around it.
+QK_INLINE I32 add_products(I32 sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sum;
+}
+
 // Keys' codes are stored unsigned, as the instruction's first operand has to be: 128 more than they
 // are, which the sums start without.
 struct Keys8 {
@@ -20,7 +28,7 @@ struct Keys8 {
   static constexpr int kDepth = 4, kOffset = 128;
   static QK_INLINE Sum start(int codes) { return broadcast(-kOffset * codes); }
   static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
-    return {_mm512_dpbusd_epi32(sum.v, b.v, four_bytes(a))};
+    return add_products(sum, b.v, four_bytes(a));
   }
   static QK_INLINE F32 number(Sum sum) { return to_float(sum); }
   static QK_INLINE void store_keys(float* row, int64_t i, I32 codes) {
@@ -60,7 +68,7 @@ struct Values8 {
   static constexpr float kShift = RoundToInteger::kShift;
   static QK_INLINE Sum zero() { return broadcast(0); }
   static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
-    return {_mm512_dpbusd_epi32(sum.v, four_bytes(a), b.v)};
+    return add_products(sum, four_bytes(a), b.v);
   }
   static QK_INLINE F32 number(Sum sum) { return to_float(sum); }
   static QK_INLINE I32 word(const F32* tokens) {
@@ -77,20 +85,6 @@ struct Values8 {
   }
   static QK_INLINE float total(Total x) { return sum_of(to_float(x)); }
 };
-
-// 2^x, to 1.5e-7 of it: a polynomial on [0, 1), and the exponent by vscalefps, which takes the
-// floor of x itself. 2^-inf is 0.
-#define QK_EXP2
-QK_INLINE F32 exp2(F32 x) {
-  const F32 f = {_mm512_reduce_ps(x.v, 0x9)};  // x - floor(x)
-  F32 p = broadcast(0x1.e974fcp-10f);
-  p = multiply_add(p, f, broadcast(0x1.277854p-7f));
-  p = multiply_add(p, f, broadcast(0x1.c91ce6p-5f));
-  p = multiply_add(p, f, broadcast(0x1.ebdb56p-3f));
-  p = multiply_add(p, f, broadcast(0x1.62e4bap-1f));
-  p = multiply_add(p, f, broadcast(1.0f));
-  return {_mm512_scalef_ps(p.v, x.v)};
-}
 
 }  // namespace
 }  // namespace qk::avx512

@@ -7,6 +7,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_words.h"
+#include "cpu/exp2.inl"
 #include "cpu/transpose.inl"
 
 namespace qk::QK_ISA {
@@ -15,22 +16,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 static_assert(kQueryBlock % kRows == 0 && kQueryBlock % kScaleBlock == 0);
 static_assert(kKeyBlock % (2 * kLanes) == 0 && kKeyBlock % kScaleBlock == 0);
-
-#ifndef QK_EXP2
-// 2^x, to 1.7e-7 of it. -127 is where the exponent's bits end: 0, as for all x below.
-QK_INLINE F32 exp2(F32 x) {
-  x = max(broadcast(-127.0f), x);
-  const I32 n = round(x);
-  const F32 f = x - to_float(n);
-  F32 p = broadcast(0x1.5bba14p-10f);
-  p = multiply_add(p, f, broadcast(0x1.3cea88p-7f));
-  p = multiply_add(p, f, broadcast(0x1.c6b752p-5f));
-  p = multiply_add(p, f, broadcast(0x1.ebf9bcp-3f));
-  p = multiply_add(p, f, broadcast(0x1.62e42ap-1f));
-  p = multiply_add(p, f, broadcast(1.0f));
-  return from_bits(bits(p) + shift_left<23>(n));
-}
-#endif
 
 // sum[r][v] += a[r] * b[v], summed over `depth` words; rows of a are kStride words apart.
 template <class Words, int kStride, int kCols>

@@ -7,6 +7,7 @@
 #include "cpu/gptq.h"
 #include "cpu/gram.h"
 #include "cpu/histogram.h"
+#include "cpu/kv_cache.h"
 #include "cpu/pack.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
@@ -53,6 +54,7 @@
 namespace qk {
 
 QK_FAMILY(AttentionKernels, attention)
+QK_FAMILY(KvCacheKernels, kv_cache)
 QK_FAMILY(ReduceKernels, reduce)
 QK_FAMILY(ScaleKernels, scale)
 QK_FAMILY(QuantizeKernels, quantize)

@@ -12,6 +12,8 @@ import pytest
 from quantkit.ops.isa import Isa, current_isa, supported_isas
 
 FAMILIES = (
+    "attention",
+    "kv_cache",
     "reduce",
     "scale",
     "quantize",

@@ -109,7 +109,7 @@ _append = declare(
     "Tensor positions) -> ()",
     fake=_append_fake,
     reference=_append_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
@@ -144,7 +144,7 @@ _read = declare(
     "kv_read(Tensor cache, Tensor scale, int begin, int end, ScalarType dtype) -> Tensor",
     fake=_read_fake,
     reference=_read_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
@@ -227,7 +227,7 @@ _attention = declare(
     "Tensor? starts, Tensor? lengths, int window) -> Tensor",
     fake=_attention_fake,
     reference=_attention_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
