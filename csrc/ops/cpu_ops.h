@@ -81,6 +81,13 @@ void parallel_stages(int64_t threads, const Soon& soon, int64_t first, const Fir
   });
 }
 
+// The same where there is nothing to do beforehand.
+template <typename First, typename Second>
+void parallel_stages(int64_t threads, int64_t first, const First& f, int64_t second,
+                     const Second& g) {
+  parallel_stages(threads, [](int64_t) {}, first, f, second, g);
+}
+
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
