@@ -176,26 +176,25 @@ QK_INLINE Tile tile_of(int64_t rows, int64_t fetch) {
                       : tile_of<4>(rows, kCounts);
 }
 
-// Lines of the block that follows, some with each word of the tiles at hand.
+// Lines of the block that follows, spread evenly over the tiles at hand, some with each word.
 struct Fetch {
   const int8_t* at;
-  int64_t left, rate;
+  int64_t lines = 0, done = 0;
+  int64_t tiles, tile = 0;
 
-  Fetch(const int8_t* block, int64_t words, int64_t steps) : at(block), left(0), rate(0) {
-    if (!block || steps == 0) return;
-    left = words * (4 * kPanel / 64);
-    const int64_t wanted = (left + steps - 1) / steps;
-    rate = wanted > 2 ? 4 : wanted;
+  Fetch(const int8_t* block, int64_t words, int64_t count) : at(block), tiles(count) {
+    if (block) lines = words * (4 * kPanel / 64);
   }
-  // f(fetch rate, where, words) until `words` are done.
+  // f(lines a word, where, first word, last word) for the words of the next tile.
   template <class Body>
   QK_INLINE void run(int64_t words, Body body) {
-    const int64_t most = rate ? left / rate : 0, with = words < most ? words : most;
+    const int64_t due = lines * ++tile / tiles - done;
+    const int64_t wanted = (due + words - 1) / words, rate = wanted > 2 ? 4 : wanted;
+    const int64_t with = due <= 0 ? 0 : std::min(words, (lines - done) / rate);
     if (with > 0) body(rate, at, int64_t{0}, with);
     if (with < words) body(int64_t{0}, at, with, words);
     at += with * rate * 64;
-    left -= with * rate;
-    if (left < rate) rate = 0;
+    done += with * rate;
   }
 };
 
@@ -269,7 +268,7 @@ void multiply_panel(const Int8Task& task) {
     const bool last = b + 1 == blocks;
     const int8_t* const w = task.panel + first * 4 * kPanel;
     const int8_t* const next = last ? task.next : w + count * 4 * kPanel;
-    Fetch fetch(next, last ? start(1) : start(b + 2) - start(b + 1), tiles * parts * count);
+    Fetch fetch(next, last ? start(1) : start(b + 2) - start(b + 1), tiles * parts);
     const uint8_t* const codes = task.rows.codes + first * 4;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = task.begin + rows * t / tiles,
