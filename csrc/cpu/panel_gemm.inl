@@ -9,6 +9,7 @@
 // `Groups` says what multiplies the sums over a group of k:
 //   int64_t size                                    k of a group: a multiple of kStep, or all of K
 //   static constexpr bool kOffset                   whether there is an offset: + x's sum * offset
+//   static constexpr bool kRowScale                 x's `sums` are scales of its groups: * that
 //   static constexpr bool kInside                   decoded words are multiplied instead, by
 //   void apply(int64_t panel, int64_t k, int64_t count, float* decoded)
 //   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset)
@@ -28,7 +29,7 @@ namespace {
 
 constexpr int kPanelVectors = kPanelCols / kLanes;
 constexpr int kDirectRows = kTileRows < 4 ? kTileRows : 4;
-constexpr int64_t kBlockTiles = 42;        // whose sums stay in the L2 cache
+constexpr int64_t kBlockTiles = 86;        // whose sums stay in the L2 cache
 constexpr int64_t kSliceBytes = 32 << 10;  // of a decoded panel
 constexpr int64_t kGroupBuffer = 48;       // groups whose scales are at hand
 constexpr int64_t kDirectGroups = 16;      // of them in a slice of a direct pass
@@ -75,25 +76,29 @@ struct Slice {
   bool first;  // of the panel: sums start here
 };
 
-// c (+)= sums * scale (+ x's sums * offset) for R rows and the vectors from column `col` on, at the
-// end of the slice's run `s`.
-template <class Words, bool kOffset, int R, int V>
+// c (+)= sums * scale (* x's scale) (+ x's sums * offset) for R rows and the vectors from column
+// `col` on, at the end of the slice's run `s`.
+template <class Words, class Groups, int R, int V>
 QK_INLINE void flush(const F32 (&sum)[R][V], const Slice<Words>& slice, int64_t s, int col,
                      const float* x_sums, int64_t groups, float* c) {
   const int64_t group = slice.segments[s].group;
-  const bool first = slice.first && s == 0, starts = slice.segments[s].starts;
+  const bool first = slice.first && s == 0;
+  [[maybe_unused]] const bool starts = slice.segments[s].starts;
   const float* const scale = slice.scale + group * kPanelCols + col;
-  const float* const offset = kOffset ? slice.offset + group * kPanelCols + col : nullptr;
-  if constexpr (kOffset) x_sums += group;
+  const float* const offset = Groups::kOffset ? slice.offset + group * kPanelCols + col : nullptr;
+  if constexpr (Groups::kOffset || Groups::kRowScale) x_sums += group;
   c += col;
-  unrolled<R>([&](auto r) {
-    unrolled<V>([&](auto v) {
+  unrolled<V>([&](auto v) {
+    const F32 column = load(scale + v * kLanes, Full{});
+    F32 shift = column;
+    if constexpr (Groups::kOffset) shift = load(offset + v * kLanes, Full{});
+    unrolled<R>([&](auto r) {
       float* const p = c + r * kPanelCols + v * kLanes;
-      const F32 s = load(scale + v * kLanes, Full{});
-      F32 total = first ? sum[r][v] * s : multiply_add(sum[r][v], s, load(p, Full{}));
-      if constexpr (kOffset) {
-        const F32 o = load(offset + v * kLanes, Full{});
-        if (starts) total = multiply_add(broadcast(x_sums[r * groups]), o, total);
+      F32 factor = column;
+      if constexpr (Groups::kRowScale) factor = column * broadcast(x_sums[r * groups]);
+      F32 total = first ? sum[r][v] * factor : multiply_add(sum[r][v], factor, load(p, Full{}));
+      if constexpr (Groups::kOffset) {
+        if (starts) total = multiply_add(broadcast(x_sums[r * groups]), shift, total);
       }
       store(p, total, Full{});
     });
@@ -101,7 +106,7 @@ QK_INLINE void flush(const F32 (&sum)[R][V], const Slice<Words>& slice, int64_t 
 }
 
 // R rows of a tile times a decoded slice.
-template <class Words, bool kOffset, int R>
+template <class Words, class Groups, int R>
 void tile_decoded(const typename Words::Word* a, const Slice<Words>& slice, const float* x_sums,
                   int64_t groups, float* c) {
   for (int64_t s = 0; s < slice.count; ++s) {
@@ -121,14 +126,14 @@ void tile_decoded(const typename Words::Word* a, const Slice<Words>& slice, cons
               [&](auto v) { sum[r][v] = Words::add(sum[r][v], left, right[v]); });
         });
       }
-      flush<Words, kOffset>(sum, slice, s, v0 * kLanes, x_sums, groups, c);
+      flush<Words, Groups>(sum, slice, s, v0 * kLanes, x_sums, groups, c);
     }
   }
 }
 
 // R rows times the packed words of a slice. With few rows a step's vectors go to sums of their own,
 // which do not wait for each other.
-template <class Decoder, bool kOffset, int R>
+template <class Decoder, class Groups, int R>
 void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
                  const Slice<typename Decoder::Words>& slice, const float* x_sums, int64_t groups,
                  float* c) {
@@ -173,7 +178,7 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
           });
         }
       });
-      flush<Words, kOffset>(sum[0], slice, s, v0 * kLanes, x_sums, groups, c);
+      flush<Words, Groups>(sum[0], slice, s, v0 * kLanes, x_sums, groups, c);
     }
   }
 }
@@ -254,16 +259,17 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
       const int64_t row = x.first_row(t), rows = x.first_row(t + 1) - row;
       const Word* const a =
           static_cast<const Word*>(x.words) + row * x.depth + k / Words::kCount * rows;
-      const float* const sums = kOffset ? x.sums + row * x.groups + first : nullptr;
+      const float* const sums =
+          kOffset || Groups::kRowScale ? x.sums + row * x.groups + first : nullptr;
       float* const out = c + (row - x.first_row(first_tile)) * kPanelCols;
       unrolled<kTileRows>([&](auto i) {
         constexpr int R = i + 1;
         if (rows != R) return;
         if constexpr (R <= kDirectRows && !Groups::kInside) {
           if (direct)
-            return tile_direct<Decoder, kOffset, R>(decoder, a, slice, sums, x.groups, out);
+            return tile_direct<Decoder, Groups, R>(decoder, a, slice, sums, x.groups, out);
         }
-        tile_decoded<Words, kOffset, R>(a, slice, sums, x.groups, out);
+        tile_decoded<Words, Groups, R>(a, slice, sums, x.groups, out);
       });
     }
   }
@@ -334,22 +340,16 @@ inline float sum_of(const float* x, int64_t n) {
   return lane[0];
 }
 
-// Tile `t` of x. `row` is room for depth * kCount + kLanes numbers.
-template <class Words>
-void pack_tile(const RowsInput& input, const PackedRows& x, int64_t t, float* row) {
+// Tile `t` of x, whose rows `read(r, row)` gives as fp32 numbers. `row` is room for depth * kCount
+// + kLanes of them.
+template <class Words, class Read>
+void pack_tile_of(const PackedRows& x, int64_t cols, int64_t t, float* row, Read read) {
   using Word = typename Words::Word;
   const int64_t first = x.first_row(t), rows = x.first_row(t + 1) - first;
   Word* const words = static_cast<Word*>(x.words) + first * x.depth;
   for (int64_t r = 0; r < rows; ++r) {
-    visit_float(input.dtype, [&]<class T>(T) { read_row<T>(input, first + r, row); });
-    const int64_t padded = x.depth * Words::kCount;
-    for (int64_t k = input.cols; k < padded; ++k) row[k] = 0.0f;
-    if (x.sums) {
-      for (int64_t g = 0; g < x.groups; ++g) {
-        const int64_t k = g * x.group;
-        x.sums[(first + r) * x.groups + g] = sum_of(row + k, std::min(x.group, input.cols - k));
-      }
-    }
+    read(first + r, row);
+    for (int64_t k = cols; k < x.depth * Words::kCount; ++k) row[k] = 0.0f;
     if constexpr (Words::kCount == 2) {
       uint32_t pair[2];
       for (int64_t d = 0; d < x.depth; ++d) {
@@ -360,6 +360,18 @@ void pack_tile(const RowsInput& input, const PackedRows& x, int64_t t, float* ro
       for (int64_t d = 0; d < x.depth; ++d) words[d * rows + r] = row[d];
     }
   }
+}
+
+// Tile `t` of x, with its sums.
+template <class Words>
+void pack_tile(const RowsInput& input, const PackedRows& x, int64_t t, float* row) {
+  pack_tile_of<Words>(x, input.cols, t, row, [&](int64_t r, float* out) {
+    visit_float(input.dtype, [&]<class T>(T) { read_row<T>(input, r, out); });
+    for (int64_t g = 0; x.sums && g < x.groups; ++g) {
+      const int64_t k = g * x.group;
+      x.sums[r * x.groups + g] = sum_of(out + k, std::min(x.group, input.cols - k));
+    }
+  });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
 #include "cpu/factor.h"
+#include "cpu/fp8_gemm.h"
 #include "cpu/gptq.h"
 #include "cpu/gram.h"
 #include "cpu/histogram.h"
@@ -70,5 +71,6 @@ QK_FAMILY(HistogramKernels, histogram)
 QK_FAMILY(W8A8Kernels, w8a8)
 QK_FAMILY(W4A8Kernels, w4a8)
 QK_FAMILY(Wna16Kernels, wna16)
+QK_FAMILY(Fp8Kernels, fp8_gemm)
 
 }  // namespace qk

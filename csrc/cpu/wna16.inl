@@ -70,7 +70,7 @@ void fill_panel(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t
 // Groups of whole words.
 template <bool kZero>
 struct ScaledGroups {
-  static constexpr bool kOffset = kZero, kInside = false;
+  static constexpr bool kOffset = kZero, kInside = false, kRowScale = false;
   const Wna16Weight& weight;
   int64_t size;
   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset) const {
@@ -80,7 +80,7 @@ struct ScaledGroups {
 
 // Groups that end inside a word: decoded weights are multiplied one by one.
 struct ScaledWeights {
-  static constexpr bool kOffset = false, kInside = true;
+  static constexpr bool kOffset = false, kInside = true, kRowScale = false;
   const Wna16Weight& weight;
   int64_t size;
   void fill(int64_t, int64_t, int64_t count, float* scale, float*) const {

@@ -10,7 +10,7 @@ namespace qk::cpu {
 // panels in a row, whose packed words are neighbours, while enough are left for the others.
 template <typename Body>
 void parallel_panels(const PackedRows& x, int64_t panels, const Body& body) {
-  constexpr int64_t kBlock = 42;  // tiles: what a pass over a panel is worth
+  constexpr int64_t kBlock = 86;  // tiles: what a pass over a panel is worth
   const int64_t tiles = x.tiles(), blocks = (tiles + kBlock - 1) / kBlock;
   const int64_t run =
       std::max<int64_t>(1, panels / (8 * static_cast<int64_t>(torch::stable::get_num_threads())));

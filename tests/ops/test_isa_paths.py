@@ -32,6 +32,7 @@ FAMILIES = (
     "int8_mixed",
     "w4a8",
     "wna16",
+    "fp8_gemm",
 )
 
 

@@ -128,25 +128,24 @@ def quantized(
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """[N, K] -> [N/64] panels of [K/4][16][2][4][2] codes: 4 columns at a time, their first two k, then the other two.
-    Then fp32 [64]: NaN for a column that holds a NaN, else zero.
+    """[N, K] -> [N/64] panels of [K/4][64] words of four codes, the first k of them and the third, the second and the
+    fourth. Then fp32 [64]: NaN for a column that holds a NaN, else zero.
     """
     rows, cols = codes.shape
     count, depth = panels(rows), -(-cols // 4)
     padded = torch.zeros((count * PANEL, depth * 4), dtype=torch.int8, device=codes.device)
     padded[:rows, :cols] = codes.view(torch.int8)
-    parts = padded.view(count, PANEL // 4, 4, depth, 2, 2)  # panel, 4 columns at a time, column, k / 4, pair of k, k
-    words = parts.permute(0, 3, 1, 4, 2, 5).reshape(count, depth * 4 * PANEL)
-    nan = codes.new_zeros((count * PANEL,), dtype=torch.float32)
-    nan[:rows].masked_fill_((padded[:rows] & 0x7F).eq(0x7F).any(1), float("nan"))
+    words = padded.view(count, PANEL, depth, 2, 2).permute(0, 2, 1, 4, 3).reshape(count, depth * 4 * PANEL)
+    nan = torch.zeros((count * PANEL,), dtype=torch.float32, device=codes.device)
+    nan.masked_fill_((padded & 0x7F).eq(0x7F).any(1), float("nan"))
     return torch.cat([words, nan.view(count, PANEL).view(torch.int8)], 1)
 
 
 def unpack_codes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     """The codes float8_e4m3fn [N, K] that `pack_codes` was given."""
     count, depth = panels(out_features), -(-in_features // 4)
-    parts = packed[:, : depth * 4 * PANEL].reshape(count, depth, PANEL // 4, 2, 4, 2)
-    codes = parts.permute(0, 2, 4, 1, 3, 5).reshape(count * PANEL, depth * 4)
+    words = packed[:, : depth * 4 * PANEL].reshape(count, depth, PANEL, 2, 2)
+    codes = words.permute(0, 2, 1, 4, 3).reshape(count * PANEL, depth * 4)
     return codes[:out_features, :in_features].view(torch.float8_e4m3fn)
 
 
@@ -212,13 +211,13 @@ def _fp8_reference(
     return y.to(x.dtype)
 
 
-_pack = declare("pack_fp8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=())
+_pack = declare("pack_fp8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",))
 _gemm = declare(
     "fp8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int[] weight_block, int out_features, Tensor? input_scale, "
     "int[]? input_block, Tensor? bias) -> Tensor",
     fake=_fp8_fake,
     reference=_fp8_reference,
-    kernels=(),
+    kernels=("CPU",),
 )
 
 
