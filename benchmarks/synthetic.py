@@ -13,9 +13,19 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "examples" / "models" / "tin
 
 
 def make_llama(
-    folder: Path, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int = 2048
+    folder: Path,
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int = 2048,
+    tied: bool = False,
 ) -> Path:
-    """A bf16 checkpoint with one shard per layer; returns `folder`. Weights are normal with std 0.02, norms ones."""
+    """A bf16 checkpoint with one shard per layer; returns `folder`. Weights are normal with std 0.02, norms ones. `tied`:
+    the head is the embedding.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     head_dim = hidden // heads
@@ -32,7 +42,7 @@ def make_llama(
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -74,7 +84,7 @@ def make_llama(
         {
             "model.embed_tokens.weight": normal(vocab, hidden),
             "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-            "lm_head.weight": normal(vocab, hidden),
+            **({} if tied else {"lm_head.weight": normal(vocab, hidden)}),
         },
         layers,
     )
