@@ -23,7 +23,8 @@ def make_llama(
     vocab: int = 2048,
     tied: bool = False,
 ) -> Path:
-    """A bf16 checkpoint with one shard per layer; returns `folder`. Weights are normal with std 0.02, norms ones. `tied`:
+    """A bf16 checkpoint with one shard per layer; returns `folder`. Weights are normal with std 0.02, norms ones.
+    `tied`:
     the head is the embedding.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -272,7 +272,14 @@ def test_swapped_linears_are_those_of_a_checkpoint(scheme: str, outputs: Any, id
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     assert quantkit.swap_linears(model, scheme.lower()) is model
     assert type(model.lm_head) is torch.nn.Linear
-    assert torch.equal(logits(model, ids), logits(quantkit.load(outputs("tiny-llama", scheme)), ids))
+    loaded = quantkit.load(outputs("tiny-llama", scheme))
+    theirs = dict(loaded.named_buffers())
+    made = {name: buffer for name, buffer in model.named_buffers() if "_proj" in name}
+    assert len(made) >= 2 * 4 * 4
+    for name, buffer in made.items():
+        assert torch.equal(buffer, theirs[name]), name
+    # Norms and attention are other ones.
+    assert error(logits(model, ids), logits(loaded, ids)) < 2.0**-4
     with pytest.raises(RuntimeError, match="q_proj was quantized in memory"):
         model.state_dict()
 
@@ -340,3 +347,23 @@ def test_generate_command(outputs: Any, capsys: pytest.CaptureFixture[str]) -> N
         assert message in capsys.readouterr().err
     tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     assert encode(tokenizer, "Hi", True).tolist()[0] == tokenizer("<Hi>", add_special_tokens=False)["input_ids"]
+
+
+def test_rows_of_different_lengths(outputs: Any, ids: Tensor) -> None:
+    """Padding on the left changes nothing: masks reach the attention of one query, too."""
+    model = quantkit.load(outputs("tiny-llama", "W4A16"), dtype=torch.float32)
+    alone = model.generate(ids[:1, :9], max_new_tokens=8, do_sample=False)[0, 9:]
+    batch = torch.cat((torch.full((1, 7), 2), ids[:1, :9]), 1)
+    both = torch.cat((ids[1:2, :16], batch))
+    mask = (both != 2).long()
+    mask[0] = 1
+    padded = model.generate(both, attention_mask=mask, max_new_tokens=8, do_sample=False)[1, 16:]
+    assert torch.equal(padded, alone)
+
+
+def test_attention_implementations_agree(outputs: Any, ids: Tensor) -> None:
+    output = outputs("tiny-llama", "W4A16")
+    usual, sdpa = quantkit.load(output), quantkit.load(output, attn_implementation="sdpa")
+    assert usual.config._attn_implementation == "quantkit_causal"
+    assert error(logits(usual, ids), logits(sdpa, ids)) < 2.0**-6
+    assert type(usual.model.norm).__name__ == "FusedRMSNorm"

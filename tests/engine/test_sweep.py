@@ -17,7 +17,7 @@ from quantkit.calibration.hooks import CacheRecorder
 from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.calibration.sweep import Layer, SweepReport, embed, forward, sweep
 from quantkit.errors import CalibrationError, CheckpointError
-from quantkit.models.attention import blockwise
+from quantkit.models.attention import blockwise, single
 from quantkit.models.experts import Experts
 from quantkit.models.fused_norm import fused
 from quantkit.models.packed_linear import packed
@@ -171,6 +171,17 @@ def test_blockwise_attention_is_causal_attention(tokens: int, heads: int, groups
     query, key, value = (torch.randn(2, n, tokens, 16, dtype=torch.float64) for n in (heads, groups, groups))
     expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(blockwise(query, key, value, 0.25), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (8, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_is_attention(heads: int, groups: int, masked: bool) -> None:
+    query, key, value = torch.randn(2, heads, 1, 16), torch.randn(2, groups, 37, 16), torch.randn(2, groups, 37, 24)
+    mask = (torch.arange(37) >= torch.tensor([[0], [9]]))[:, None, None] if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(single(query, key, value, 0.25, mask), expected.transpose(1, 2))
 
 
 def test_rows_of_one_batch_or_of_many_give_the_same_logits(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Causal attention for calibration on the CPU in 16 bit: matrix products over blocks of queries.
+"""Causal attention on the CPU: matrix products over blocks of queries, for calibration and for the loaded model.
 
 PyTorch's fused CPU attention reaches 80 GFLOP/s on rows of a few hundred tokens, its bf16 matrix product 900. So
 the scores of 128 queries at a time are made against the keys up to the last of them, which skips most of what
 causality masks out, with grouped heads folded into the rows. Scores and probabilities are rounded to the model's
-dtype, as Transformers' own `eager` attention does. Whatever is not plain causal attention goes to `sdpa`.
+dtype, as Transformers' own `eager` attention does. One query at a time, as in decoding, is two such products as well:
+PyTorch's fused attention takes ten times as long there. Whatever is not plain causal attention goes to `sdpa`.
 """
 
 from __future__ import annotations
@@ -42,16 +43,35 @@ def causal_attention(
     -> [batch, tokens, heads, dim].
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = (
-        attention_mask is None and causal and all(kwargs.get(k) is None for k in ("position_bias", "softcap", "s_aux"))
-    )
-    if not plain or query.dtype == torch.float32 or query.device.type != "cpu" or query.shape[2] != key.shape[2]:
+    odd = query.device.type != "cpu" or any(kwargs.get(k) is not None for k in ("position_bias", "softcap", "s_aux"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    one = query.shape[2] == 1 and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if one and not odd and key.shape[2] > 0:
+        return single(query, key, value, scale, attention_mask), None
+    plain = attention_mask is None and causal and not odd
+    if not plain or query.dtype == torch.float32 or query.shape[2] != key.shape[2]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    return blockwise(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    return blockwise(query, key, value, scale), None
+
+
+def single(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Attention of one query to all keys, or those where `mask` (bool [batch, 1 or heads, 1, keys]) is true; shapes as
+    in `causal_attention`.
+    """
+    batch, heads, _, dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    rows = (query * scaling).reshape(batch * groups, heads // groups, dim)
+    scores = torch.bmm(rows, key.reshape(batch * groups, keys, dim).transpose(1, 2))
+    if mask is not None:
+        seen = mask.expand(batch, heads, 1, keys).reshape(batch * groups, heads // groups, keys)
+        # Finite: a query that sees nothing is padding, and must not become NaN.
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    mixed = torch.bmm(torch.softmax(scores, -1), value.reshape(batch * groups, keys, value.shape[-1]))
+    return mixed.reshape(batch, 1, heads, -1)
 
 
 def blockwise(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -23,21 +23,49 @@ def fused(layer: nn.Module) -> Iterator[None]:
     replaced = []
     try:
         for norm in layer.modules():
-            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-            weight = norm._parameters.get("weight")
-            if not type(norm).__name__.endswith("RMSNorm") or not isinstance(eps, float) or weight is None:
-                continue
-            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-                continue
-            if type(norm) not in _SAME:
-                _SAME[type(norm)] = _same(norm, weight, eps)
-            if _SAME[type(norm)]:
-                norm.__dict__["forward"] = _forward(weight, eps)
+            found = _fusable(norm)
+            if found is not None:
+                norm.__dict__["forward"] = _forward(*found)
                 replaced.append(norm)
         yield
     finally:
         for norm in replaced:
             norm.__dict__.pop("forward", None)
+
+
+class FusedRMSNorm(nn.Module):
+    """Stands in for good for a norm that it computes the same as."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Put a FusedRMSNorm in the place of every RMS norm in 16 bit of `model` where that is the same."""
+    for path, norm in list(model.named_modules()):
+        found = _fusable(norm)
+        if found is not None:
+            model.set_submodule(path, FusedRMSNorm(*found).train(norm.training))
+
+
+def _fusable(norm: nn.Module) -> tuple[nn.Parameter, float] | None:
+    """The weight and epsilon of a norm on the CPU that the fused op computes."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = norm._parameters.get("weight")
+    if not type(norm).__name__.endswith("RMSNorm") or not isinstance(eps, float) or weight is None:
+        return None
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    if type(norm) not in _SAME:
+        _SAME[type(norm)] = _same(norm, weight, eps)
+    return (weight, eps) if _SAME[type(norm)] else None
 
 
 def _forward(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats.source import CACHE_PARTS, WeightSource
 from ..live_hooks import CacheQuantizer
+from ..models.fused_norm import replace_norms
 from ..models.skeleton import Skeleton
 from .check import check_device, check_tensors, require_quantized
 from .linear import Parts, QuantLinear, check_groups, merged, quant_linear
@@ -47,8 +48,9 @@ def load(
     `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, as quantkit and
     llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16; config.json's unless
     given) is that of all that is not quantized, and of activations between Linears. `attn_implementation`: as
-    Transformers takes it, "sdpa" where the architecture allows. With a `kv_cache_scheme` the cache holds what its
-    codes can. `merge`: Linears that read one input (q, k and v; gate and up) are computed together; the results are
+    Transformers takes it ("sdpa", "eager"); without one, quantkit's own for the CPU where the architecture allows,
+    which rounds scores to the model's dtype as "eager" does. With a `kv_cache_scheme` the cache holds what its codes
+    can. `merge`: Linears that read one input (q, k and v; gate and up) are computed together; the results are
     the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code` runs modelling code that the folder
     brings along.
 
@@ -140,6 +142,7 @@ class _Filler:
             head.weight = self.model.get_input_embeddings().weight
         sets = self.skeleton.family.fused_sets(linears) if self.merge else []
         sets += [(name,) for name in linears.keys() - {name for names in sets for name in names}]
+        replace_norms(self.model)
         for attention in self.source.cache_quantizers:
             self._quantize_cache(attention)
         for names in sets:
@@ -204,10 +207,11 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     model = skeleton.model
     model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
     model.save_pretrained = model._quantkit.save_pretrained
-    try:
-        model.set_attn_implementation(attn_implementation or skeleton.family.attention)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"attn_implementation: '{attn_implementation}': {str(error).strip()}") from error
+    if attn_implementation is not None:
+        try:
+            model.set_attn_implementation(attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"attn_implementation: '{attn_implementation}': {str(error).strip()}") from error
     if (folder / GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.name_or_path = str(folder)
