@@ -10,6 +10,7 @@ ratios are of the best.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import time
@@ -47,6 +48,7 @@ for line in sys.stdin:
     quantize_weight(w, g, scale, zero, None, args)
     print(json.dumps(time.perf_counter() - started), flush=True)
 """
+PAUSE = 0.1
 Timer = Callable[[], float]
 
 
@@ -60,10 +62,15 @@ def seconds(function: Callable[[], Any]) -> Timer:
 
 
 def in_turns(rounds: int, **timers: Timer) -> dict[str, list[float]]:
-    """Milliseconds of each timer, one call after the other in each round, after one that does not count."""
+    """Milliseconds of each timer, one call after the other in each round, after one that does not count.
+
+    Each begins when the threads of the one before, here and in the peer, have gone to sleep: they spin for a while,
+    which costs whoever comes next many milliseconds.
+    """
     found: dict[str, list[float]] = {name: [] for name in timers}
     for i in range(rounds + 1):
         for name, timer in timers.items():
+            time.sleep(PAUSE)
             taken = timer() * 1e3
             if i:
                 found[name].append(taken)
@@ -115,6 +122,14 @@ def gram(tokens: int, cols: int, rounds: int) -> None:
     print(f"  ratio {min(found['matmul']) / min(found['ours']):.2f}", flush=True)
 
 
+def machine() -> None:
+    """How fast the machine is at the moment."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4096, 4096).to(dtype)
+        taken = in_turns(3, matmul=seconds(functools.partial(torch.matmul, x, x)))["matmul"]
+        print(f"torch.matmul 4096^3 {dtype}: {2 * 4096**3 / min(taken) / 1e6:.0f} GFLOP/s", flush=True)
+
+
 def gram_of(cols: int) -> Tensor:
     x = torch.randn(2 * cols, cols)
     return x.T @ x
@@ -160,6 +175,7 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    machine()
     for tokens, cols in GRAMS:
         gram(tokens, cols, args.rounds)
     peer = Peer(args.peer_python) if args.peer_python else None

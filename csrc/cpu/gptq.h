@@ -15,9 +15,12 @@ struct GptqStripe {
   // in the place of one number. `far` of them are, from the first one on.
   bool pairs;
   int64_t far;
-  // Rows [0, first + width) of the factor in these columns, over its diagonal: [panel of
-  // columns][row][panel_cols], those before `far` in pairs.
+  // Rows [0, first + width) of the factor in these columns, over its diagonal, in tiles of
+  // panel_cols columns. A word of two rows, in pairs, before `far`; of one row from there on:
+  // [block of `depth` words][tile][word][panel_cols], then the stripe's own rows:
+  // [tile][own][panel_cols], of which those beyond `width` are the same rows in pairs.
   const float* factor;
+  int64_t own;
   const float* diagonal;  // the factor's, for each of these columns
   const int32_t* group;   // the group of each of these columns
   // Whether the stripe is a group that gets its scale here, from its weights as updated so far.
@@ -29,6 +32,8 @@ struct GptqStripe {
   float divisor;
   DType scale_dtype;
   int q_min, q_max;
+
+  int64_t before() const { return first - far / 2; }  // words
 };
 
 // `panel_rows` rows side by side; those beyond `rows` are zero.
@@ -42,26 +47,25 @@ struct GptqPanel {
   int64_t rows;
 };
 
-// What GptqStripe::factor is made of.
-struct GptqPack {
-  const float* factor;
-  int64_t stride;
-  const float* diagonal;  // of the stripe's columns
-  int64_t first, width, far;
-};
-
 struct GptqKernels {
-  int panel_rows, panel_cols;
+  int panel_rows, panel_cols, depth;
   bool pairs;  // whether there are units for products of pairs: twice as fast
   // w's rows as a panel's values, zeros in lanes beyond them; whether they are all finite.
   bool (*load)(const float* w, int64_t stride, int64_t cols, int64_t rows, float* values);
-  // Rows [begin, end), of which `begin` is even.
-  void (*pack)(const GptqPack& pack, int64_t begin, int64_t end, float* packed);
+  // Rows [begin, end) of a factor as GptqStripe::factor. `begin` is even; the stripe's own pairs
+  // come with its last row.
+  void (*pack)(const GptqStripe& stripe, const float* factor, int64_t stride, int64_t begin,
+               int64_t end, float* packed);
   // The scale of the stripe, which is a group, or the rows, from its weights as they are now.
   void (*fit)(const GptqStripe& stripe, const GptqPanel& panel);
-  // For what happens inside, `codes` has panel_rows * width elements, `weights` panel_rows *
-  // (3 * width + 2 * panel_cols).
-  void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights);
+  // The stripe's columns make up for words [begin, end), a block of those before it.
+  void (*make_up)(const GptqStripe& stripe, const GptqPanel& panel, int64_t begin, int64_t end);
+  // Rounds the stripe's columns, which have made up for all before it. `weights`
+  // [width][panel_rows] are theirs at the beginning. For what happens inside, `codes` has
+  // panel_rows * width elements, `scratch` panel_rows * (2 * width + 2 * panel_cols), best at a
+  // multiple of 64.
+  void (*sweep)(const GptqStripe& stripe, const GptqPanel& panel, const float* weights,
+                int8_t* codes, float* scratch);
 };
 
 // Those of the instruction set that dispatch.h chose.

@@ -4,7 +4,7 @@
 namespace qk::QK_ISA {
 
 extern const GptqKernels gptq;
-const GptqKernels gptq = {kPanel,      kColumns,  kPairs,      load_rows,
-                          pack_factor, fit_scale, sweep_stripe};
+const GptqKernels gptq = {kPanel,      kColumns,  kDepth,  kPairs,      load_rows,
+                          pack_factor, fit_scale, make_up, sweep_stripe};
 
 }  // namespace qk::QK_ISA

@@ -1,95 +1,21 @@
-// See gptq.h. An ISA's file says how many vectors of rows and how many columns a tile in registers
-// has: kVectors, kColumns.
+// See gptq.h, and gptq_pack_impl.h for what is packed.
 #pragma once
 
-#include "cpu/gptq.h"
+#include "cpu/gptq_pack_impl.h"
 #include "cpu/scale_impl.h"
-#include "cpu/transpose.inl"
 
 namespace qk::QK_ISA {
 namespace {
-
-constexpr int kPanel = kVectors * kLanes;
-constexpr int64_t kDepth = 128;  // so many words of a panel stay in the L1 cache
-
-// The words that a tile takes: one number each, or, where the ISA has units for it, a pair of bf16
-// numbers of an even column and the one after it. As bits, words are kept among the numbers.
-struct FloatWords {
-  static QK_INLINE F32 add(F32 sum, F32 a, F32 b) { return multiply_add(a, b, sum); }
-};
-#ifndef QK_PAIRS
-using PairWords = FloatWords;  // never used
-constexpr bool kPairs = false;
-#else
-constexpr bool kPairs = true;
-#endif
-
-QK_INLINE I32 rounded_to_bf16(F32 x) {
-  const I32 b = bits(x);
-  const I32 rounded = b + (shift_right<16>(b) & broadcast(1)) + broadcast(0x7fff);
-  return select(is_nan(x), broadcast(0x7fc00000), rounded);
-}
-QK_INLINE F32 pair_of(F32 even, F32 odd) {
-  const I32 low = shift_right<16>(rounded_to_bf16(even));
-  return from_bits(low | (rounded_to_bf16(odd) & broadcast(-65536)));
-}
-
-bool load_rows(const float* w, int64_t stride, int64_t cols, int64_t rows, float* values) {
-  F32 residue = broadcast(0.0f);  // x - x is zero unless x is infinite or NaN
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    const int64_t n = cols - c < kLanes ? cols - c : kLanes;
-    for (int64_t v = 0; v < kPanel; v += kLanes) {
-      float* const out = values + c * kPanel + v;
-      if (n == kLanes && rows - v >= kLanes) {
-        transpose(w + v * stride + c, stride, out, kPanel);
-      } else {
-        for (int64_t r = 0; r < kLanes; ++r) {
-          for (int64_t i = 0; i < n; ++i) {
-            out[i * kPanel + r] = v + r < rows ? w[(v + r) * stride + c + i] : 0.0f;
-          }
-        }
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        const F32 x = load(out + i * kPanel, Full{});
-        residue = residue + (x - x);
-      }
-    }
-  }
-  float left[kLanes], sum = 0.0f;
-  store(left, residue, Full{});
-  for (float x : left) sum += x;
-  return sum == 0.0f;
-}
-
-void pack_factor(const GptqPack& p, int64_t begin, int64_t end, float* packed) {
-  for (int64_t c = 0; c < p.width; c += kColumns) {
-    const Part lanes(p.width - c < kColumns ? p.width - c : kColumns), all(kColumns);
-    float diagonal[kLanes];
-    store(diagonal, broadcast(1.0f), Full{});
-    store(diagonal, load(p.diagonal + c, lanes), lanes);
-    const F32 over = load(diagonal, Full{});
-    const auto row = [&](int64_t k) {
-      return load(p.factor + k * p.stride + p.first + c, lanes) / over;
-    };
-    float* const out = packed + c * (p.first + p.width);
-    int64_t k = begin;
-    for (; k < end && k < p.far; k += 2) {
-      store(out + k / 2 * kColumns, pair_of(row(k), row(k + 1)), all);
-    }
-    for (; k < end; ++k) store(out + k * kColumns, row(k), all);
-  }
-}
 
 // The columns of a tile, in registers.
 struct Tile {
   F32 column[kColumns][kVectors];
 };
 
-// start[j] + sum of fell[k] * factor[k][j], k in [begin, end), in words: `fell` is by how much
+// start[j] + sum of fell[k] * factor[k][j], k in [0, depth), in words: `fell` is by how much
 // weights fell.
 template <class Words>
-QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int64_t end,
-                       const float* factor) {
+QK_INLINE Tile made_up(const float* start, const float* fell, int64_t depth, const float* factor) {
   Tile tile;
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
@@ -98,7 +24,7 @@ QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int
       tile.column[j][v] = load(start + j * kPanel + v * kLanes, Full{});
     }
   }
-  for (int64_t k = begin; k < end; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     F32 by[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) by[v] = load(fell + k * kPanel + v * kLanes, Full{});
@@ -114,17 +40,15 @@ QK_INLINE Tile made_up(const float* start, const float* fell, int64_t begin, int
   return tile;
 }
 
-// values[column + j] make up for the words values[k], k in [begin, end), by how much weights fell.
+// The columns of a tile make up for `depth` words, by how much weights fell.
 template <class Words>
-QK_INLINE void update(float* values, int64_t column, int64_t begin, int64_t end,
-                      const float* factor) {
-  float* const out = values + column * kPanel;
-  const Tile tile = made_up<Words>(out, values, begin, end, factor);
+QK_INLINE void update(float* columns, const float* fell, int64_t depth, const float* factor) {
+  const Tile tile = made_up<Words>(columns, fell, depth, factor);
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      store(out + j * kPanel + v * kLanes, tile.column[j][v], Full{});
+      store(columns + j * kPanel + v * kLanes, tile.column[j][v], Full{});
     }
   }
 }
@@ -163,30 +87,37 @@ QK_INLINE F32 error_alone(const GptqStripe& stripe, const float* values, const T
 }
 
 // The same when each column makes up for those before it: a sweep of the stripe, for its loss only.
-// `fell` has room for it.
-inline void errors_in_turn(const GptqStripe& stripe, const float* values, const float* scale,
-                           const float* zero, float* fell, float* errors) {
-  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
+// `fell` has room for it, in words.
+template <class Words>
+void errors_in_turn(const GptqStripe& stripe, const float* values, const float* scale,
+                    const float* zero, float* fell, float* errors) {
+  constexpr int64_t kOf = Words::kNumbers;
+  const int64_t width = stripe.width;
   F32 sum[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) sum[v] = broadcast(0.0f);
   for (int64_t c = 0; c < width; c += kColumns) {
-    const float* const factor = stripe.factor + c * depth + first * kColumns;
-    Tile tile = made_up<FloatWords>(values + c * kPanel, fell, 0, c, factor);
+    const float* const own = own_rows(stripe, c);
+    const float* const far = kOf == 1 ? own : own + width * kColumns;
+    Tile tile = made_up<Words>(values + c * kPanel, fell, c / kOf, far);
+    F32 even[kVectors];
 #pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
       if (c + j >= width) break;
-      const float* const share = factor + (c + j) * kColumns;
+      const float* const share = own + (c + j) * kColumns;
       const F32 diagonal = broadcast(stripe.diagonal[c + j]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t place = (c + j) * kPanel + v * kLanes;
         const Trial trial(stripe, load(scale + v * kLanes, Full{}),
                           load(zero + v * kLanes, Full{}));
         const F32 w = tile.column[j][v], rounded = trial.rounded(w);
-        const F32 error = (rounded - w) * diagonal, by = load(values + place, Full{}) - rounded;
+        const F32 error = (rounded - w) * diagonal;
+        const F32 by = load(values + (c + j) * kPanel + v * kLanes, Full{}) - rounded;
         sum[v] = sum[v] + error * error;
-        store(fell + place, by, Full{});
+        if (j % kOf == kOf - 1) {
+          store(fell + (c + j) / kOf * kPanel + v * kLanes, Words::word(even[v], by), Full{});
+        }
+        even[v] = by;
 #pragma GCC unroll 16
         for (int i = j + 1; i < kColumns; ++i) {
           tile.column[i][v] = multiply_add(by, broadcast(share[i]), tile.column[i][v]);
@@ -241,7 +172,11 @@ inline void fit_to(const GptqStripe& stripe, const GptqPanel& panel, const float
       std::memcpy(zero, offset, sizeof(offset));
       if (candidates == 1) return;
     }
-    if (fell) errors_in_turn(stripe, values, found, offset, fell, error);
+    if (fell && stripe.own > stripe.width) {
+      errors_in_turn<PairWords>(stripe, values, found, offset, fell, error);
+    } else if (fell) {
+      errors_in_turn<FloatWords>(stripe, values, found, offset, fell, error);
+    }
     for (int v = 0; v < kPanel; v += kLanes) {
       const F32 step = load(found + v, Full{}), shift = load(offset + v, Full{});
       const F32 made = fell ? load(error + v, Full{})
@@ -266,15 +201,15 @@ void fit_scale(const GptqStripe& stripe, const GptqPanel& panel) {
 // stripe and for those in it that did so. `weights` are those at the beginning.
 inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float* weights,
                    float* out) {
-  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
-  const float* const values = panel.values + first * kPanel;
+  const int64_t width = stripe.width;
+  const float* const values = panel.values + stripe.first * kPanel;
   for (int64_t i = 0; i < width * kPanel; i += kLanes) {
     store(out + i, load(values + i, Full{}) - load(weights + i, Full{}), Full{});
   }
   std::memset(out + width * kPanel, 0, sizeof(float) * kColumns * kPanel);  // tiles reach over
   for (int64_t c = 0; c < width; c += kColumns) {
-    const float* factor = stripe.factor + c * depth + first * kColumns;
-    update<FloatWords>(out, c, 0, c, factor);
+    const float* const factor = own_rows(stripe, c);
+    update<FloatWords>(out + c * kPanel, out, c, factor);
     const int64_t end = width - c < kColumns ? width : c + kColumns;
     for (int64_t j = c; j < end; ++j) {
       for (int v = 0; v < kPanel; v += kLanes) {
@@ -298,15 +233,15 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
 // Rounds the columns of a tile one after the other, and lets those after each make up for it.
 // `weights` are theirs at the beginning.
 QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int64_t begin,
-                          const float* factor, const float* weights, int8_t* codes) {
-  const int64_t first = stripe.first;
-  Tile tile = made_up<FloatWords>(panel.values + (first + begin) * kPanel, panel.values, first,
-                                  first + begin, factor);
+                          const float* weights, int8_t* codes) {
+  const float* const factor = own_rows(stripe, begin);
+  float* const values = panel.values + stripe.first * kPanel;
+  Tile tile = made_up<FloatWords>(values + begin * kPanel, values, begin, factor);
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) {
     const int64_t c = begin + j;
     if (c >= stripe.width) break;
-    const float* const share = factor + (first + c) * kColumns;
+    const float* const share = factor + c * kColumns;
     const float* const scale = panel.scale + stripe.group[c] * kPanel;
     const float* const zero = panel.zero + stripe.group[c] * kPanel;
 #pragma GCC unroll 4
@@ -318,7 +253,7 @@ QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int6
       store_bytes(codes + c * kPanel + at, code + round(offset), Full{});
       const F32 rounded = to_float(code) * step;
       const F32 fell = load(weights + c * kPanel + at, Full{}) - rounded;
-      store(panel.values + (first + c) * kPanel + at, fell, Full{});
+      store(values + c * kPanel + at, fell, Full{});
       const F32 error = (rounded - w) * broadcast(stripe.diagonal[c]);
       float* const loss = panel.loss + at;
       store(loss, load(loss, Full{}) + broadcast(0.5f) * error * error, Full{});
@@ -330,64 +265,78 @@ QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int6
   }
 }
 
-// Columns [stripe.far, end), an even number, become words, which are behind one another from the
+// Columns [stripe.far, end), of an even number, become words, which are behind one another from the
 // panel's first number on: never beyond what they are made of.
 inline void keep_pairs(const GptqStripe& stripe, const GptqPanel& panel, int64_t end) {
   for (int64_t c = stripe.far; c + 1 < end; c += 2) {
     for (int v = 0; v < kPanel; v += kLanes) {
       const float* const p = panel.values + c * kPanel + v;
-      store(panel.values + c / 2 * kPanel + v, pair_of(load(p, Full{}), load(p + kPanel, Full{})),
-            Full{});
+      store(panel.values + c / 2 * kPanel + v,
+            PairWords::word(load(p, Full{}), load(p + kPanel, Full{})), Full{});
     }
   }
 }
 
-// Row by row, four columns in a word.
+// Four columns in a word, and so many words of each row at once: rows are far apart.
 inline void store_codes(const GptqStripe& stripe, const GptqPanel& panel, const int8_t* codes) {
-  int8_t* const out = panel.codes + stripe.first;
-  int64_t c = 0;
-  for (; c + 4 <= stripe.width; c += 4) {
-    float words[kPanel];
-    for (int v = 0; v < kPanel; v += kLanes) {
-      const auto column = [&](int i) {
-        return load_signed(codes + (c + i) * kPanel + v, Full{}) & broadcast(0xff);
-      };
-      const I32 low = column(0) | shift_left<8>(column(1));
-      const I32 high = column(2) | shift_left<8>(column(3));
-      store(words + v, from_bits(low | shift_left<16>(high)), Full{});
-    }
-    for (int64_t r = 0; r < panel.rows; ++r) {
-      std::memcpy(out + r * panel.code_stride + c, words + r, sizeof(float));
-    }
-  }
-  for (; c < stripe.width; ++c) {
-    for (int64_t r = 0; r < panel.rows; ++r) out[r * panel.code_stride + c] = codes[c * kPanel + r];
-  }
-}
-
-void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, int8_t* codes, float* weights) {
-  const int64_t first = stripe.first, width = stripe.width, depth = first + width;
-  std::memcpy(weights, panel.values + first * kPanel, sizeof(float) * width * kPanel);
-  const auto make_up = [&]<class Words>(Words, int64_t from, int64_t to) {
-    for (int64_t begin = from; begin < to; begin += kDepth) {
-      const int64_t end = begin + kDepth < to ? begin + kDepth : to;
-      for (int64_t c = 0; c < width; c += kColumns) {
-        update<Words>(panel.values, first + c, begin, end, stripe.factor + c * depth);
+  constexpr int64_t kAtOnce = 4 * kLanes;
+  for (int64_t begin = 0; begin < stripe.width; begin += kAtOnce) {
+    const int64_t count = stripe.width - begin < kAtOnce ? stripe.width - begin : kAtOnce;
+    for (int64_t v = 0; v < kPanel && v < panel.rows; v += kLanes) {
+      alignas(64) float words[kLanes * kLanes], turned[kLanes * kLanes];
+      for (int64_t c = 0; c < count; c += 4) {
+        const auto column = [&](int i) {
+          if (c + i >= count) return broadcast(0);
+          return load_signed(codes + (begin + c + i) * kPanel + v, Full{}) & broadcast(0xff);
+        };
+        const I32 low = column(0) | shift_left<8>(column(1));
+        const I32 high = column(2) | shift_left<8>(column(3));
+        store(words + c / 4 * kLanes, from_bits(low | shift_left<16>(high)), Full{});
+      }
+      for (int64_t c = (count + 3) / 4; c < kLanes; ++c) {
+        store(words + c * kLanes, broadcast(0.0f), Full{});
+      }
+      transpose(words, kLanes, turned, kLanes);
+      const int64_t rows = panel.rows - v < kLanes ? panel.rows - v : kLanes;
+      int8_t* const out = panel.codes + v * panel.code_stride + stripe.first + begin;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* const row = turned + r * kLanes;
+        if (count == kAtOnce) {
+          std::memcpy(out + r * panel.code_stride, row, kAtOnce);
+        } else {
+          std::memcpy(out + r * panel.code_stride, row, count);
+        }
       }
     }
-  };
-  if constexpr (kPairs) make_up(PairWords{}, 0, stripe.far / 2);
-  make_up(FloatWords{}, stripe.far, first);
-  if (stripe.fit) {
-    float* const settled = weights + width * kPanel;
-    settle(stripe, panel, weights, settled);
-    fit_to(stripe, panel, settled, settled + (width + kColumns) * kPanel);
   }
-  for (int64_t c = 0; c < width; c += kColumns) {
-    round_tile(stripe, panel, c, stripe.factor + c * depth, weights, codes);
+}
+
+void make_up(const GptqStripe& stripe, const GptqPanel& panel, int64_t begin, int64_t end) {
+  const int64_t far = stripe.far / 2, pairs = far < begin ? begin : far < end ? far : end;
+  for (int64_t c = 0; c < stripe.width; c += kColumns) {
+    float* const columns = panel.values + (stripe.first + c) * kPanel;
+    const float* const factor = stripe.factor + block_place(stripe, begin, end, c);
+    if (kPairs && begin < pairs) {
+      update<PairWords>(columns, panel.values + begin * kPanel, pairs - begin, factor);
+    }
+    if (pairs < end) {
+      update<FloatWords>(columns, panel.values + (far + pairs) * kPanel, end - pairs,
+                         factor + (pairs - begin) * kColumns);
+    }
+  }
+}
+
+void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, const float* weights,
+                  int8_t* codes, float* scratch) {
+  if (stripe.fit) {
+    settle(stripe, panel, weights, scratch);
+    fit_to(stripe, panel, scratch, scratch + (stripe.width + kColumns) * kPanel);
+  }
+  for (int64_t c = 0; c < stripe.width; c += kColumns) {
+    round_tile(stripe, panel, c, weights, codes);
   }
   store_codes(stripe, panel, codes);
-  if (kPairs && stripe.pairs) keep_pairs(stripe, panel, depth);
+  if (kPairs && stripe.pairs) keep_pairs(stripe, panel, stripe.first + stripe.width);
 }
 
 }  // namespace

@@ -41,15 +41,20 @@ void parallel_rows(int64_t rows, int64_t cols, const Body& body) {
   torch::stable::parallel_for(0, rows, cols >= kElements ? 1 : kElements / (cols + 1) + 1, body);
 }
 
-// f(i) for i in [0, n), each taken by the next thread that is free, in this order: for work in
-// uneven pieces. Inside another parallel loop it runs in the calling thread.
+// f(worker, i) for i in [0, n), each taken by the next thread that is free, in this order: for work
+// in uneven pieces. Inside another parallel loop it runs in the calling thread. No two at a time
+// have the same worker, a number below `workers(n)`: what it keeps between pieces is its own.
+inline int64_t workers(int64_t n) { return std::min<int64_t>(n, torch::stable::get_num_threads()); }
+template <typename Body>
+void parallel_workers(int64_t n, const Body& body) {
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, workers(n), 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = next++; i < n; i = next++) body(worker, i);
+  });
+}
 template <typename Body>
 void parallel_queue(int64_t n, const Body& body) {
-  std::atomic<int64_t> next = 0;
-  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < n; i = next++) body(i);
-  });
+  parallel_workers(n, [&](int64_t, int64_t i) { body(i); });
 }
 
 // f(i, thread) for i in [0, first), and when all of these are done, g(i, next, thread) for i in

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 
 #include "ops/cpu_ops.h"
 #include "ops/gptq.h"
+#include "ops/gptq_plan.h"
 
 namespace qk::cpu {
 namespace {
@@ -17,6 +17,7 @@ constexpr int64_t kStripe = 128;
 // Up to so many columns, nothing but fp32. Beyond, what earlier stripes leave to be made up for is
 // summed from bf16 numbers: an error of 2^-9 in what is itself an error.
 constexpr int64_t kExact = 512;
+constexpr int64_t kPacked = 1 << 26;  // numbers of a batch's packed factors at a time
 
 using Optional = std::optional<Tensor>;
 
@@ -37,11 +38,6 @@ std::vector<float> shrinks_of(double range, int64_t steps) {
     shrink.push_back(static_cast<float>(1.0 - range * static_cast<double>(i) / steps));
   }
   return shrink;
-}
-
-// Matrix `index` of a batch, or the one that all share.
-const float* matrix(const Tensor& x, int64_t index) {
-  return reinterpret_cast<const float*>(element(x, x.dim() == 3 ? index * x.stride(0) : 0));
 }
 
 std::vector<float> diagonals_of(const Tensor& factor, const SweepShape& shape) {
@@ -81,106 +77,127 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   const std::vector<float> shrink = shrinks_of(search_range, search_steps);
   const std::vector<float> diagonal = diagonals_of(factor, shape);
 
-  // Panels of rows, those of each matrix of the batch after the ones before.
   const GptqKernels& kernels = gptq_kernels();
-  const int64_t width = kernels.panel_rows, each = (rows + width - 1) / width;
-  const int64_t panels = shape.batch * each, tile = kernels.panel_cols;
+  const int64_t width = kernels.panel_rows, tile = kernels.panel_cols;
+  // A scale of a group waits for the group's weights, all of which must be up to date then: such a
+  // stripe is one group. A given scale, or the row's, does not.
+  const bool fit = !scale && group_size != -1;
+  const GptqStripe common = {.first = 0,
+                             .width = cols,
+                             .pairs = kernels.pairs && cols > kExact,
+                             .far = 0,
+                             .factor = nullptr,
+                             .own = cols,
+                             .diagonal = nullptr,
+                             .group = group.data(),
+                             .fit = fit,
+                             .symmetric = symmetric,
+                             .signs = signs,
+                             .shrink = shrink.data(),
+                             .shrinks = static_cast<int>(shrink.size()),
+                             .divisor = static_cast<float>(signs ? -q_min : divisor),
+                             .scale_dtype = dtype_of(kOp, scale_dtype),
+                             .q_min = static_cast<int>(q_min),
+                             .q_max = static_cast<int>(q_max)};
+  const Plan plan(common, cols, std::min(fit ? shape.size : kStripe, cols), tile);
+
+  // Panels of rows, those of each matrix of the batch after the ones before.
+  const int64_t each = (rows + width - 1) / width, panels = shape.batch * each;
   const int64_t padded = cols + tile;  // a tile may reach beyond the last column
-  Tensor values = output(w, {panels, padded, width}, ScalarType::Float);
-  std::vector<float> scales(panels * groups * width, 1.0f), zeros(scales.size(), 0.0f);
-  std::vector<float> losses(panels * width, 0.0f);
-  const auto panel_of = [&](int64_t p) {
+  const int64_t stripe_size = plan.columns * width;
+  const int64_t panel_size = (padded + 2 * groups + 1) * width + stripe_size;
+  const int64_t panels_size = std::min(kTogether, each) * panel_size;
+  const int64_t scratch_size = 2 * (stripe_size + tile * width);
+  const int64_t room = panels_size + scratch_size + (stripe_size + 63) / 64 * 16;
+  Tensor memory = output(w, {workers(panels), room}, ScalarType::Float);
+  const auto panel_of = [&](int64_t p, float* at) {
     const int64_t row = p / each * rows + p % each * width;
-    return GptqPanel{data<float>(values) + p * padded * width, scales.data() + p * groups * width,
-                     zeros.data() + p * groups * width,        losses.data() + p * width,
-                     data<int8_t>(codes) + row * cols,         cols,
+    float* const scales = at + padded * width;
+    float* const losses = scales + 2 * groups * width;
+    return GptqPanel{at,
+                     scales,
+                     scales + groups * width,
+                     losses,
+                     data<int8_t>(codes) + row * cols,
+                     cols,
                      std::min(width, rows - p % each * width)};
   };
-  const auto factor_of = [&](int64_t p) { return shape.factors == 1 ? 0 : p / each; };
-  // A scale of a group waits for the group's weights; a given one, or the row's, does not.
-  const bool fit = !scale && group_size != -1;
-  const bool pairs = kernels.pairs && cols > kExact;
-  const auto far_of = [&](int64_t first) { return pairs ? first / 2 * 2 : 0; };
-  const auto stripe_of = [&](int64_t first, int64_t columns, const float* packed, int64_t which) {
-    return GptqStripe{first,
-                      columns,
-                      pairs,
-                      far_of(first),
-                      packed,
-                      diagonal.data() + which * cols + first,
-                      group.data() + first,
-                      fit,
-                      symmetric,
-                      signs,
-                      shrink.data(),
-                      static_cast<int>(shrink.size()),
-                      static_cast<float>(signs ? -q_min : divisor),
-                      dtype_of(kOp, scale_dtype),
-                      static_cast<int>(q_min),
-                      static_cast<int>(q_max)};
-  };
 
-  std::atomic<bool> finite = true;
-  parallel_queue(panels, [&](int64_t p) {
-    const GptqPanel panel = panel_of(p);
-    const int64_t first = p % each * width;
+  std::atomic<bool> finite = true, sound = true;
+  const auto begin_panel = [&](int64_t p, const GptqPanel& panel) {
+    const int64_t first = p % each * width, row = p / each * rows + first;
     if (!kernels.load(matrix(w, p / each) + first * w.stride(-2), w.stride(-2), cols, panel.rows,
                       panel.values)) {
       finite = false;
     }
-    std::fill(panel.values + cols * width, panel.values + padded * width, 0.0f);
+    std::fill_n(panel.values + cols * width, tile * width, 0.0f);
+    std::fill_n(panel.scale, groups * width, 1.0f);
+    std::fill_n(panel.zero, (groups + 1) * width, 0.0f);  // and the loss
     for (int64_t i = 0; scale && i < panel.rows * groups; ++i) {
-      const int64_t r = i / groups, g = i % groups, from = (p / each * rows + first) * groups + i;
-      panel.scale[g * width + r] = data<float>(*scale)[from];
-      if (zero_point) panel.zero[g * width + r] = data<int8_t>(*zero_point)[from];
+      const int64_t place = i % groups * width + i / groups;
+      panel.scale[place] = data<float>(*scale)[row * groups + i];
+      if (zero_point) panel.zero[place] = data<int8_t>(*zero_point)[row * groups + i];
     }
-    if (!scale && !fit) kernels.fit(stripe_of(0, cols, nullptr, factor_of(p)), panel);
-  });
-  check(finite, kOp, "w holds NaN or infinities: is the checkpoint damaged?");
-
-  // A stripe whose scale is to be fitted is one group: it needs all its weights updated at once.
-  const int64_t step = fit ? std::min(shape.size, cols) : kStripe,
-                stripe_cols = (step + tile - 1) / tile * tile;
-  Tensor packed = output(w, {shape.factors, stripe_cols, cols}, ScalarType::Float);
-  for (int64_t first = 0; first < cols; first += step) {
-    const int64_t columns = std::min(step, cols - first), depth = first + columns;
-    const int64_t pieces = (depth + 63) / 64;
-    parallel_queue(shape.factors * pieces, [&](int64_t i) {
-      const int64_t which = i / pieces, begin = i % pieces * 64;
-      const GptqPack pack = {matrix(factor, which),
-                             factor.stride(-2),
-                             diagonal.data() + which * cols + first,
-                             first,
-                             columns,
-                             far_of(first)};
-      kernels.pack(pack, begin, std::min(depth, begin + 64),
-                   data<float>(packed) + which * stripe_cols * cols);
-    });
-    parallel_queue(panels, [&](int64_t p) {
-      const auto rounded = std::make_unique_for_overwrite<int8_t[]>(columns * width);
-      const auto scratch =
-          std::make_unique_for_overwrite<float[]>((3 * columns + 2 * tile) * width);
-      const float* const part = data<float>(packed) + factor_of(p) * stripe_cols * cols;
-      kernels.sweep(stripe_of(first, columns, part, factor_of(p)), panel_of(p), rounded.get(),
-                    scratch.get());
-    });
-  }
-
-  for (int64_t p = 0; p < panels; ++p) {
-    const GptqPanel panel = panel_of(p);
+    if (!scale && !fit) {
+      GptqStripe whole = common;
+      whole.diagonal = diagonal.data() + (shape.factors == 1 ? 0 : p / each * cols);
+      kernels.fit(whole, panel);
+    }
+  };
+  const auto end_panel = [&](int64_t p, const GptqPanel& panel) {
+    const int64_t row = p / each * rows + p % each * width;
     for (int64_t r = 0; r < panel.rows; ++r) {
-      const int64_t row = p / each * rows + p % each * width + r;
-      data<float>(loss)[row] = panel.loss[r];
-      check(std::isfinite(panel.loss[r]), kOp,
-            "the loss is not finite: factor holds NaN or infinities, or a scale does");
+      data<float>(loss)[row + r] = panel.loss[r];
+      if (!std::isfinite(panel.loss[r])) sound = false;
       for (int64_t g = 0; g < groups; ++g) {
-        data<float>(out_scale)[row * groups + g] = panel.scale[g * width + r];
-        if (with_zero) {
-          data<int8_t>(out_zero)[row * groups + g] = static_cast<int8_t>(panel.zero[g * width + r]);
-        }
+        const int64_t to = (row + r) * groups + g, from = g * width + r;
+        data<float>(out_scale)[to] = panel.scale[from];
+        if (with_zero) data<int8_t>(out_zero)[to] = static_cast<int8_t>(panel.zero[from]);
       }
     }
+  };
+
+  const int64_t matrices =
+      shape.factors == 1 ? shape.batch : std::clamp<int64_t>(kPacked / plan.size, 1, shape.batch);
+  const int64_t at_once = std::min(shape.factors, matrices);
+  Tensor packed = output(w, {at_once, plan.size}, ScalarType::Float);
+  for (int64_t from = 0; from < shape.batch; from += matrices) {
+    const int64_t to = std::min(from + matrices, shape.batch);
+    plan.pack(factor, from, std::min(at_once, to - from), diagonal.data(), data<float>(packed));
+    const std::vector<Turn> turns = turns_of(from * each, to * each, each);
+    parallel_workers(turns.size(), [&](int64_t worker, int64_t t) {
+      const auto [first, count] = turns[t];
+      float* const mine = data<float>(memory) + worker * room;
+      float* const scratch = mine + panels_size;
+      int8_t* const rounded = reinterpret_cast<int8_t*>(scratch + scratch_size);
+      const int64_t which = shape.factors == 1 ? 0 : first / each;
+      const auto for_all = [&](auto body) {
+        for (int64_t i = 0; i < count; ++i)
+          body(first + i, panel_of(first + i, mine + i * panel_size));
+      };
+      for_all(begin_panel);
+      for (size_t i = 0; i < plan.stripes.size(); ++i) {
+        const GptqStripe stripe = plan.stripe(
+            i, data<float>(packed) + (which - (shape.factors == 1 ? 0 : from)) * plan.size,
+            diagonal.data() + which * cols);
+        const auto weights = [&](const GptqPanel& panel) { return panel.loss + width; };
+        for_all([&](int64_t, const GptqPanel& panel) {
+          std::copy_n(panel.values + stripe.first * width, stripe.width * width, weights(panel));
+        });
+        for (int64_t begin = 0; begin < stripe.before(); begin += kernels.depth) {
+          const int64_t end = std::min(begin + kernels.depth, stripe.before());
+          for_all(
+              [&](int64_t, const GptqPanel& panel) { kernels.make_up(stripe, panel, begin, end); });
+        }
+        for_all([&](int64_t, const GptqPanel& panel) {
+          kernels.sweep(stripe, panel, weights(panel), rounded, scratch);
+        });
+      }
+      for_all(end_panel);
+    });
   }
+  check(finite, kOp, "w holds NaN or infinities: is the checkpoint damaged?");
+  check(sound, kOp, "the loss is not finite: factor holds NaN or infinities, or a scale does");
   return {codes, out_scale, out_zero, loss};
 }
 
