@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint.native import host
 from ..errors import CalibrationError
 from ..estimate import HELD_BYTES
 from ..models.fused_norm import fused
@@ -163,6 +164,8 @@ def sweep(
             skeleton.drop(index, source)
             if progress is not None:
                 progress.advance(1)
+    # Not after each layer: the next one's work fits into what this one's leaves, and pages given back come back zeroed.
+    host().release_free_memory()
     return report
 
 

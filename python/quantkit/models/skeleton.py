@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.native import host
 from ..errors import CheckpointError
 from . import attention
 from .experts import Experts, is_fused
@@ -141,8 +140,6 @@ class Skeleton:
         """Return decoder layer `index` to the meta device."""
         _to_meta(self.layers[index])
         self._release(f"{self._layers_path}.{index}", self.layers[index], source)
-        # What a layer's work took is given back before the next one, or the two would lie side by side.
-        host().release_free_memory()
 
     @contextmanager
     def outer(self, source: WeightSource, *, head: bool) -> Iterator[None]:

@@ -190,12 +190,11 @@ def _sweep(
         for name, part in zip(job.members, parts, strict=True):
             check_finite(name, part, part.abs().amax())
         weight = torch.cat(parts).float()
-        weights.append(weight if order is None else weight[:, order])
-        grams.append(gram if order is None else gram[order][:, order])
+        weights.append(weight if order is None else weight.gather(1, order.expand_as(weight)))
+        grams.append(gram if order is None else gram[order].gather(1, order.expand_as(gram)))
         orders.append(order)
-    factor, dead, dampening = _factor(modifier, torch.stack(grams), batch)
-    del grams
-    weight = torch.stack(weights)
+    factor, dead, dampening = _factor(modifier, _stacked(grams), batch)
+    weight = _stacked(weights)
     scale = zero_point = None
     if args.strategy == "tensor":
         scale, zero_point = _one_scale(batch, weight)
@@ -254,6 +253,13 @@ def _sweep(
                 dead=dead[i],
             )
     return found
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """[n, rows, columns], a view of a single one; the list is empty then."""
+    one = matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
+    matrices.clear()
+    return one
 
 
 def _one_scale(batch: Sequence[Job], weight: Tensor) -> tuple[Tensor, Tensor | None]:
