@@ -29,6 +29,18 @@ void release_free_memory() {
 #endif
 }
 
+// While `keep`, blocks of up to 32 MB come from the heap, and the heap does not shrink by itself
+// below 1 GB of free room: pages that come back have to be cleared again. Else as glibc itself has
+// it once blocks of that size have been freed.
+void keep_free_memory(bool keep) {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, keep ? 1 << 30 : 64 << 20);
+#else
+  static_cast<void>(keep);
+#endif
+}
+
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 void raise_os_error(const OsError& error) {
@@ -112,4 +124,6 @@ PYBIND11_MODULE(_host, m) {
         "Make the folder's entries durable.");
   m.def("release_free_memory", &release_free_memory, Unlocked(),
         "Give memory that malloc holds but nobody uses back to the system.");
+  m.def("keep_free_memory", &keep_free_memory, py::arg("keep"), Unlocked(),
+        "Whether malloc holds on to up to 1 GB of memory that nobody uses.");
 }

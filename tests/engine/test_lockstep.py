@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quantkit.calibration.hooks import CacheRecorder
 from quantkit.calibration.lockstep import explore
 from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.calibration.sweep import Layer, SweepReport, embed, sweep, tensors_in
+from quantkit.checkpoint.native import kept_memory
 from quantkit.errors import CalibrationError
 from quantkit.models.mappings import Smoothing
 from quantkit.modifiers.working import Working
@@ -192,6 +194,19 @@ def test_what_waits_is_measured(tmp_path: Path) -> None:
     assert [len(readers) for readers in course.inputs] == [3, 1, 2, 1]
     elements = course.bytes_per_position / 4
     assert 64 + (64 + 32 + 32) + 64 <= elements <= 2 * (64 + (64 + 32 + 32) + 64)
+
+
+def test_memory_is_kept_within_the_sweep_and_given_back_behind_it() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        parts = [torch.ones(4 << 20) for _ in range(8)]
+        assert len(parts) == 8
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_memory():
+        faults()
+        kept = faults()
+    assert faults() > 10 * max(kept, 1)
 
 
 # Where one forward does not do

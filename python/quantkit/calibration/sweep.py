@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint.native import host
+from ..checkpoint.native import kept_memory
 from ..errors import CalibrationError
 from ..estimate import HELD_BYTES
 from ..models.fused_norm import fused
@@ -135,7 +135,7 @@ def sweep(
     stop = needed[-1] + 1
     if progress is not None:
         progress.expect(stop)
-    with torch.no_grad():
+    with torch.no_grad(), kept_memory():
         # One more, of a few tokens, finds out what each layer does.
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         hidden, calls = embed(skeleton, source, [*batches, probe])
@@ -164,8 +164,6 @@ def sweep(
             skeleton.drop(index, source)
             if progress is not None:
                 progress.advance(1)
-    # Not after each layer: the next one's work fits into what this one's leaves, and pages given back come back zeroed.
-    host().release_free_memory()
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from ..errors import CheckpointError
@@ -16,3 +18,16 @@ def host() -> ModuleType:
             f"the compiled module quantkit._host cannot be loaded ({error}); install quantkit again with a C++ compiler"
         ) from error
     return _host
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Within the block, memory that is freed stays with the process for what is needed next: pages that come anew from
+    the system have to be cleared first, a tenth of a calibration's time. At the end it goes back.
+    """
+    host().keep_free_memory(True)
+    try:
+        yield
+    finally:
+        host().keep_free_memory(False)
+        host().release_free_memory()
