@@ -34,7 +34,7 @@ class CacheQuantizer:
     """
 
     def __init__(self, args: QuantizationArgs, keys: Tensor, values: Tensor) -> None:
-        self.args = args
+        self.args, self.scales = args, (keys, values)
         self.keys, self.values = cache_quantizer(args, keys), cache_quantizer(args, values)
 
     def __call__(
