@@ -1,5 +1,5 @@
-"""sage_attention against F.scaled_dot_product_attention in bf16, with its errors; decoding from an 8-bit KV cache against
-the same function on a bf16 cache. All in turns, on one machine, in one run.
+"""sage_attention against F.scaled_dot_product_attention in bf16, with its errors; decoding from an 8-bit KV cache
+against the same function on a bf16 cache. All in turns, on one machine, in one run.
 
     python benchmarks/attention.py                     # everything, about two minutes
     python benchmarks/attention.py --only prefill --tokens 1024 4096

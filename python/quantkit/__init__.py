@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._oneshot import oneshot
+    from .runtime.attention import register_attention
+    from .runtime.cache import QuantizedCache
     from .runtime.load import load
     from .runtime.swap import swap_linears
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "oneshot", "swap_linears"]
+__all__ = ["QuantizedCache", "__version__", "load", "oneshot", "register_attention", "swap_linears"]
 # Where each name comes from; its module is imported when it is first asked for.
-_LAZY = {"load": ".runtime.load", "oneshot": "._oneshot", "swap_linears": ".runtime.swap"}
+_LAZY = {
+    "QuantizedCache": ".runtime.cache",
+    "load": ".runtime.load",
+    "oneshot": "._oneshot",
+    "register_attention": ".runtime.attention",
+    "swap_linears": ".runtime.swap",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.errors import ConfigError
 from quantkit.live_hooks import CacheQuantizer
-from quantkit.runtime.attention import NAME, sage_attention_forward, sage_mask
+from quantkit.runtime.attention import NAME, register_attention, sage_attention_forward, sage_mask
 from quantkit.runtime.cache import QuantizedCache
 
 from ..conftest import ROOT
@@ -33,6 +33,7 @@ FOLDER = ROOT / "examples" / "models" / "tiny-llama"
 @pytest.fixture(scope="module")
 def models() -> Any:
     """The embedded model in fp32, with eager attention and with quantkit's."""
+    register_attention()
     return [
         AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation=name).eval()
         for name in ("eager", NAME)

@@ -1,8 +1,8 @@
 """quantkit's attention in Transformers models.
 
-`register()` (done when `quantkit.runtime.attention` is imported) makes `model.set_attn_implementation("quantkit_sage")`
-work: INT8 attention for prefills, exact attention for decoding steps. `QuantizedCache` (cache.py) holds keys and values
-in 8 bit, and this attention reads the codes themselves.
+After `quantkit.register_attention()`, which `quantkit.load` calls, `model.set_attn_implementation("quantkit_sage")`
+gives a model INT8 attention for prefills and exact attention for decoding steps. `QuantizedCache` (cache.py) holds keys
+and values in 8 bit, and this attention reads the codes themselves.
 """
 
 from __future__ import annotations
@@ -235,10 +235,14 @@ def _on_codes(query: Tensor, key: CachedStates, value: CachedStates, seen: SeenK
     )
 
 
-def register() -> None:
-    """Make "quantkit_sage" known to Transformers: an attention, and the masks that go with it."""
+def register_attention() -> None:
+    """Make "quantkit_sage" known to Transformers, for `attn_implementation` and `set_attn_implementation`: an
+    attention, and the masks that go with it.
+
+    Prefills of more than 8 tokens run on `ops.sage_attention`; fewer queries attend in the model's dtype, or on the
+    codes of a `QuantizedCache` (`ops.kv_attention`). Causal and bidirectional attention, sliding windows and padding on
+    either side are computed; ConfigError for all else: dropout, gradients, soft caps, masks of one's own, packed
+    sequences.
+    """
     AttentionInterface.register(NAME, sage_attention_forward)
     AttentionMaskInterface.register(NAME, sage_mask)
-
-
-register()

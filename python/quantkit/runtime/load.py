@@ -48,11 +48,11 @@ def load(
     `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, as quantkit and
     llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16; config.json's unless
     given) is that of all that is not quantized, and of activations between Linears. `attn_implementation`: as
-    Transformers takes it ("sdpa", "eager"); without one, quantkit's own for the CPU where the architecture allows,
-    which rounds scores to the model's dtype as "eager" does. With a `kv_cache_scheme` the cache holds what its codes
-    can. `merge`: Linears that read one input (q, k and v; gate and up) are computed together; the results are
-    the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code` runs modelling code that the folder
-    brings along.
+    Transformers takes it ("sdpa", "eager"), or "quantkit_sage" (`quantkit.register_attention`); without one, quantkit's
+    own for the CPU where the architecture allows, which rounds scores to the model's dtype as "eager" does. With a
+    `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read one input (q, k and v; gate and up)
+    are computed together; the results are the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code`
+    runs modelling code that the folder brings along.
 
     Raises CheckpointError, naming the tensor, for a checkpoint that is not quantized, has tensors missing, left over or
     of a wrong shape, or a scheme without a kernel; ConfigError for a device without kernels.
@@ -204,6 +204,9 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     """What `from_pretrained` sets beside weights."""
     from transformers import GenerationConfig
 
+    from .attention import register_attention
+
+    register_attention()
     model = skeleton.model
     model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
     model.save_pretrained = model._quantkit.save_pretrained
