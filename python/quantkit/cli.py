@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("check", _check, "say whether a server takes a quantized folder, by its loader's own rules")
     sub.add_argument("folder", help="the quantized folder")
     sub.add_argument(
-        "--for", dest="client", required=True, metavar="CLIENT", help="vllm, sglang, transformers, gptqmodel"
+        "--for", dest="client", required=True, metavar="CLIENT", help="vllm, sglang, transformers, gptqmodel, mindie"
     )
     sub.add_argument("--on", default="cuda", metavar="HARDWARE", help="cuda (default) or cpu")
     sub.add_argument(

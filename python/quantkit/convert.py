@@ -19,7 +19,7 @@ from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.schemes import QuantizationScheme
 from .errors import CheckpointError, ConfigError
-from .formats import Format, format_by_name
+from .formats import Format, format_by_name, written_config
 from .models.families import family_of, text_config
 from .plan import kept_linears
 from .quantized import QuantizedTensor
@@ -60,7 +60,7 @@ def convert(
         dtype = _model_dtype(checkpoint)
         outputs, carried = _outputs(read, fmt, schemes, dtype)
         config = _config(read, fmt, schemes)
-        layout = plan_layout(outputs, max_shard_bytes)
+        layout = plan_layout(outputs, max_shard_bytes, stem=fmt.stem(schemes.values()))
         with CheckpointWriter(layout, target, overwrite=overwrite) as writer:
             with Progress("convert", total=len(schemes), unit="Linear", enabled=progress) as bar:
                 for module, scheme in schemes.items():
@@ -78,9 +78,11 @@ def convert(
                 if path.name not in OF_THE_FORMAT:
                     writer.copy_side_file(path)
             writer.side_file("README.md", _card(checkpoint, read, fmt, schemes).encode())
-            for name, data in fmt.side_files(config["quantization_config"]).items():
+            block = config["quantization_config"]
+            for name, data in fmt.side_files(block, layout.tensors, schemes).items():
                 writer.side_file(name, data)
-            writer.side_file("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            written = json.dumps(written_config(fmt, config), indent=2, ensure_ascii=False)
+            writer.side_file("config.json", f"{written}\n".encode())
             return writer.finish()
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__
 from .audit import AuditResult, audit
+from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
 from .checkpoint.native import host
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
+from .formats.folded import Folded
 from .plan import Plan, build_plan, config_bytes
 from .report.model_card import model_card
 from .report.progress import Progress
@@ -108,18 +110,35 @@ class WrittenOutput:
 
     def __init__(self, plan: Plan, writer: CheckpointWriter) -> None:
         self.plan, self.writer = plan, writer
+        self._folded: dict[str, Folded] = {}
+        self._biases: dict[str, Tensor] = {}
 
     def weight(self, module: str, quantized: QuantizedTensor) -> None:
         tensors = self.plan.format.pack_weight(module, quantized, self.plan.scale_dtype(module))
         for name, tensor in tensors.items():
             self.writer.write(name, tensor)
+        inputs = self.plan.modules[module].scheme.input_activations
+        if self.plan.format.FOLDS and inputs is not None and not inputs.dynamic:
+            self._folded[module] = Folded.of(quantized, torch_dtype(self.plan.modules[module].dtype))
 
     def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
-        for name, tensor in self.plan.format.pack_activations(module, scale, zero_point).items():
+        folded = self._folded.pop(module, None)
+        if folded is not None:
+            folded.bias = self._bias(module)
+        for name, tensor in self.plan.format.pack_activations(module, scale, zero_point, folded).items():
             self.writer.write(name, tensor)
+
+    def _bias(self, module: str) -> Tensor | None:
+        """As it is written: what a transform made of it, or the source's."""
+        name = f"{module}.bias"
+        if name in self._biases:
+            return self._biases.pop(name)
+        return self.plan.checkpoint.tensor(name) if name in self.plan.checkpoint.tensors else None
 
     def tensor(self, name: str, value: Tensor) -> None:
         self.writer.write(name, value)
+        if self.plan.format.FOLDS and name.endswith(".bias"):
+            self._biases[name] = value
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale).items():
@@ -232,7 +251,9 @@ def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport |
     writer.side_file(RECORD, (json.dumps(_record(plan), indent=2) + "\n").encode())
     if report is not None:
         writer.side_file(REPORT, (report.to_json() + "\n").encode())
-    for name, data in plan.format.side_files(plan.config_json["quantization_config"]).items():
+    schemes = {name: module.scheme for name, module in plan.modules.items()}
+    block = plan.config_json["quantization_config"]
+    for name, data in plan.format.side_files(block, plan.layout.tensors, schemes).items():
         writer.side_file(name, data)
     writer.side_file("config.json", config_bytes(plan))
 

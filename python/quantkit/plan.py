@@ -22,7 +22,7 @@ from .config.run_config import RunConfig
 from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import PlanError
 from .estimate import Estimate, estimate, shortages
-from .formats import Format, format_by_name
+from .formats import Format, format_by_name, written_config
 from .models.families import Family, family_of, text_config
 from .models.mappings import Smoothing, smoothings
 from .targets import assign, match_ignore, served, served_targets
@@ -175,7 +175,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
     if clashes:
         raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
-    layout = plan_layout(outputs, config.global_.max_shard_bytes)
+    stem = fmt.stem([group.scheme for group in groups])
+    layout = plan_layout(outputs, config.global_.max_shard_bytes, stem=stem)
     config_json = dict(checkpoint.config)
     written = served_targets({name: m.scheme for name, m in modules.items()})
     config_json["quantization_config"] = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
@@ -394,5 +395,5 @@ def collapse(name: str) -> str:
 
 
 def config_bytes(plan: Plan) -> bytes:
-    """config.json of the output."""
-    return (json.dumps(plan.config_json, indent=2, ensure_ascii=False) + "\n").encode()
+    """config.json of the output, with the format's block where that is its place."""
+    return (json.dumps(written_config(plan.format, plan.config_json), indent=2, ensure_ascii=False) + "\n").encode()

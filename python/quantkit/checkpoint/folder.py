@@ -9,8 +9,12 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 CONFIG = "config.json"
+MODEL = "model"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What Ascend's tools call weights, and where they describe them instead of in config.json.
+ASCEND = re.compile(r"(quant_model_weights?(?:_\w+)?)\.safetensors(?:\.index\.json)?")
+DESCRIPTION = "quant_model_description.json"
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 # Weights, optimizer states and archives in any format: an output holds its own weights and no others. A
@@ -62,8 +66,8 @@ def _hub_blobs(root: Path) -> Path | None:
 
 def _is_side_file(name: str) -> bool:
     lower = name.lower()
-    if lower == CONFIG or lower.startswith("readme"):
-        return False  # both are written anew for the output
+    if lower in (CONFIG, DESCRIPTION) or lower.startswith("readme"):
+        return False  # these are written anew for the output
     return not lower.startswith((".", "consolidated")) and not lower.endswith(
         (".index.json", *_WEIGHTS, *_UNFINISHED, *_CHECKSUMS)
     )
@@ -77,6 +81,16 @@ def side_files(folder: Path) -> list[Path]:
     """
     names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir() and _is_side_file(entry.name))
     return [checked_file(folder, name) for name in names]
+
+
+def stem_of(folder: Path) -> str:
+    """What the names of the folder's weight files begin with: `model`, or Ascend's `quant_model_weight...`, where that
+    is all there is.
+    """
+    names = sorted(entry.name for entry in os.scandir(folder))
+    found = dict.fromkeys(match[1] for name in names if (match := ASCEND.fullmatch(name)))
+    usual = SINGLE in names or INDEX in names
+    return next(iter(found)) if len(found) == 1 and not usual else MODEL
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .dtypes import alignment, byte_size
-from .folder import SINGLE
+from .folder import MODEL
 from .header import MAX_HEADER
 
-_JOURNAL_VERSION = 1
+_JOURNAL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All weight files of an output. `shard_of` and `tensors` are by tensor name."""
+    """All weight files of an output; `stem` begins their names. `shard_of` and `tensors` are by tensor name."""
 
     shards: tuple[Shard, ...]
     metadata: dict[str, str]
+    stem: str = MODEL
     shard_of: dict[str, Shard] = field(init=False, repr=False, compare=False)
     tensors: dict[str, OutputTensor] = field(init=False, repr=False, compare=False)
 
@@ -67,6 +68,11 @@ class Layout:
         return sum(shard.size for shard in self.shards) + len(self.index_bytes or b"")
 
     @property
+    def index_name(self) -> str:
+        """What the index is called."""
+        return f"{self.stem}.safetensors.index.json"
+
+    @property
     def index(self) -> dict[str, Any] | None:
         """The content of model.safetensors.index.json; None for a single file, which has none."""
         if len(self.shards) == 1:
@@ -82,7 +88,8 @@ class Layout:
     def to_json(self) -> str:
         """A text from which `from_json` makes the same layout; offsets and headers follow from it."""
         shards = [[[t.name, t.dtype, list(t.shape)] for t in shard.tensors] for shard in self.shards]
-        return json.dumps({"version": _JOURNAL_VERSION, "metadata": self.metadata, "shards": shards})
+        value = {"version": _JOURNAL_VERSION, "metadata": self.metadata, "stem": self.stem, "shards": shards}
+        return json.dumps(value)
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
@@ -92,18 +99,22 @@ class Layout:
                 raise ValueError(f"version {value['version']}, this quantkit reads {_JOURNAL_VERSION}")
             groups = [[OutputTensor(n, d, tuple(s)) for n, d, s in shard] for shard in value["shards"]]
             metadata = {str(key): str(text) for key, text in value["metadata"].items()}
+            stem = str(value["stem"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"saved layout cannot be read ({error!r}); start the output anew") from error
-        return _layout(groups, metadata)
+        return _layout(groups, metadata, stem)
 
 
 def plan_layout(
-    tensors: Iterable[OutputTensor], max_shard_bytes: int, metadata: Mapping[str, str] | None = None
+    tensors: Iterable[OutputTensor],
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    stem: str = MODEL,
 ) -> Layout:
     """Distribute `tensors` over shards of at most `max_shard_bytes` of data, in the order given.
 
     A shard is closed when the next tensor would not fit; a tensor that is larger than a shard gets one of its own.
-    One shard is called model.safetensors, several model-00001-of-00004.safetensors and so on. `metadata` becomes
+    One shard is called <stem>.safetensors, several <stem>-00001-of-00004.safetensors and so on. `metadata` becomes
     `__metadata__`; the default is what Transformers wants to see.
     """
     if max_shard_bytes < 1:
@@ -117,7 +128,7 @@ def plan_layout(
             filled = 0
         groups[-1].append(tensor)
         filled += nbytes
-    return _layout(groups, {"format": "pt"} if metadata is None else dict(metadata))
+    return _layout(groups, {"format": "pt"} if metadata is None else dict(metadata), stem)
 
 
 def _checked_size(tensor: OutputTensor) -> int:
@@ -130,7 +141,7 @@ def _checked_size(tensor: OutputTensor) -> int:
         raise CheckpointError(f"output tensor {tensor.name!r}: {error}") from error
 
 
-def _layout(groups: Sequence[Sequence[OutputTensor]], metadata: dict[str, str]) -> Layout:
+def _layout(groups: Sequence[Sequence[OutputTensor]], metadata: dict[str, str], stem: str) -> Layout:
     names: set[str] = set()
     for tensor in (t for group in groups for t in group):
         _checked_size(tensor)
@@ -140,8 +151,10 @@ def _layout(groups: Sequence[Sequence[OutputTensor]], metadata: dict[str, str]) 
     if not names or not all(groups):
         raise CheckpointError("the output, or one of its files, has no tensor; is the model empty?")
     count = len(groups)
-    files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return Layout(tuple(_shard(file, group, metadata) for file, group in zip(files, groups, strict=True)), metadata)
+    numbers = [""] if count == 1 else [f"-{i:05d}-of-{count:05d}" for i in range(1, count + 1)]
+    files = [f"{stem}{number}.safetensors" for number in numbers]
+    shards = tuple(_shard(file, group, metadata) for file, group in zip(files, groups, strict=True))
+    return Layout(shards, metadata, stem=stem)
 
 
 def _shard(file: str, tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> Shard:

@@ -15,13 +15,13 @@ from ..errors import CheckpointError, nearest
 from .dtypes import alignment, torch_dtype, torch_shape
 from .folder import (
     CONFIG,
-    INDEX,
+    DESCRIPTION,
     SHARD,
-    SINGLE,
     checked_file,
     explain_missing_weights,
     is_plain_name,
     side_files,
+    stem_of,
     weight_files,
 )
 from .header import DOWNLOAD_AGAIN, TensorInfo, read_header, read_object
@@ -42,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         folder: the path as given.
-        config: config.json.
+        config: config.json; for a folder of Ascend's tools its description stands in as `quantization_config`.
         tensors: every tensor by name, in the order of the files and of the data in them.
         files: the weight files' names, sorted.
         total_bytes: the sum of the tensors' bytes.
@@ -59,9 +59,14 @@ class Checkpoint:
         if not (self.folder / CONFIG).exists():
             raise CheckpointError(f"{self.folder}: no {CONFIG}; give the folder of a Transformers model")
         self.config: dict[str, Any] = read_object(checked_file(self.folder, CONFIG))
+        if "quantization_config" not in self.config and (self.folder / DESCRIPTION).exists():
+            described = read_object(checked_file(self.folder, DESCRIPTION))
+            self.config["quantization_config"] = {"quant_method": "mindie", **described}
+        stem = stem_of(self.folder)
+        self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         present = weight_files(self.folder)
         weight_map = self._weight_map(present)
-        self.files: list[str] = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+        self.files: list[str] = [self._single] if weight_map is None else sorted(set(weight_map.values()))
         self._sizes: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = self._read_headers()
         if weight_map is not None:
@@ -75,20 +80,20 @@ class Checkpoint:
 
     def _weight_map(self, present: list[str]) -> dict[str, str] | None:
         """The index's map from tensor to file, None for a folder with a single weight file."""
-        path = self.folder / INDEX
+        path = self.folder / self._index
         if not path.exists() and not path.is_symlink():
             stray = [name for name in present if SHARD.fullmatch(name)]
-            if SINGLE in present and stray:
+            if self._single in present and stray:
                 raise CheckpointError(
-                    f"{self.folder}: {SINGLE} beside {stray[0]}, and no {INDEX} to tell which of them is the model; "
-                    "remove the one that is not"
+                    f"{self.folder}: {self._single} beside {stray[0]}, and no {self._index} to tell which of them is "
+                    "the model; remove the one that is not"
                 )
-            if SINGLE in present:
+            if self._single in present:
                 return None
             if stray:
-                raise CheckpointError(f"{self.folder}: {stray[0]}, but no {INDEX}; complete the download")
+                raise CheckpointError(f"{self.folder}: {stray[0]}, but no {self._index}; complete the download")
             raise CheckpointError(f"{self.folder}: no weights: {explain_missing_weights(self.folder)}")
-        index = read_object(checked_file(self.folder, INDEX))
+        index = read_object(checked_file(self.folder, self._index))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path}: no object 'weight_map' that names tensors; {DOWNLOAD_AGAIN}")
@@ -103,11 +108,11 @@ class Checkpoint:
                     f"{path}: tensor '{tensor}' is in '{file}', which is not a safetensors file; convert the model"
                 )
         named = set(weight_map.values())
-        stray = [name for name in present if name not in named and (SHARD.fullmatch(name) or name == SINGLE)]
+        stray = [name for name in present if name not in named and (SHARD.fullmatch(name) or name == self._single)]
         if stray:
             raise CheckpointError(
-                f"{self.folder}: {stray[0]} is not in {INDEX}: left over from another version of the model, or the "
-                "index is; remove one of them"
+                f"{self.folder}: {stray[0]} is not in {self._index}: left over from another version of the model, or "
+                "the index is; remove one of them"
             )
         return weight_map
 
@@ -126,11 +131,11 @@ class Checkpoint:
         return tensors
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
-        path = self.folder / INDEX
+        path = self.folder / self._index
         for name, info in self.tensors.items():
             if name not in weight_map:
                 raise CheckpointError(
-                    f"{self.folder / info.file}: tensor '{name}' is missing from {INDEX}; {DOWNLOAD_AGAIN}"
+                    f"{self.folder / info.file}: tensor '{name}' is missing from {self._index}; {DOWNLOAD_AGAIN}"
                 )
             if weight_map[name] != info.file:
                 raise CheckpointError(

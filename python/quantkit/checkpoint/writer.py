@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import CheckpointError, nearest
 from .background import BackgroundJobs
 from .dtypes import name_of, torch_dtype, torch_shape
-from .folder import CONFIG, INDEX, is_plain_name
+from .folder import CONFIG, is_plain_name
 from .layout import Layout, OutputTensor
 from .native import host
 from .reader import Checkpoint, TensorInfo
@@ -183,7 +183,7 @@ class CheckpointWriter:
 
     def side_file(self, name: str, content: bytes) -> None:
         """Add a file beside the weights. config.json is held back and written last: it makes the folder a model."""
-        if not is_plain_name(name) or name.startswith(".") or name in self._files or name == INDEX:
+        if not is_plain_name(name) or name.startswith(".") or name in self._files or name == self.layout.index_name:
             raise CheckpointError(f"{self.output}: side file '{name}' would not be a file of its own in the folder")
         with self._lock:
             self._require_open()
@@ -238,7 +238,7 @@ class CheckpointWriter:
                 file.close()
             index = self.layout.index_bytes
             if index is not None:
-                self._put(INDEX, index)
+                self._put(self.layout.index_name, index)
             self._put(CONFIG, self._config)
             self._jobs.stop()
             self._state = "finished"

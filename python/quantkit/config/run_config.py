@@ -6,7 +6,7 @@ Each class checks itself and raises FieldError, a ConfigError, with the key at f
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..errors import nearest
 from .algorithms import KV_STRATEGY_OF, PRESETS, Algorithm, QuantMethod, algorithm_of
 from .fields import FieldError, require
+from .presets import INT8_STATIC_ASYM
 from .recipe import AWQModifier, GPTQModifier, Modifier, Recipe, SmoothQuantModifier
 from .schemes import QuantizationArgs
 
@@ -133,6 +134,9 @@ class QuantizationConfig:
     def recipe(self) -> Recipe:
         """What AngelSlim's words mean as modifiers: smoothing first if asked for, then the algorithm."""
         method, scheme = self.algorithm.resolve(self.quant_method)
+        if self.save_name == "mindie" and self.algorithm.name == "int8_static":
+            # Ascend's static inputs always have an offset.
+            scheme = replace(scheme, input_activations=INT8_STATIC_ASYM)
         common: dict[str, Any] = {"scheme": scheme, "ignore": self.ignore_layers}
         if method.kv_cache is not None:
             inputs = scheme.input_activations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError, nearest
-from . import compressed_tensors, others, rules
+from . import compressed_tensors, mindie, others, rules
 from .inventory import Inventory
 from .verdict import Finding, Verdict
 
@@ -23,6 +23,7 @@ METHODS: dict[str, Check] = {
     "gptq": others.gptq,
     "awq": others.awq,
     "fp8": others.fp8,
+    "mindie": mindie.check,
 }
 # Which of them a client reads.
 CLIENTS: dict[str, tuple[str, ...]] = {
@@ -30,14 +31,15 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "sglang": ("compressed-tensors", "gptq", "awq", "fp8"),
     "transformers": ("compressed-tensors", "gptq", "awq", "fp8"),
     "gptqmodel": ("gptq", "awq"),
+    "mindie": ("mindie",),
 }
-HARDWARE = ("cuda", "cpu")
+HARDWARE = ("cuda", "cpu", "npu")
 
 
 def check_folder(folder: str | Path, client: str, *, hardware: str = "cuda", tensor_parallel: int = 1) -> Verdict:
     """Whether `client` (a key of CLIENTS) loads the checkpoint in `folder` and computes what was meant, on `hardware`
-    ("cuda" or "cpu"), split over `tensor_parallel` ranks. ConfigError for an unknown client; a damaged folder is a
-    finding, not an error.
+    ("cuda", "cpu", or "npu", which is what MindIE runs on), split over `tensor_parallel` ranks. ConfigError for an
+    unknown client; a damaged folder is a finding, not an error.
     """
     if client not in CLIENTS:
         raise ConfigError(f"--for: unknown client '{client}'{nearest(client, CLIENTS)}; known: {', '.join(CLIENTS)}")
@@ -45,6 +47,7 @@ def check_folder(folder: str | Path, client: str, *, hardware: str = "cuda", ten
         raise ConfigError(
             f"--on: unknown hardware '{hardware}'{nearest(hardware, HARDWARE)}; known: {', '.join(HARDWARE)}"
         )
+    hardware = "npu" if client == "mindie" else hardware
     if tensor_parallel < 1:
         raise ConfigError(f"--tensor-parallel: {tensor_parallel}; at least 1 rank")
     verdict = Verdict(str(folder), client, hardware, tensor_parallel)

@@ -14,7 +14,7 @@ from ..plan import ROW_PARALLEL
 
 # What any of the formats stores of a Linear beside, or instead of, its weight.
 CODES = ("weight_packed", "qweight")
-SCALES = ("weight_scale", "weight_scale_inv", "scales")
+SCALES = ("weight_scale", "weight_scale_inv", "scales", "deq_scale")
 OTHERS = (
     "weight_shape",
     "weight_zero_point",
@@ -25,6 +25,10 @@ OTHERS = (
     "input_global_scale",
     "qzeros",
     "g_idx",
+    "weight_offset",
+    "input_offset",
+    "quant_bias",
+    "deq_scale",
 )
 SUFFIXES = frozenset(("weight", "bias", *CODES, *SCALES, *OTHERS))
 FLOATS = ("F32", "F16", "BF16")

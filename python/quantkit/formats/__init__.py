@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError, ConfigError, nearest
-from . import awq, compressed_tensors, fp8, gptq
+from . import awq, compressed_tensors, fp8, gptq, mindie
 
 if TYPE_CHECKING:
     import torch
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from ..config.schemes import QuantizationArgs, QuantizationScheme
     from ..quantized import QuantizedTensor
     from .compressed_tensors import Schemes
+    from .folded import Folded
 
 
 class Format(Protocol):
     """What a format module offers. A new format is one new file and one line in FORMATS. `PARTS`: the last names of the
-    tensors that a quantized Linear may have, its bias aside.
+    tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: whether config.json has its block. `FOLDS`:
+    whether the scales of a static input take in the weight and the bias. `ZERO_POINT`: its zero point's last name.
     """
 
     NAME: str
     VERSION: str
     PARTS: tuple[str, ...]
+    IN_CONFIG: bool
+    FOLDS: bool
+    ZERO_POINT: str
 
     def check(self, scheme: QuantizationScheme) -> None: ...
     def packs(self, scheme: QuantizationScheme) -> bool: ...
@@ -36,7 +41,9 @@ class Format(Protocol):
         self, module: str, scheme: QuantizationScheme, rows: int, cols: int, model_dtype: str
     ) -> list[OutputTensor]: ...
     def pack_weight(self, module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]: ...
-    def pack_activations(self, module: str, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]: ...
+    def pack_activations(
+        self, module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+    ) -> dict[str, Tensor]: ...
     def kv_tensors(self, attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]: ...
     def kv_scales(self, attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]: ...
     def config_block(
@@ -46,7 +53,10 @@ class Format(Protocol):
         user_ignore: Sequence[str],
         kv_cache: QuantizationArgs | None = None,
     ) -> dict[str, Any]: ...
-    def side_files(self, block: Mapping[str, Any]) -> dict[str, bytes]: ...
+    def side_files(
+        self, block: Mapping[str, Any], tensors: Iterable[str], schemes: Mapping[str, QuantizationScheme]
+    ) -> dict[str, bytes]: ...
+    def stem(self, schemes: Iterable[QuantizationScheme]) -> str: ...
     def read_schemes(self, block: Mapping[str, Any]) -> Schemes: ...
     def read_kv_cache(self, block: Mapping[str, Any]) -> QuantizationArgs | None: ...
     def quantized_modules(self, tensors: Iterable[str]) -> list[str]: ...
@@ -56,7 +66,7 @@ class Format(Protocol):
     ) -> QuantizedTensor: ...
 
 
-FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, gptq, awq, fp8)}
+FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, gptq, awq, fp8, mindie)}
 
 
 def format_by_name(name: str) -> Format:
@@ -64,6 +74,11 @@ def format_by_name(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"save_name: unknown format '{name}'{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def written_config(fmt: Format, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as config.json has it: without the block that other files tell."""
+    return {key: value for key, value in config.items() if fmt.IN_CONFIG or key != "quantization_config"}
 
 
 def format_of_checkpoint(config: Mapping[str, Any]) -> Format | None:

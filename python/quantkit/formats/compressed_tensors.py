@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
     from ..config.groups import SchemeGroup
     from ..quantized import QuantizedTensor
+    from .folded import Folded
 
 NAME = "compressed-tensors"
 # The release of the library whose rules this file follows; readers only report it.
 VERSION = "0.18.0"
+# Whether config.json has the block, and whether input scales take in the weight and bias.
+IN_CONFIG, FOLDS = True, False
+ZERO_POINT = "input_zero_point"  # the last name of a static input's
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("input_scale", "input_zero_point"),
@@ -73,6 +77,11 @@ def packs(scheme: QuantizationScheme) -> bool:
 def scale_name(scheme: QuantizationScheme) -> str:
     """The last name of the tensor with a weight's scales."""
     return "weight_scale"
+
+
+def stem(schemes: Iterable[QuantizationScheme]) -> str:
+    """What the weight files are called."""
+    return "model"
 
 
 def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
@@ -147,7 +156,9 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
     return tensors
 
 
-def pack_activations(module: str, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]:
+def pack_activations(
+    module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+) -> dict[str, Tensor]:
     """The named tensors of a static input quantization: fp32 scale and int8 zero point, both of shape [1]."""
     tensors = {f"{module}.input_scale": scale.reshape(1)}
     if zero_point is not None:
@@ -208,7 +219,9 @@ def _entry(args: QuantizationArgs) -> dict[str, Any]:
     }
 
 
-def side_files(block: Mapping[str, Any]) -> dict[str, bytes]:
+def side_files(
+    block: Mapping[str, Any], tensors: Iterable[str], schemes: Mapping[str, QuantizationScheme]
+) -> dict[str, bytes]:
     """What the format wants beside config.json: nothing."""
     return {}
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAME = "fp8"
 VERSION = ""
 
+IN_CONFIG, FOLDS, ZERO_POINT = ct.IN_CONFIG, ct.FOLDS, ct.ZERO_POINT
 PARTS = ("weight", "weight_scale", "weight_scale_inv", "input_scale")
 BLOCK = (128, 128)
 
@@ -37,6 +38,7 @@ pack_activations = ct.pack_activations
 kv_tensors = ct.kv_tensors
 kv_scales = ct.kv_scales
 side_files = ct.side_files
+stem = ct.stem
 shape = ct.shape
 
 

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
     from ..config.groups import SchemeGroup
     from ..quantized import QuantizedTensor
+    from .folded import Folded
 
 NAME = "gptq"
 VERSION = ""
+# Whether config.json has the block, and whether input scales take in the weight and bias.
+IN_CONFIG, FOLDS = True, False
+ZERO_POINT = "input_zero_point"  # the last name of a static input's
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -49,6 +53,11 @@ def packs(scheme: QuantizationScheme) -> bool:
 def scale_name(scheme: QuantizationScheme) -> str:
     """The last name of the tensor with a weight's scales."""
     return "scales"
+
+
+def stem(schemes: Iterable[QuantizationScheme]) -> str:
+    """What the weight files are called."""
+    return "model"
 
 
 def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
@@ -102,7 +111,9 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
     }
 
 
-def pack_activations(module: str, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]:
+def pack_activations(
+    module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+) -> dict[str, Tensor]:
     """The format has no activation scales."""
     raise ConfigError(f"{module}: save_name '{NAME}' holds no activation scales")
 
@@ -142,7 +153,9 @@ def config_block(
     }
 
 
-def side_files(block: Mapping[str, Any]) -> dict[str, bytes]:
+def side_files(
+    block: Mapping[str, Any], tensors: Iterable[str], schemes: Mapping[str, QuantizationScheme]
+) -> dict[str, bytes]:
     """The same settings once more, where older readers look for them."""
     return {"quantize_config.json": (json.dumps(block, indent=2) + "\n").encode()}
 
