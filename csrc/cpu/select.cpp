@@ -9,6 +9,7 @@
 #include "cpu/gram.h"
 #include "cpu/histogram.h"
 #include "cpu/kv_cache.h"
+#include "cpu/moe.h"
 #include "cpu/pack.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
@@ -72,5 +73,6 @@ QK_FAMILY(W8A8Kernels, w8a8)
 QK_FAMILY(W4A8Kernels, w4a8)
 QK_FAMILY(Wna16Kernels, wna16)
 QK_FAMILY(Fp8Kernels, fp8_gemm)
+QK_FAMILY(MoeKernels, moe)
 
 }  // namespace qk

@@ -33,6 +33,7 @@ FAMILIES = (
     "w4a8",
     "wna16",
     "fp8_gemm",
+    "moe",
 )
 
 

@@ -147,6 +147,23 @@ def test_threads_leave_no_trace(case: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
+def test_many_rows_of_an_expert() -> None:
+    """More than a thread takes at a time."""
+    counts = (0, 531, 0, 1, 0, 0, 250, 0)
+    x = torch.randn(sum(counts), K).bfloat16()
+    for case in ("w8a8", "w4a8 zero", "w4a16 zero perm", "fp8 block"):
+        values, scale = experts(case), torch.rand(len(x))
+        y = run(case, x, offsets(counts), values, row_scale=scale)
+        expected = singles(case, x, counts, values, None)
+        assert torch.equal(y, (expected.float() * scale[:, None]).bfloat16())
+
+
+def test_no_experts() -> None:
+    none = torch.zeros(0, 2, 6400, dtype=torch.int8)
+    y = ops.moe_gemm("fp8", torch.zeros(0, 96), offsets(()), none, torch.zeros(0, 70, 1), 70, weight_block=[1, -1])
+    assert y.shape == (0, 70)
+
+
 def test_nan_stays_in_its_row() -> None:
     for case in CASES:
         if case == "fp8 tensor":  # one scale for the rows of an expert

@@ -95,7 +95,7 @@ def _define(kind: str, how: str) -> torch._ops.OpOverload:
         "Tensor? bias=None, Tensor? row_scale=None) -> Tensor",
         fake=fake,
         reference=reference,
-        kernels=(),
+        kernels=("CPU",),
     )
 
 
