@@ -20,7 +20,7 @@ from .checkpoint.writer import CheckpointWriter
 from .config.schemes import QuantizationScheme
 from .errors import CheckpointError, ConfigError
 from .formats import Format, format_by_name, written_config
-from .models.families import family_of, text_config
+from .models.families import family_of
 from .plan import kept_linears
 from .quantized import QuantizedTensor
 from .report.progress import Progress
@@ -29,7 +29,6 @@ from .targets import served_targets
 if TYPE_CHECKING:
     from .formats.source import WeightSource
 
-FLOAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Side files of the source that tell of its format; the target has its own.
 OF_THE_FORMAT = ("README.md", "quantize_config.json")
 
@@ -57,7 +56,9 @@ def convert(
         if read.format is None:
             raise CheckpointError(f"{source}: not quantized; `quantkit run` quantizes, in any of the formats")
         schemes = _schemes(read, fmt)
-        dtype = _model_dtype(checkpoint)
+        dtype = checkpoint.model_dtype
+        if dtype is None:
+            raise CheckpointError(f"{source}/config.json: no dtype; readers of packed weights hold scales in it")
         outputs, carried = _outputs(read, fmt, schemes, dtype)
         config = _config(read, fmt, schemes)
         layout = plan_layout(outputs, max_shard_bytes, stem=fmt.stem(schemes.values()))
@@ -84,15 +85,6 @@ def convert(
             written = json.dumps(written_config(fmt, config), indent=2, ensure_ascii=False)
             writer.side_file("config.json", f"{written}\n".encode())
             return writer.finish()
-
-
-def _model_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype in which servers hold what is not quantized, as safetensors names it."""
-    for config in (checkpoint.config, text_config(checkpoint.config)):
-        name = str(config.get("dtype") or config.get("torch_dtype") or "")
-        if name in FLOAT_NAMES:
-            return FLOAT_NAMES[name]
-    raise CheckpointError(f"{checkpoint.folder}/config.json: no dtype; readers of packed weights hold scales in it")
 
 
 def _schemes(read: WeightSource, fmt: Format) -> dict[str, QuantizationScheme]:

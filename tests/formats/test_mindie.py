@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import quantkit
 from quantkit import engine
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.config.yaml_file import load_run_config
@@ -174,6 +175,9 @@ def test_a_model_on_the_npu(tmp_path: Path) -> None:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, Emulated(tensors, name, torch.bfloat16))
     found = logits(model, tokens).log_softmax(-1)
+    loaded = logits(quantkit.load(output, dtype=torch.float32), tokens).log_softmax(-1)
+    # The kernels divide by the scale where the NPU multiplies with its rounded inverse.
+    assert float((found.exp() * (found - loaded)).sum(-1).mean()) < 0.01
     divergence = float((plain.exp() * (plain - found)).sum(-1).mean())
     assert 0 < divergence < 0.02, divergence
     assert check_folder(output, "mindie").ok, check_folder(output, "mindie").render()

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "TensorInfo"]
 
 
+FLOAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
 class Checkpoint:
     """A folder with config.json and model.safetensors, or shards and their index.
 
@@ -145,6 +148,15 @@ class Checkpoint:
         if len(weight_map) > len(self.tensors):
             name = next(name for name in weight_map if name not in self.tensors)
             raise CheckpointError(f"{path}: tensor '{name}' is not in {weight_map[name]}; {DOWNLOAD_AGAIN}")
+
+    @property
+    def model_dtype(self) -> str | None:
+        """The dtype that config.json says the model has, as safetensors names it; None if it does not say."""
+        for config in (self.config, *(v for v in self.config.values() if isinstance(v, dict))):
+            name = str(config.get("dtype") or config.get("torch_dtype") or "")
+            if name in FLOAT_NAMES:
+                return FLOAT_NAMES[name]
+        return None
 
     def info(self, name: str) -> TensorInfo:
         """Where tensor `name` lies; CheckpointError with the nearest name if there is none."""

@@ -108,8 +108,10 @@ class WeightSource:
         keys, values = (self.checkpoint.tensor(f"{attention}.{part}").float().clone() for part in CACHE_PARTS)
         return cache_quantizer(args, keys), cache_quantizer(args, values)
 
-    def _zero_point(self, module: str) -> Tensor:
-        assert self.format is not None
+    def zero_point(self, module: str) -> Tensor:
+        """That of `module`'s static asymmetric input: int8 [1, 1]."""
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
         return self.checkpoint.tensor(f"{module}.{self.format.ZERO_POINT}").reshape(1, 1).to(torch.int8, copy=True)
 
     def _input_quantizer(self, module: str, args: QuantizationArgs) -> Quantizer:
@@ -118,7 +120,7 @@ class WeightSource:
         scale = self.checkpoint.tensor(f"{module}.input_scale").float().reshape(1, 1).clone()
         zero_point = None
         if not args.symmetric:
-            zero_point = self._zero_point(module)
+            zero_point = self.zero_point(module)
         return lambda x: fake_quantize(x, args, scale, zero_point)
 
 

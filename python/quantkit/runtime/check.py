@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
 # Stored by writers in whatever float dtype the model had; read as fp32.
-SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", *CACHE_PARTS)
+SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_offset", *CACHE_PARTS)
 SUPPORTED = (
     "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block; activations in 16 bit, int8 "
     "or fp8 per token or tensor"
@@ -90,7 +90,8 @@ def _of_module(source: WeightSource, module: str) -> Iterator[str]:
     if len(weight.shape) != 2:
         yield f"tensor '{weight.name}' has shape {list(weight.shape)}; the weight of a Linear is a matrix"
     rows, cols = source.shape(module)
-    expected = {t.name: t for t in source.format.stored_tensors(module, scheme, rows, cols, "F32")}
+    dtype = source.checkpoint.model_dtype or "F32"
+    expected = {t.name: t for t in source.format.stored_tensors(module, scheme, rows, cols, dtype)}
     for name, want in expected.items():
         if name not in tensors:
             yield f"tensor '{name}' is missing: {module} has {what}"

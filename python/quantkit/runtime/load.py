@@ -188,7 +188,7 @@ class _Filler:
         scale = checkpoint.tensor(f"{name}.input_scale").float().reshape(1) if static else None
         zero_point = None
         if static and inputs is not None and not inputs.symmetric:
-            zero_point = checkpoint.tensor(f"{name}.input_zero_point").reshape(1)
+            zero_point = source.zero_point(name).reshape(1)
         for tensor, values in ((source.scale_name(name), weight.scale), (f"{name}.input_scale", scale)):
             if values is not None and not bool(values.isfinite().all()):
                 raise CheckpointError(f"{self.skeleton.folder}: tensor '{tensor}' has NaN or Inf in it")
