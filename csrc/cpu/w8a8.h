@@ -58,7 +58,7 @@ struct Int8Task {
   int64_t begin, end, cols;
   const int8_t* panel;
   const int8_t* next;  // the panel that follows, fetched meanwhile; null for none
-  int32_t* sums;       // scratch: kPanel for each of the rows
+  int32_t* sums;       // scratch: kPanel for each of the rows, and for no fewer than 8
   int64_t columns;     // of the panel that are columns of the result
   // Row r of the result begins at element r * stride. kInt8 stands for the int32 sums themselves.
   DType dtype;
