@@ -22,6 +22,7 @@ from quantkit.evaluate import evaluate
 from quantkit.formats.source import CACHE_PARTS, WeightSource
 from quantkit.live_hooks import CacheQuantizer
 from quantkit.models.live import LiveCheckpoint
+from quantkit.runtime.experts import ExpertLinears
 from quantkit.runtime.generate import encode
 from quantkit.runtime.linear import QuantLinear
 
@@ -116,7 +117,8 @@ def divergence(got: Tensor, expected: Tensor) -> float:
 
 def tolerance(model: Any) -> float:
     """By what is rounded at run time."""
-    args = [m.inputs for m in model.modules() if isinstance(m, QuantLinear) and m.inputs is not None]
+    quantized = [m for m in model.modules() if isinstance(m, QuantLinear | ExpertLinears)]
+    args = [m.inputs for m in quantized if m.inputs is not None]
     hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
     args += [hook.args for hook in hooks if isinstance(hook, CacheQuantizer)]
     return max([WEIGHT_ONLY, *(FP8 if a.type == "float" else INT8 for a in args)])
@@ -189,7 +191,39 @@ def test_experts(scheme: str, outputs: Any, ids: Tensor) -> None:
     model = quantkit.load(output, dtype=torch.float32)
     expected = reference(source, output, torch.float32)
     print(f"{scheme}: {check_model(model, expected, ids)}")
-    assert check_linears(model, expected, ids) > 3 * (4 + 8 * 3) // 2
+    assert check_linears(model, expected, ids) == 3 * 4
+    # All experts of a layer at once, given what enters them.
+    seen = {}
+    for path, module in expected.named_modules():
+        if path.endswith("mlp.experts"):
+            module.register_forward_hook(lambda _, args, out, p=path: seen.update({p: (args, out)}))
+    logits(expected, ids)
+    assert len(seen) == 3
+    for path, (args, out) in seen.items():
+        experts = model.get_submodule(path)
+        assert type(experts).__name__ == "QuantExperts"
+        assert error(experts(*args), out) < tolerance(model) / 2, path
+    apart = quantkit.load(output, dtype=torch.float32, merge=False)
+    assert error(logits(model, ids), logits(apart, ids)) < tolerance(model)
+    assert check_linears(apart, expected, ids) > 3 * (4 + 8 * 3) // 2
+
+
+def test_experts_in_full_precision(ids: Tensor, tmp_path: Path) -> None:
+    source = EXAMPLES / "models" / "tiny-moe"
+    output = quantize_by("tiny-moe", "{QuantizationModifier: {scheme: W8A8, targets: ['re:.*attn.*']}}", tmp_path)
+    model = quantkit.load(output, dtype=torch.float32)
+    assert check_linears(model, reference(source, output, torch.float32), ids) == 3 * 4
+    check_model(model, reference(source, output, torch.float32), ids)
+
+
+def test_state_dict_of_experts(outputs: Any, tmp_path: Path) -> None:
+    output = outputs("tiny-moe", "W4A16")
+    model = quantkit.load(output)
+    state = model.state_dict()
+    with Checkpoint(output) as checkpoint:
+        assert set(state) == set(checkpoint.tensors)
+        assert all(torch.equal(state[name], checkpoint.tensor(name)) for name in state)
+    model.save_pretrained(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "W4A8"])

@@ -55,7 +55,8 @@ class Experts(nn.ModuleList):
         # In a tuple, so that it is no submodule: its parameters are not this module's.
         self._fused = (fused,)
 
-    def _combine(self, gate: Tensor, up: Tensor) -> Tensor:
+    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What enters the down projection."""
         fused: Any = self._fused[0]
         combined: Tensor = (
             fused._apply_gate(torch.cat((gate, up), dim=-1)) if self._own_gate else fused.act_fn(gate) * up
@@ -75,7 +76,7 @@ class Experts(nn.ModuleList):
             if index >= len(self):
                 continue
             slot, token = torch.where(by_slot == index)
-            result = self[index](hidden_states[token], self._combine)
+            result = self[index](hidden_states[token], self.combine)
             result = result * top_k_weights[token, slot, None]
             out.index_add_(0, token, result.to(out.dtype))
         return out
@@ -85,7 +86,7 @@ class Experts(nn.ModuleList):
         real = slice(None) if self.token_mask is None else self.token_mask
         for index, expert in enumerate(self):
             share = (top_k_weights * (top_k_index == index)).sum(1, keepdim=True)[real]
-            out[real] += (expert(everyone, self._combine) * share).to(out.dtype)
+            out[real] += (expert(everyone, self.combine) * share).to(out.dtype)
         return out
 
 

@@ -117,11 +117,7 @@ class PackedLinear(QuantLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """`to`, `half`, `bfloat16`: the bias alone changes its dtype. Refused: a device that has no kernels."""
-        device = fn(torch.empty(0)).device.type
-        if device not in DEVICES:
-            raise RuntimeError(
-                f"QuantLinear: its kernels run on {', '.join(DEVICES)}, not on {device}; leave the model where it is"
-            )
+        refuse_device(fn)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -154,8 +150,9 @@ class Int4Int8Linear(PackedLinear):
     def _pack(self, weight: QuantizedTensor) -> None:
         self.group_size = weight.args.group_size or -1
         self.register_buffer("packed", ops.pack_w4a8(_words(weight), weight.cols), persistent=False)
-        self._hold("weight_scale", weight.scale.float())
-        self._hold("weight_zero_point", weight.zero_point)
+        self._hold("weight_scale", ops.pack_w4a8_scales(weight.scale.float()))
+        zero_point = weight.zero_point
+        self._hold("weight_zero_point", None if zero_point is None else ops.pack_w4a8_scales(zero_point))
 
     def _multiply(self, x: Tensor) -> Tensor:
         return ops.w4a8_gemm(
@@ -229,6 +226,15 @@ class FP8Linear(PackedLinear):
             input_scale=self.input_scale,
             input_block=self.input_block,
             bias=self.bias,
+        )
+
+
+def refuse_device(fn: Any) -> None:
+    """RuntimeError if `fn`, which a module is to put its tensors through, takes them to a device without kernels."""
+    device = fn(torch.empty(0)).device.type
+    if device not in DEVICES:
+        raise RuntimeError(
+            f"QuantLinear: its kernels run on {', '.join(DEVICES)}, not on {device}; leave the model where it is"
         )
 
 

@@ -21,9 +21,12 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats.source import CACHE_PARTS, WeightSource
 from ..live_hooks import CacheQuantizer
+from ..models.experts import Expert, Experts
 from ..models.fused_norm import replace_norms
 from ..models.skeleton import Skeleton
 from .check import check_device, check_tensors, require_quantized
+from .experts import quant_experts, suits
+from .head import replace_head
 from .linear import Parts, QuantLinear, check_groups, merged, quant_linear
 from .saving import Saver, Stored
 
@@ -140,6 +143,9 @@ class _Filler:
             )
         if tied:
             head.weight = self.model.get_input_embeddings().weight
+        replace_head(self.model)
+        if self.merge:
+            self._put_experts(linears)
         sets = self.skeleton.family.fused_sets(linears) if self.merge else []
         sets += [(name,) for name in linears.keys() - {name for names in sets for name in names}]
         replace_norms(self.model)
@@ -166,6 +172,42 @@ class _Filler:
         assert self.source.kv_cache is not None
         hook = CacheQuantizer(self.source.kv_cache, keys, values)
         self.model.get_submodule(paths[0]).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _put_experts(self, linears: dict[str, tuple[str, nn.Linear]]) -> None:
+        """QuantExperts in the place of experts that are quantized in one way; their Linears leave `linears`."""
+        for path, experts in list(self.model.named_modules()):
+            if not isinstance(experts, Experts):
+                continue
+            prefix = self.skeleton.checkpoint_name(path)
+            expert = experts[0]
+            assert isinstance(expert, Expert)
+            names = [[f"{prefix}.{i}.{part}" for part in expert.parts] for i in range(len(experts))]
+            if not suits(self.source, names):
+                continue
+            known = {name: linears.pop(name)[1] for row in names for name in row}
+            module = quant_experts(
+                experts,
+                partial(self._of_expert, prefix, known),
+                partial(self._release, names),
+            )
+            module.stored = partial(self._of_experts, prefix, names)
+            self.model.set_submodule(path, module.eval())
+
+    def _of_expert(self, prefix: str, linears: dict[str, nn.Linear], index: int, part: str) -> Parts:
+        name = f"{prefix}.{index}.{part}"
+        return self.parts(name, linears[name])
+
+    def _release(self, names: list[list[str]], index: int) -> None:
+        for name in names[index]:
+            self.source.release(f"{name}.weight")
+
+    def _of_experts(self, prefix: str, names: list[list[str]]) -> dict[str, Tensor]:
+        return {
+            f"{name.removeprefix(prefix)[1:]}.{part}": tensor
+            for row in names
+            for name in row
+            for part, tensor in self.stored.tensors(name).items()
+        }
 
     def _put(self, paths: dict[str, str], parts: list[Parts]) -> None:
         """QuantLinears in the place of Linears that read one input (name -> path): one for all where that works."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats import format_of_checkpoint
+from .experts import ExpertLinears, QuantExperts
 from .linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Saver:
 
     def _require_unchanged(self, checkpoint: Checkpoint) -> None:
         for path, module in self.model.named_modules():
+            if isinstance(module, QuantExperts | ExpertLinears):
+                continue
             if isinstance(module, QuantLinear):
                 if module.stored is None and not path.endswith(".whole"):
                     raise CheckpointError(

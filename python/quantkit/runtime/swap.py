@@ -14,6 +14,7 @@ from ..errors import ConfigError, PlanError
 from ..modifiers.rtn import quantize_weight
 from ..targets import match_ignore, pattern_of
 from .check import SUPPORTED, check_device
+from .head import Head
 from .linear import Parts, QuantLinear, describe_scheme, kind_of, merged, quant_linear
 
 CLASS = "Linear"
@@ -38,7 +39,7 @@ def swap_linears(
     Raises ConfigError for a scheme, PlanError for a model or names that do not fit; the model is then unchanged.
     """
     scheme = _data_free(scheme)
-    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    linears = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Head)}
     chosen = _chosen(model, linears, [targets] if isinstance(targets, str) else list(targets), ignore)
     for name in chosen:
         _check(name, linears[name], scheme)
