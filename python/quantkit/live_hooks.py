@@ -41,7 +41,8 @@ class CacheQuantizer:
         self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache = kwargs.get("past_key_values")
-        if cache is not None:
+        # A cache of codes with these scales rounds by itself.
+        if cache is not None and not getattr(cache, "holds_codes", False):
             kwargs = {**kwargs, "past_key_values": _RoundingCache(cache, self)}
         return inputs, kwargs
 

@@ -401,3 +401,20 @@ def test_attention_implementations_agree(outputs: Any, ids: Tensor) -> None:
     assert usual.config._attn_implementation == "quantkit_causal"
     assert error(logits(usual, ids), logits(sdpa, ids)) < 2.0**-6
     assert type(usual.model.norm).__name__ == "FusedRMSNorm"
+
+
+@pytest.mark.parametrize("scheme", ["FP8 cache", "FP8 cache per head", "int8 cache"])
+def test_generate_caches_codes(scheme: str, outputs: Any, ids: Tensor) -> None:
+    model = quantkit.load(outputs("tiny-llama", scheme), dtype=torch.float32)
+    done = model.generate(ids[:, :16], max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    cache = done.past_key_values
+    assert type(cache).__name__ == "QuantizedCache" and cache.get_seq_length() == 23
+    assert cache.layers[0].keys.dtype == (torch.int8 if scheme == "int8 cache" else torch.float8_e4m3fn)
+    rounded = model.generate(
+        ids[:, :16], max_new_tokens=8, do_sample=False, past_key_values=transformers.DynamicCache(config=model.config)
+    )
+    assert torch.equal(done.sequences, rounded)
+    static = model.generate(ids[:, :16], max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, rounded[:, :20])
+    sage = quantkit.load(outputs("tiny-llama", scheme), attn_implementation="quantkit_sage")
+    assert sage.generate(ids[:, :16], max_new_tokens=8, do_sample=False).shape == (4, 24)

@@ -161,6 +161,8 @@ class QuantizedCache(Cache):
     ConfigError if the model has layers that are no attention.
     """
 
+    holds_codes = True
+
     def __init__(
         self,
         config: Any,

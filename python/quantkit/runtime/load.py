@@ -252,6 +252,8 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     model = skeleton.model
     model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
     model.save_pretrained = model._quantkit.save_pretrained
+    if any(isinstance(hook, CacheQuantizer) for m in model.modules() for hook in m._forward_pre_hooks.values()):
+        model._prepare_cache_for_generation = partial(_prepare_cache, model)
     if attn_implementation is not None:
         try:
             model.set_attn_implementation(attn_implementation)
@@ -260,6 +262,19 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     if (folder / GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.name_or_path = str(folder)
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int
+) -> None:
+    """Transformers' hook of `generate`: codes are cached, unless the caller brings a cache or asks for another kind."""
+    from .cache import QuantizedCache
+
+    asked = generation_config.cache_implementation not in (None, "dynamic")
+    if generation_config.use_cache and not asked and model_kwargs.get("past_key_values") is None:
+        model_kwargs["past_key_values"] = QuantizedCache.of(model, capacity=max(1, length))
+        generation_config.cache_implementation = None
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, batch, length)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
