@@ -22,6 +22,7 @@ struct Tile {
   const void* scale;
   const int8_t* zero_point;
   int64_t cols, group, groups;
+  int64_t group_words;  // or 0 where groups begin or end within a word
   int64_t first, last;
 
   int64_t rows;
@@ -42,15 +43,17 @@ QK_INLINE int64_t group_end(const Tile& tile, int64_t g) {
   return g + 1 == tile.groups ? (tile.cols + 3) / 4 : (g + 1) * tile.group / 4;
 }
 
-// 16 scales of group g, of the panel's columns from `column` on.
-QK_INLINE F32 load_scale(const Tile& tile, int64_t g, int64_t column) {
-  const int64_t i = g * kW4Panel + column;
+// The scales of group g, or if they have to be widened, `wide` with them.
+QK_INLINE const float* load_scales(const Tile& tile, int64_t g, float* wide) {
   if (tile.scale_dtype == DType::kFloat32) {
-    return load(static_cast<const float*>(tile.scale) + i, Full{});
+    return static_cast<const float*>(tile.scale) + g * kW4Panel;
   }
-  return tile.scale_dtype == DType::kFloat16
-             ? load(static_cast<const Half*>(tile.scale) + i, Full{})
-             : load(static_cast<const BFloat16*>(tile.scale) + i, Full{});
+  const auto widen = [&]<class T>(T) {
+    const T* const from = static_cast<const T*>(tile.scale) + g * kW4Panel;
+    for (int i = 0; i < kW4Panel; i += kLanes) store(wide + i, load(from + i, Full{}), Full{});
+  };
+  tile.scale_dtype == DType::kFloat16 ? widen(Half{}) : widen(BFloat16{});
+  return wide;
 }
 
 void run_tile(const Tile& tile);
@@ -127,6 +130,8 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
   tile.cols = weight.cols;
   tile.group = weight.group;
   tile.groups = groups;
+  // The columns beyond K of a whole row are zero in the codes of the activations.
+  tile.group_words = weight.group % 8 == 0 || groups == 1 ? w4a8_words(weight.group) : 0;
   tile.stride = task.tokens.stride;
 
   std::fill(task.sums, task.sums + rows * kW4Panel, 0.0f);

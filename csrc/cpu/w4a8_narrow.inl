@@ -57,7 +57,8 @@ __attribute__((noinline)) void tile_of(const Tile& tile, int64_t column) {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) wide[i] = wide[i] + widen(sums[i]);
     }
-    const F32 scale = load_scale(tile, g, column);
+    float many[kW4Panel];
+    const F32 scale = load(load_scales(tile, g, many) + column, Full{});
     for (int i = 0; i < kRows; ++i) {
       float* const to = tile.sums + i * kW4Panel + column;
       store(to, load(to, Full{}) + to_float(wide[i]) * scale, Full{});
