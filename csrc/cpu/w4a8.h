@@ -72,6 +72,8 @@ struct W4A8Kernels {
   void (*quantize)(DType dtype, const void* x, int64_t stride, int64_t cols, int64_t group,
                    int64_t begin, int64_t end, const W4A8Tokens& tokens);
   void (*multiply)(const W4A8Weight& weight, const W4A8Task& task);
+  // Asks for what multiply reads first of a panel.
+  void (*fetch)(const W4A8Weight& weight, int64_t panel);
 };
 
 // Those of the instruction set that dispatch.h chose.

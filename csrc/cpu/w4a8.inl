@@ -4,6 +4,6 @@
 namespace qk::QK_ISA {
 
 extern const W4A8Kernels w4a8;
-const W4A8Kernels w4a8 = {quantize_tokens, multiply};
+const W4A8Kernels w4a8 = {quantize_tokens, multiply, fetch_panel};
 
 }  // namespace qk::QK_ISA

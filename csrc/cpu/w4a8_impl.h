@@ -34,7 +34,6 @@ struct Tile {
   const char* fetch;  // fetched meanwhile, `rate` lines with every word, or if `more` is false the
   int64_t rate;       // first of them again and again: nothing more
   bool more;
-  const int8_t* ahead;  // the codes of the tile that follows, or of this one
 };
 
 // In units of four columns.
@@ -116,17 +115,54 @@ void finish(const W4A8Weight& weight, const W4A8Task& task) {
   }
 }
 
+QK_INLINE void fetch_lines(const void* from, int64_t bytes) {
+  const char* const p = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(p + i, 0, 2);
+}
+
+// What a panel holds, by groups.
+struct Panel {
+  const uint32_t* words;
+  const char* scale;
+  const int8_t* zero_point;
+  int64_t scale_bytes;
+
+  Panel(const W4A8Weight& weight, int64_t panel)
+      : words(weight.words + panel * w4a8_words(weight.cols) * kW4Panel),
+        zero_point(nullptr),
+        scale_bytes(weight.scale_dtype == DType::kFloat32 ? 4 : 2) {
+    const int64_t first = panel * weight.groups() * kW4Panel;
+    scale = static_cast<const char*>(weight.scale) + first * scale_bytes;
+    if (weight.zero_point) zero_point = weight.zero_point + first;
+  }
+  // Scales and zero points of some groups.
+  void fetch_scales(int64_t group, int64_t count) const {
+    fetch_lines(scale + group * kW4Panel * scale_bytes, count * kW4Panel * scale_bytes);
+    if (zero_point) fetch_lines(zero_point + group * kW4Panel, count * kW4Panel);
+  }
+};
+
+// Groups at a time.
+int64_t block_groups(const W4A8Weight& weight) {
+  const int64_t count = weight.group ? kBlockWords * 8 / weight.group : 1;
+  return std::max<int64_t>(1, std::min(count, weight.groups()));
+}
+
+void fetch_panel(const W4A8Weight& weight, int64_t panel) {
+  if (weight.cols == 0) return;
+  const Panel from(weight, panel);
+  from.fetch_scales(0, block_groups(weight));
+  fetch_lines(from.words, std::min(kBlockWords, w4a8_words(weight.cols)) * kW4Panel * 4);
+}
+
 void multiply(const W4A8Weight& weight, const W4A8Task& task) {
-  const int64_t rows = task.end - task.begin, words = w4a8_words(weight.cols),
-                groups = weight.groups();
-  const int64_t scale_bytes = weight.scale_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t rows = task.end - task.begin, groups = weight.groups();
+  const Panel panel(weight, task.panel), next(weight, std::max<int64_t>(0, task.next));
   Tile tile{};
-  tile.words = weight.words + task.panel * words * kW4Panel;
+  tile.words = panel.words;
   tile.scale_dtype = weight.scale_dtype;
-  tile.scale =
-      static_cast<const char*>(weight.scale) + task.panel * groups * kW4Panel * scale_bytes;
-  tile.zero_point =
-      weight.zero_point ? weight.zero_point + task.panel * groups * kW4Panel : nullptr;
+  tile.scale = panel.scale;
+  tile.zero_point = panel.zero_point;
   tile.cols = weight.cols;
   tile.group = weight.group;
   tile.groups = groups;
@@ -135,30 +171,45 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
   tile.stride = task.tokens.stride;
 
   std::fill(task.sums, task.sums + rows * kW4Panel, 0.0f);
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t at_once = weight.group ? std::max<int64_t>(1, kBlockWords * 8 / weight.group) : 1;
-  const char* const next = reinterpret_cast<const char*>(
-      task.next < 0 ? nullptr : weight.words + task.next * words * kW4Panel);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, at_once = block_groups(weight);
+  const int64_t out_bytes = task.dtype == DType::kFloat32 ? 4 : 2;
+  tile.rate = tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
   for (int64_t g = 0; g < groups; g += at_once) {
     tile.first = g;
     tile.last = std::min(groups, g + at_once);
+    const bool last = tile.last == groups;
     // The block that follows, here or in the next panel.
-    const int64_t count = (group_end(tile, tile.last - 1) + 1) / 2 - group_begin(tile, g) / 2;
-    const char* const following =
-        tile.last < groups ? reinterpret_cast<const char*>(
-                                 tile.words + group_begin(tile, tile.last) / 2 * kW4Panel)
-                           : next;
-    tile.rate = tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
+    const uint32_t* const following =
+        !last ? panel.words + group_begin(tile, tile.last) / 2 * kW4Panel
+              : (task.next < 0 ? nullptr : next.words);
+    if (following) {
+      const int64_t from = last ? 0 : tile.last;
+      (last ? next : panel).fetch_scales(from, std::min(at_once, groups - from));
+    }
+    const int64_t first_word = group_begin(tile, g) / 2;
+    const int64_t count = (group_end(tile, tile.last - 1) + 1) / 2 - first_word;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles, r = task.begin + begin;
       tile.rows = end - begin;
       tile.codes = task.tokens.codes + r * task.tokens.stride;
-      tile.ahead = t + 1 < tiles ? tile.codes + tile.rows * tile.stride : tile.codes;
       tile.minus = task.tokens.minus + r * groups;
       tile.sums = task.sums + begin * kW4Panel;
       tile.more = following && t * tile.rate < kWordLines;
-      tile.fetch = tile.more ? following + t * tile.rate * count * kLineBytes
-                             : reinterpret_cast<const char*>(tile.codes);
+      tile.fetch =
+          tile.more ? reinterpret_cast<const char*>(following) + t * tile.rate * count * kLineBytes
+                    : reinterpret_cast<const char*>(tile.codes);
+      // The codes of the next tile, and where results will go.
+      for (int64_t i = end; t + 1 < tiles && i < rows * (t + 2) / tiles; ++i) {
+        const int8_t* const codes = task.tokens.codes + (task.begin + i) * task.tokens.stride;
+        fetch_lines(codes + first_word * 8, std::min(count, kBlockWords) * 8);
+      }
+      for (int64_t i = r; last && i < task.begin + end; ++i) {
+        char* const out =
+            static_cast<char*>(task.out) + (i * task.stride + task.panel * kW4Panel) * out_bytes;
+        for (int64_t j = 0; j < kW4Panel * out_bytes; j += kLineBytes) {
+          __builtin_prefetch(out + j, 1, 2);
+        }
+      }
       run_tile(tile);
     }
   }

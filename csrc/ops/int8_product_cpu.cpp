@@ -2,6 +2,7 @@
 // each takes panels of 64 columns of the result.
 #include <algorithm>
 
+#include "ops/arena.h"
 #include "ops/w8a8.h"
 
 namespace qk::cpu {
@@ -14,26 +15,6 @@ constexpr int64_t kPieceRows = 96;           // of one panel, at least
 constexpr int64_t kPieces = 64;              // for each thread, or the last ones come out uneven
 constexpr int64_t kFirstBytes = 16 << 10;    // of its first panel, fetched while rows are quantized
 constexpr int64_t kThreadBytes = 64 << 10;   // of weights that are worth waking a thread for
-
-// Scratch of one call, cut into aligned parts.
-class Arena {
- public:
-  template <typename T>
-  int64_t reserve(int64_t count) {
-    const int64_t at = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-  void allocate(const Tensor& like) { memory_ = output(like, {size_}, ScalarType::Char); }
-  template <typename T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(data<char>(memory_) + offset);
-  }
-
- private:
-  int64_t size_ = 0;
-  Tensor memory_;
-};
 
 const void* shift(const void* p, DType dtype, int64_t elements) {
   return static_cast<const char*>(p) + elements * (dtype == DType::kFloat32 ? 4 : 2);

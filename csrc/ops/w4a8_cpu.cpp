@@ -1,6 +1,7 @@
 // pack_w4a8 and w4a8_gemm on the CPU.
 #include "cpu/w4a8.h"
 
+#include "ops/arena.h"
 #include "ops/w8a8.h"
 
 namespace qk::cpu {
@@ -90,12 +91,14 @@ void product(const Tensor& x, const W4A8Weight& weight, const Tensor& out) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worth);
   const int64_t group = kQuantizeElements / (cols + 1) + 1;  // of rows
 
-  const Tensor codes = output(x, {chunk, row_bytes}, ScalarType::Char),
-               scale = output(x, {chunk}, ScalarType::Float),
-               minus = output(x, {chunk, groups}, ScalarType::Int),
-               sums = output(x, {threads, chunk, kW4Panel}, ScalarType::Float);
+  Arena arena;
+  const int64_t codes = arena.reserve<int8_t>(chunk * row_bytes),
+                scale = arena.reserve<float>(chunk), minus = arena.reserve<int32_t>(chunk * groups),
+                sums = arena.reserve<float>(threads * chunk * kW4Panel);
+  arena.allocate(x);
   W4A8Task task = {};
-  task.tokens = {data<int8_t>(codes), row_bytes, data<float>(scale), data<int32_t>(minus)};
+  task.tokens = {arena.at<int8_t>(codes), row_bytes, arena.at<float>(scale),
+                 arena.at<int32_t>(minus)};
   task.dtype = dtype_of(kOp, x.scalar_type());
   task.stride = weight.rows;
   for (int64_t from = 0; from < total; from += chunk) {
@@ -107,7 +110,7 @@ void product(const Tensor& x, const W4A8Weight& weight, const Tensor& out) {
     const int64_t pieces =
         std::min((rows + kPieceRows - 1) / kPieceRows, (8 * threads + panels - 1) / panels);
     parallel_stages(
-        threads, (rows + group - 1) / group,
+        threads, [&](int64_t i) { kernels.fetch(weight, i / pieces); }, (rows + group - 1) / group,
         [&](int64_t i, int64_t) {
           kernels.quantize(task.dtype, input, x.stride(0), cols, weight.group, i * group,
                            std::min(rows, (i + 1) * group), task.tokens);
@@ -120,7 +123,7 @@ void product(const Tensor& x, const W4A8Weight& weight, const Tensor& out) {
           own.end = rows * (i % pieces + 1) / pieces;
           next /= pieces;
           own.next = next != own.panel && next < panels ? next : -1;
-          own.sums = data<float>(sums) + thread * chunk * kW4Panel;
+          own.sums = arena.at<float>(sums) + thread * chunk * kW4Panel;
           own.out = result;
           kernels.multiply(weight, own);
         });
