@@ -12,13 +12,14 @@ w8a8_gemm and wna16_gemm, all with x in bf16.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import machine
+from bench import keep_freed_memory, machine
 
 import quantkit.ops as ops
 from quantkit.ops.isa import current_isa
@@ -72,9 +73,11 @@ def measure(calls: dict[str, Call], x: torch.Tensor, copies: int, seconds: float
     while time.perf_counter() - started < 0.1:  # threads and clocks are awake after this
         for call in calls.values():
             call(x, 0)
-    started = time.perf_counter()
+    order, started = list(calls.items()), time.perf_counter()
+    shuffle = random.Random(0)
     while i < 9 or time.perf_counter() - started < seconds * len(calls):
-        for name, call in calls.items():
+        shuffle.shuffle(order)  # whoever follows a slow one finds cold caches and a cool core
+        for name, call in order:
             begin = time.perf_counter()
             call(x, i % copies)
             times[name].append(time.perf_counter() - begin)
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--peers", default="int4pack,w8a8")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     ops._load.require("cpu")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(f"{args.regime} weights, groups of {args.group}, {args.scales} scales, x bf16; median of each, in turns")

@@ -58,30 +58,41 @@ void parallel_queue(int64_t n, const Body& body) {
 }
 
 // f(i, thread) for i in [0, first), and when all of these are done, g(i, next, thread) for i in
-// [0, second): `next` is what the thread will take after i, second or more if nothing. Before all
-// that a thread calls soon(i) for what it will take first. One parallel region for both, on at most
-// `threads` threads, since waking them costs as much as a small product. A thread waits only for
-// pieces that another one is at work on, so fewer threads than asked for are no harm. f must not
-// throw.
+// [0, second): a thread takes neighbours one after the other, so that what they read is one stream,
+// and when its share is done helps with those of others. `next` is what it will most likely take
+// after i, second if nothing. Before all that a thread calls soon(i) for what it will take first.
+// One parallel region for both, on at most `threads` threads, since waking them costs as much as a
+// small product. A thread waits only for pieces that another one is at work on, so fewer threads
+// than asked for are no harm. f must not throw.
 template <typename Soon, typename First, typename Second>
 void parallel_stages(int64_t threads, const Soon& soon, int64_t first, const First& f,
                      int64_t second, const Second& g) {
   current_isa();
-  std::atomic<int64_t> begun = 0, done = 0, next = 0;
   threads = std::max<int64_t>(1, std::min<int64_t>(threads, torch::stable::get_num_threads()));
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = second * t / threads;
+    shares[t].end = second * (t + 1) / threads;
+  }
+  std::atomic<int64_t> begun = 0, done = 0;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    const int64_t start = next++;
-    if (start < second) soon(start);
+    const int64_t start = second * thread / threads;
+    if (start < shares[thread].end) soon(start);
     int64_t count = 0;
     for (int64_t i = begun++; i < first; i = begun++, ++count) f(i, thread);
     done.fetch_add(count, std::memory_order_release);
     for (int spins = 0; done.load(std::memory_order_acquire) < first; ++spins) {
       if (spins >= 4096) std::this_thread::yield();
     }
-    for (int64_t i = start; i < second;) {
-      const int64_t after = next++;
-      g(i, after, thread);
-      i = after;
+    for (int64_t t = 0; t < threads; ++t) {
+      Share& share = shares[(thread + t) % threads];
+      for (int64_t i = share.next++; i < share.end; i = share.next++) {
+        g(i, i + 1 < share.end ? i + 1 : second, thread);
+      }
     }
   });
 }
