@@ -22,19 +22,42 @@ struct Problem {
   float* out;
 };
 
+// The factor transposed, in stripes of its rows: those of a block have columns from the block's
+// first one on, since there is nothing before.
+struct Stripes {
+  float* memory;
+  int64_t padded, width;
+
+  float* at(int64_t stripe, int64_t k) const {
+    const int64_t block = stripe * width / kBlock, begin = block * kBlock;
+    return memory + before(block) + (stripe * width - begin) * (padded - begin) +
+           (k - begin) * width;
+  }
+  // From one stripe of the block that begins there to the next.
+  int64_t apart(int64_t begin) const { return (padded - begin) * width; }
+  int64_t size() const {
+    const int64_t last = (padded - 1) / kBlock, rows = padded - last * kBlock;
+    return before(last) + rows * rows;
+  }
+
+ private:
+  int64_t before(int64_t block) const {
+    return kBlock * (block * padded - kBlock * (block * (block - 1) / 2));
+  }
+};
+
 // One step: columns [begin, end) of the factor, those right of them being known. A diagonal block
 // `h`, and the stripes of rows above it. Rows are lanes: what is kept is the factor transposed.
 class Step {
  public:
-  Step(const Problem& problem, int64_t padded, float* r, int64_t begin, int64_t end)
+  Step(const Problem& problem, const Stripes& stripes, int64_t begin, int64_t end)
       : problem_(problem),
         kernels_(factor_kernels()),
-        padded_(padded),
+        stripes_(stripes),
         begin_(begin),
         end_(end),
         rows_(end - begin),
         width_(kernels_.width),
-        r_(r),
         diagonals_(rows_ / width_),
         above_(begin / width_),
         pending_(diagonals_),
@@ -52,21 +75,28 @@ class Step {
       }
     });
     if (done_ != rows_) return false;
-    finish_diagonal();
-    parallel_queue(above_, [&](int64_t i) { finish(i); });
+    // Rows of the diagonal block have zeros before it, in memory that is new to the system.
+    parallel_queue(diagonals_ + above_, [&](int64_t i) {
+      if (i < diagonals_) {
+        finish_diagonal(begin_ + i * width_);
+      } else {
+        finish(i - diagonals_);
+      }
+    });
     return true;
   }
   int64_t done() const { return done_; }
 
  private:
-  float* r(int64_t stripe, int64_t k) const { return r_ + (stripe * padded_ + k) * width_; }
+  float* r(int64_t stripe, int64_t k) const { return stripes_.at(stripe, k); }
 
   // The sum of products with what is right of here, minus g, for rows [row, end) and a stripe.
   void sum(int64_t row, int64_t stripe, float* x) {
     const Problem& p = problem_;
     const int64_t col = stripe * width_;
     const bool inside = row < p.n && col < p.n;
-    kernels_.product(r(row / width_, end_), padded_ * width_, r(stripe, end_), padded_ - end_,
+    const int64_t depth = stripes_.padded - end_;
+    kernels_.product(r(row / width_, end_), stripes_.apart(begin_), r(stripe, end_), depth,
                      end_ - row, inside ? p.g + row * p.stride + col : nullptr, p.stride, p.n - row,
                      p.n - col, x);
   }
@@ -96,8 +126,8 @@ class Step {
     for (int64_t i = 0; i < rows_ * rows_; ++i) inverse_[i] = static_cast<float>(inverse[i]);
   }
 
-  void finish_diagonal() {
-    for (int64_t row = begin_; row < std::min(end_, problem_.n); ++row) {
+  void finish_diagonal(int64_t first) {
+    for (int64_t row = first; row < std::min(first + width_, problem_.n); ++row) {
       float* const out = problem_.out + row * problem_.n;
       std::fill(out, out + row, 0.0f);
       for (int64_t k = row; k < std::min(end_, problem_.n); ++k) {
@@ -115,8 +145,8 @@ class Step {
 
   const Problem problem_;
   const FactorKernels& kernels_;
-  const int64_t padded_, begin_, end_, rows_, width_;
-  float* const r_;
+  const Stripes stripes_;
+  const int64_t begin_, end_, rows_, width_;
   const int64_t diagonals_, above_;
   std::atomic<int64_t> pending_;
   int64_t done_ = 0;
@@ -127,10 +157,12 @@ class Step {
 // 0, or the minor, counted from the last row, that is not positive.
 int64_t factor(const Tensor& g, const Problem& problem) {
   const int64_t width = factor_kernels().width, padded = (problem.n + width - 1) / width * width;
-  Tensor memory = output(g, {padded, padded}, ScalarType::Float);
+  Stripes stripes = {nullptr, padded, width};
+  Tensor memory = output(g, {stripes.size()}, ScalarType::Float);
+  stripes.memory = data<float>(memory);
   for (int64_t end = padded; end > 0;) {
     const int64_t begin = (end - 1) / kBlock * kBlock;
-    Step step(problem, padded, data<float>(memory), begin, end);
+    Step step(problem, stripes, begin, end);
     if (!step.run()) return problem.n - end + step.done() + 1;
     end = begin;
   }
