@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   const int64_t padded = cols + tile;  // a tile may reach beyond the last column
   const int64_t stripe_size = plan.columns * width;
   const int64_t panel_size = (padded + 2 * groups + 1) * width + stripe_size;
-  const int64_t panels_size = std::min(kTogether, each) * panel_size;
+  const int64_t most = std::min(kTogether / width, each), panels_size = most * panel_size;
   const int64_t scratch_size = 2 * (stripe_size + tile * width);
   const int64_t room = panels_size + scratch_size + (stripe_size + 63) / 64 * 16;
   Tensor memory = output(w, {workers(panels), room}, ScalarType::Float);
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
   for (int64_t from = 0; from < shape.batch; from += matrices) {
     const int64_t to = std::min(from + matrices, shape.batch);
     plan.pack(factor, from, std::min(at_once, to - from), diagonal.data(), data<float>(packed));
-    const std::vector<Turn> turns = turns_of(from * each, to * each, each);
+    const std::vector<Turn> turns = turns_of(from * each, to * each, each, most);
     parallel_workers(turns.size(), [&](int64_t worker, int64_t t) {
       const auto [first, count] = turns[t];
       float* const mine = data<float>(memory) + worker * room;

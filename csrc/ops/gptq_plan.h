@@ -10,8 +10,8 @@
 
 namespace qk::cpu {
 
-constexpr int64_t kTogether = 4;  // panels of rows that take a stripe's factor in turn
-constexpr int64_t kPiece = 256;   // rows of a factor that a thread packs at once
+constexpr int64_t kTogether = 192;  // rows, in panels that take a stripe of the factor in turn
+constexpr int64_t kPiece = 256;     // rows of a factor that a thread packs at once
 
 // Matrix `index` of a batch, or the one that all share.
 inline const float* matrix(const Tensor& x, int64_t index) {
@@ -66,15 +66,17 @@ struct Plan {
 };
 
 // Panels [first, first + count) in turn, all of one matrix: the less is left, the fewer, so that no
-// thread ends long before the others.
+// thread ends long before the others; but each turn reads the whole factor once.
 struct Turn {
   int64_t first, count;
 };
-inline std::vector<Turn> turns_of(int64_t begin, int64_t end, int64_t each) {
+inline std::vector<Turn> turns_of(int64_t begin, int64_t end, int64_t each, int64_t most) {
+  const int64_t threads = workers(end - begin);
+  const int64_t least = std::clamp<int64_t>((end - begin) / (4 * threads), 1, (most + 1) / 2);
   std::vector<Turn> turns;
   for (int64_t p = begin; p < end; p += turns.back().count) {
-    const int64_t fair = (end - p) / (2 * workers(end - begin)), left = each - p % each;
-    turns.push_back({p, std::min(left, std::clamp<int64_t>(fair, 1, kTogether))});
+    const int64_t fair = (end - p) / (2 * threads), left = each - p % each;
+    turns.push_back({p, std::min({left, end - p, std::clamp(fair, least, most)})});
   }
   return turns;
 }
