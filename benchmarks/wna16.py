@@ -1,6 +1,6 @@
-"""Weight-only GEMMs of bf16 x against what torch has: GB/s, GFLOP/s, shares of the machine's peaks, ratios.
+"""GEMMs of bf16 x with int4, int8 and packed bf16 weights, against torch: GB/s, GFLOP/s, shares of the peaks, ratios.
 
-usage: python benchmarks/wna16.py [--shapes 4096x4096 ...] [--rows 1 4 ...] [--ops w4 w8] [--group 128] [--cold]
+usage: python benchmarks/wna16.py [--shapes 4096x4096 ...] [--rows 1 4 ...] [--ops w4 w8 bf16] [--group 128] [--cold]
        [--threads 2] [--rounds 9] [--json FILE]
 
 Shapes are N x K. Warm: the same weight each time; cold: weights in turn, more than 128 MB of them in each format, so
@@ -26,39 +26,53 @@ import quantkit.ops as ops
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "2048x2048", "8192x2048", "2048x8192")
 ROWS = (1, 4, 16, 64, 256, 1024)
 COLD_BYTES = 128 << 20
+OURS = ("w4", "w8", "bf16")
 
 Call = Callable[[Tensor, int], Tensor]
 
 
-def copies(cold: bool, weight: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The weight, and as many copies as do not fit the caches."""
-    size = sum(t.nbytes for t in weight)
-    return [weight] + [tuple(t.clone() for t in weight) for _ in range(COLD_BYTES // size + 1 if cold else 0)]
-
-
 def contenders(n: int, k: int, group: int, names: list[str], cold: bool) -> dict[str, tuple[int, Call]]:
-    """Name -> bytes of the weight, y of x and the round."""
+    """Name -> bytes of the weight, y of x and the round. Weights that do not fit the caches are each packed anew."""
     scale = torch.rand(n, k // group).mul_(0.01).add_(0.01)
     cases: dict[str, tuple[int, Call]] = {}
 
-    def add(name: str, weight: tuple[Tensor, ...], call: Callable[..., Tensor]) -> None:
-        kept = copies(cold, weight)
-        cases[name] = (sum(t.nbytes for t in weight), lambda x, i: call(x, *kept[i % len(kept)]))
+    def add(name: str, make: Callable[[], tuple[Tensor, ...]], call: Callable[..., Tensor]) -> None:
+        first = make()
+        size = sum(t.nbytes for t in first)
+        weights = [first] + [make() for _ in range(COLD_BYTES // size + 1 if cold else 0)]
+        cases[name] = (size, lambda x, i: call(x, *weights[i % len(weights)]))
 
     if "w4" in names:
         codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-        packed = ops.pack_wna16(ops.pack_int32(codes, 4), 4, k)
-        add("w4", (packed, scale), lambda x, w, s: ops.wna16_gemm(x, w, s, 4, n, group))
-        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+        words, wide = ops.pack_int32(codes, 4), (codes + 8).int()
         pairs = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
-        add("int4pack", (theirs, pairs), lambda x, w, s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, group, s))
+        convert, int4pack = (
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu,
+            torch.ops.aten._weight_int4pack_mm_for_cpu,
+        )
+        add(
+            "w4",
+            lambda: (ops.pack_wna16(words, 4, k), scale.clone()),
+            lambda x, w, s: ops.wna16_gemm(x, w, s, 4, n, group),
+        )
+        add("int4pack", lambda: (convert(wide, 1), pairs.clone()), lambda x, w, s: int4pack(x, w, group, s))
     if "w8" in names:
-        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-        packed = ops.pack_wna16(ops.pack_int32(codes, 8), 8, k)
-        add("w8", (packed, scale), lambda x, w, s: ops.wna16_gemm(x, w, s, 8, n, group))
-        channel = torch.rand(n).bfloat16()
-        add("int8pack", (codes, channel), lambda x, w, s: torch.ops.aten._weight_int8pack_mm(x, w, s))
-    add("linear", (torch.randn(n, k).bfloat16(),), torch.nn.functional.linear)
+        codes8 = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        words8, channel, int8pack = (
+            ops.pack_int32(codes8, 8),
+            torch.rand(n).bfloat16(),
+            torch.ops.aten._weight_int8pack_mm,
+        )
+        add(
+            "w8",
+            lambda: (ops.pack_wna16(words8, 8, k), scale.clone()),
+            lambda x, w, s: ops.wna16_gemm(x, w, s, 8, n, group),
+        )
+        add("int8pack", lambda: (codes8.clone(), channel), int8pack)
+    weight = torch.randn(n, k).bfloat16()
+    if "bf16" in names:
+        add("bf16", lambda: (ops.pack_bf16(weight),), lambda x, w: ops.bf16_gemm(x, w, n))
+    add("linear", lambda: (weight.clone(),), torch.nn.functional.linear)
     return cases
 
 
@@ -81,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--ops", nargs="+", default=["w4"], choices=["w4", "w8"])
+    parser.add_argument("--ops", nargs="+", default=["w4"], choices=OURS)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -105,7 +119,7 @@ def main() -> None:
             found = measure(cases, torch.randn(m, k).bfloat16(), args.rounds)
             for name, t in found.items():
                 rate, flops = cases[name][0] / t / 1e9, 2 * m * n * k / t / 1e9
-                ratios = {p: found[p] / t for p in found if p not in ("w4", "w8")} if name in ("w4", "w8") else {}
+                ratios = {p: found[p] / t for p in found if name in OURS and p not in OURS}
                 figures.append(
                     {"n": n, "k": k, "m": m, "op": name, "cold": args.cold, "seconds": t, "gbs": rate, "gflops": flops}
                 )

@@ -15,8 +15,8 @@
 //   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset)
 //                                                   [count][kPanelCols] of groups from `first` on
 //
-// Up to kDirectRows rows, weights are decoded in registers and used there: one pass over the
-// packed words. Beyond, a slice of a panel is decoded into the L1 cache and used by all tiles.
+// Weights are decoded in registers and used there: up to kDirectRows rows, that is all. Beyond, the
+// first tile does so and stores a slice's decoded words to the L1 cache, and the others read them.
 #pragma once
 
 #include <type_traits>
@@ -28,12 +28,12 @@ namespace qk::QK_ISA {
 namespace {
 
 constexpr int kPanelVectors = kPanelCols / kLanes;
-constexpr int kDirectRows = kTileRows < 4 ? kTileRows : 4;
+constexpr int kDirectRows = kTileRows < 5 ? kTileRows : 5;
 constexpr int64_t kBlockTiles = 86;        // whose sums stay in the L2 cache
 constexpr int64_t kSliceBytes = 32 << 10;  // of a decoded panel
 constexpr int64_t kGroupBuffer = 48;       // groups whose scales are at hand
 constexpr int64_t kDirectGroups = 16;      // of them in a slice of a direct pass
-constexpr int64_t kAhead = 2048 / 4;       // words that are fetched before they are needed
+constexpr int64_t kAhead = 16384 / 4;      // words that are fetched before they are needed
 
 struct FloatWords {
   using Word = float;
@@ -131,12 +131,12 @@ void tile_decoded(const typename Words::Word* a, const Slice<Words>& slice, cons
   }
 }
 
-// R rows times the packed words of a slice. With few rows a step's vectors go to sums of their own,
-// which do not wait for each other.
-template <class Decoder, class Groups, int R>
+// R rows times the packed words of a slice, which are decoded on the way and kept if kStore. With
+// few rows a step's vectors go to sums of their own, which do not wait for each other.
+template <class Decoder, class Groups, bool kStore, int R>
 void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
                  const Slice<typename Decoder::Words>& slice, const float* x_sums, int64_t groups,
-                 float* c) {
+                 float* c, typename Decoder::Words::Word* decoded) {
   using Words = typename Decoder::Words;
   constexpr int kVectors = Decoder::kStep / Words::kCount;
   constexpr int kWanted = R == 1 ? 4 : R == 2 ? 2 : 1;
@@ -160,7 +160,15 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
         });
         unrolled<kVectors>([&](auto i) {
           typename Words::Vector right[kTileVectors];
-          unrolled<kTileVectors>([&](auto v) { right[v] = decoder.template at<i>(packed[v]); });
+          unrolled<kTileVectors>([&](auto v) {
+            if constexpr (kStore) {
+              // Loaded again each time: the registers are the sums'.
+              right[v] = decoder.template at<i>(load_words(w + v * kLanes));
+              Words::store_vector(decoded + (d + i) * kPanelCols + (v0 + v) * kLanes, right[v]);
+            } else {
+              right[v] = decoder.template at<i>(packed[v]);
+            }
+          });
           unrolled<R>([&](auto r) {
             const auto left = Words::spread(x[r]);
             unrolled<kTileVectors>([&](auto v) {
@@ -250,10 +258,12 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
     slice.first = k == 0;
     if constexpr (Decoder::kPlain) {
       slice.decoded = reinterpret_cast<const Word*>(slice.packed);
-    } else if (!direct) {
-      decode_slice(decoder, slice.packed, (end - k) / Decoder::kStep, decoded);
-      if constexpr (Groups::kInside) groups.apply(panel, k, end - k, decoded);
+    } else {
       slice.decoded = decoded;
+    }
+    if constexpr (Groups::kInside) {
+      decode_slice(decoder, slice.packed, (end - k) / Decoder::kStep, decoded);
+      groups.apply(panel, k, end - k, decoded);
     }
     for (int64_t t = first_tile; t < end_tile; ++t) {
       const int64_t row = x.first_row(t), rows = x.first_row(t + 1) - row;
@@ -266,8 +276,16 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
         constexpr int R = i + 1;
         if (rows != R) return;
         if constexpr (R <= kDirectRows && !Groups::kInside) {
-          if (direct)
-            return tile_direct<Decoder, Groups, R>(decoder, a, slice, sums, x.groups, out);
+          if (direct) {
+            return tile_direct<Decoder, Groups, false, R>(decoder, a, slice, sums, x.groups, out,
+                                                          nullptr);
+          }
+        }
+        if constexpr (!Decoder::kPlain && !Groups::kInside) {
+          if (t == first_tile) {
+            return tile_direct<Decoder, Groups, true, R>(decoder, a, slice, sums, x.groups, out,
+                                                         decoded);
+          }
         }
         tile_decoded<Words, Groups, R>(a, slice, sums, x.groups, out);
       });

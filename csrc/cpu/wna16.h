@@ -12,8 +12,9 @@
 
 namespace qk {
 
+// `bits` 16 is a plain bf16 weight: one group, no scale.
 struct Wna16Weight {
-  int bits;  // 4 or 8
+  int bits;  // 4, 8 or 16
   const int32_t* packed;
   int64_t rows, cols;  // N, K
   DType scale_dtype;
@@ -22,10 +23,11 @@ struct Wna16Weight {
   int64_t group, groups;     // k of a group
 };
 
-// int32 words [rows][stride] as compressed-tensors has them: code + 2^(bits - 1), along K.
+// int32 words [rows][stride] as compressed-tensors has them: code + 2^(bits - 1), along K. For 16
+// bits they are bf16 numbers, which `stride` counts, and there is no perm.
 struct Wna16Words {
   int bits;
-  const int32_t* words;
+  const void* words;
   int64_t stride, rows, cols;
   const int32_t* perm;  // null, or which column of the weight is the k-th
 };

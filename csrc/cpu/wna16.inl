@@ -18,6 +18,10 @@ struct FloatCodes {
   static constexpr bool kPlain = false;
   template <int i>
   QK_INLINE F32 at(I32 packed) const {
+    if constexpr (kBits == 16) {
+      return from_bits(i == 0 ? shift_left<16>(packed)
+                              : packed & shift_left<16>(broadcast(0xffff)));
+    }
     const I32 code = shift_right<shift_of(kBits, i)>(packed) & broadcast((1 << kBits) - 1);
     return to_float(code - broadcast(1 << (kBits - 1)));
   }
@@ -75,6 +79,15 @@ struct ScaledGroups {
   int64_t size;
   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset) const {
     fill_panel(weight, panel, first, count, scale, kZero ? offset : nullptr);
+  }
+};
+
+// Weights without scales.
+struct PlainWeights {
+  static constexpr bool kOffset = false, kInside = false;
+  int64_t size;
+  void fill(int64_t, int64_t, int64_t count, float* scale, float*) const {
+    std::fill_n(scale, count * kPanelCols, 1.0f);
   }
 };
 
@@ -157,7 +170,16 @@ void gemm_bits(const Wna16Weight& weight, DType dtype, const PackedRows& x, int6
 
 void gemm(const Wna16Weight& weight, DType dtype, const PackedRows& x, int64_t panel,
           int64_t first_tile, int64_t end_tile, const PanelOutput& out) {
-  if (weight.bits == 4) {
+  if (weight.bits == 16) {
+    const int32_t* const packed = weight.packed + panel * wna16_steps(16, weight.cols) * kPanelCols;
+    const PlainWeights groups = {INT64_MAX};
+#ifdef QK_PAIRS
+    if (takes_pairs(weight, dtype)) {
+      return panel_gemm(PairCodes<16>{}, groups, x, packed, panel, first_tile, end_tile, out);
+    }
+#endif
+    panel_gemm(FloatCodes<16>{}, groups, x, packed, panel, first_tile, end_tile, out);
+  } else if (weight.bits == 4) {
     gemm_bits<4>(weight, dtype, x, panel, first_tile, end_tile, out);
   } else {
     gemm_bits<8>(weight, dtype, x, panel, first_tile, end_tile, out);
@@ -183,7 +205,13 @@ QK_INLINE I32 part_codes(I32 word, int bits) {
 
 // The packed words of a row.
 void part_row(const Wna16Words& in, int64_t r, int32_t* out) {
-  const int32_t* const row = in.words + r * in.stride;
+  if (in.bits == 16) {
+    const uint16_t* const row = static_cast<const uint16_t*>(in.words) + r * in.stride;
+    if (in.cols % 2) out[in.cols / 2] = row[in.cols - 1];
+    std::memcpy(out, row, in.cols / 2 * sizeof(int32_t));
+    return;
+  }
+  const int32_t* const row = static_cast<const int32_t*>(in.words) + r * in.stride;
   const int64_t steps = wna16_steps(in.bits, in.cols), step = wna16_step(in.bits);
   if (in.perm) {
     const uint32_t mask = (1u << in.bits) - 1;

@@ -50,6 +50,17 @@ struct PairCodes<8> {
   }
 };
 
+template <>
+struct PairCodes<16> {
+  using Words = PairWords;
+  static constexpr int kStep = 2;
+  static constexpr bool kPlain = true;
+  template <int i>
+  QK_INLINE I32 at(I32 packed) const {
+    return packed;
+  }
+};
+
 }  // namespace
 }  // namespace qk::avx512
 

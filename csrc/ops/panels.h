@@ -13,7 +13,7 @@ void parallel_panels(const PackedRows& x, int64_t panels, const Body& body) {
   constexpr int64_t kBlock = 86;  // tiles: what a pass over a panel is worth
   const int64_t tiles = x.tiles(), blocks = (tiles + kBlock - 1) / kBlock;
   const int64_t run =
-      std::max<int64_t>(1, panels / (8 * static_cast<int64_t>(torch::stable::get_num_threads())));
+      std::max<int64_t>(1, panels / (4 * static_cast<int64_t>(torch::stable::get_num_threads())));
   const int64_t runs = (panels + run - 1) / run;
   current_isa();  // a wrong QUANTKIT_ISA is said here: see parallel_rows
   parallel_queue(runs * blocks, [&](int64_t i) {

@@ -1,9 +1,5 @@
 // pack_wna16 and wna16_gemm on the CPU.
-#include "cpu/wna16.h"
-
-#include <memory>
-
-#include "ops/panels.h"
+#include "ops/wna16.h"
 
 namespace qk::cpu {
 namespace {
@@ -34,14 +30,9 @@ const int32_t* check_perm(const char* op, const Optional& perm, int64_t cols) {
 
 void check_shape(const char* op, const Tensor& x, const Tensor& packed, int64_t num_bits,
                  int64_t out_features) {
-  check(x.dim() == 2, op, "x must be 2-D [tokens, in_features], got ", x.dim(), "-D");
-  check_float(op, "x", x);
-  const int64_t cols = x.size(1);
-  check(cols <= 1 || x.stride(1) == 1, op,
-        "x must have its last dimension contiguous, got strides ", text_of(x.strides()));
+  check_product(op, x, out_features);
   check_bits(op, num_bits);
-  check(cols > 0, op, "in_features must be positive, got ", cols);
-  check(out_features >= 0, op, "out_features must not be negative, got ", out_features);
+  const int64_t cols = x.size(1);
   const int64_t shape[] = {(out_features + kPanelCols - 1) / kPanelCols,
                            wna16_steps(static_cast<int>(num_bits), cols), kPanelCols};
   check(packed.scalar_type() == ScalarType::Int && packed.dim() == 3 &&
@@ -116,48 +107,8 @@ Tensor wna16_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_sc
   constexpr auto kOp = "wna16_gemm";
   const Wna16Weight weight = check_weight(kOp, x, packed, weight_scale, weight_zero_point, num_bits,
                                           out_features, group_size);
-  const int64_t rows = x.size(0), cols = x.size(1);
-  const int32_t* const order = check_perm(kOp, perm, cols);
-  if (bias) {
-    const ScalarType dtype = bias->scalar_type();
-    check((dtype == x.scalar_type() || dtype == ScalarType::Float) && bias->dim() == 1 &&
-              bias->size(0) == out_features && bias->is_contiguous(),
-          kOp, "bias must be contiguous ", name_of(x.scalar_type()), " or torch.float32 [",
-          out_features, "], got ", name_of(dtype), " ", text_of(bias->sizes()));
-  }
-  Tensor y = output(x, {rows, out_features}, x.scalar_type());
-  if (y.numel() == 0) return y;
-
-  const Wna16Kernels& kernels = wna16_kernels();
-  const DType dtype = dtype_of(kOp, x.scalar_type());
-  const RowsInput input = {dtype, element(x, 0), x.stride(0), cols, order, nullptr};
-  const int64_t depth = kernels.depth(weight, dtype);
-  const bool with_sums = wna16_sums(weight);
-  // One allocation: x's words, its sums.
-  Tensor room =
-      output(x, {rows * (depth + (with_sums ? weight.groups : 0)) + 16}, ScalarType::Float);
-  float* const words = data<float>(room);
-  const PackedRows tiles = {words,        with_sums ? words + rows * depth : nullptr,
-                            rows,         depth,
-                            kernels.tile, weight.group,
-                            weight.groups};
-  const auto pack = [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> row(new float[2 * depth + 16]);
-    for (int64_t t = begin; t < end; ++t) kernels.pack_tile(weight, input, tiles, t, row.get());
-  };
-  if (rows <= 2 * kernels.tile) {
-    pack(0, tiles.tiles());
-  } else {
-    parallel_rows(tiles.tiles(), cols * kernels.tile, pack);
-  }
-
-  const PanelOutput out = {dtype,         bias ? dtype_of(kOp, bias->scalar_type()) : dtype,
-                           data<char>(y), bias ? element(*bias, 0) : nullptr,
-                           out_features,  out_features};
-  parallel_panels(tiles, packed.size(0), [&](int64_t panel, int64_t begin, int64_t end) {
-    kernels.gemm(weight, dtype, tiles, panel, begin, end, out);
-  });
-  return y;
+  const int32_t* const order = check_perm(kOp, perm, x.size(1));
+  return wna16_product(kOp, x, weight, order, bias);
 }
 
 }  // namespace qk::cpu

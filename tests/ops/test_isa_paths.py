@@ -34,6 +34,7 @@ FAMILIES = (
     "wna16",
     "fp8_gemm",
     "moe",
+    "bf16_gemm",
 )
 
 

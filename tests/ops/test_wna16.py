@@ -138,3 +138,40 @@ def test_compiles() -> None:
     torch.library.opcheck(torch.ops.quantkit.pack_wna16.default, (ops.pack_int32(w.codes, 4), 4, 96, w.perm))
     compiled = torch.compile(lambda *inputs: overload(*inputs), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), overload(*arguments))
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_threads_leave_no_trace(rows: int) -> None:
+    w = weight(200, 640, 64, 4, zero=True, perm=True)
+    arguments = w.arguments(torch.randn(rows, 640).bfloat16())
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(call("wna16_gemm", *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_rows_beyond_a_block_of_tiles() -> None:
+    w = weight(70, 264, 88, 8, zero=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(300, 264).to(dtype)
+        check_close(w, x, call("wna16_gemm", *w.arguments(x)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_and_infinity_stay_in_their_rows(dtype: torch.dtype) -> None:
+    w = weight(70, 96, 32, 4, zero=True)
+    x = torch.randn(9, 96)
+    x[2, 5], x[7, 95] = float("nan"), -float("inf")
+    y = call("wna16_gemm", *w.arguments(x.to(dtype)))
+    finite = y.isfinite()
+    assert not finite[2].any()
+    # Infinity times a weight of zero is NaN; with its zero point taken off apart, so may any weight be.
+    assert not finite[7].any()
+    kept = [0, 1, 3, 4, 5, 6, 8]
+    assert finite[kept].all()
+    check_close(w, x[kept].to(dtype), y[kept])

@@ -3,6 +3,7 @@
 from . import _load
 from .attention import sage_attention
 from .awq import awq_search
+from .bf16_gemm import bf16_gemm, pack_bf16
 from .error import quantization_error
 from .fp8_gemm import fp8_gemm, pack_fp8
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
@@ -32,6 +33,7 @@ __all__ = [
     "absmax",
     "asymmetric_scale",
     "awq_search",
+    "bf16_gemm",
     "combine_experts",
     "dequantize",
     "factor_with_retry",
@@ -52,6 +54,7 @@ __all__ = [
     "minmax",
     "moe_gemm",
     "mse_scale",
+    "pack_bf16",
     "pack_fp8",
     "pack_int32",
     "pack_w4a8",

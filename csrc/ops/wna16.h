@@ -1,0 +1,69 @@
+// One product with weights that wna16.h knows: x packed, then the panels spread over threads.
+#pragma once
+
+#include "cpu/wna16.h"
+
+#include <memory>
+
+#include "ops/panels.h"
+
+namespace qk::cpu {
+
+// What the GEMMs ask of x, whose columns are the weight's.
+inline void check_product(const char* op, const Tensor& x, int64_t out_features) {
+  check(x.dim() == 2, op, "x must be 2-D [tokens, in_features], got ", x.dim(), "-D");
+  check_float(op, "x", x);
+  check(x.size(1) <= 1 || x.stride(1) == 1, op,
+        "x must have its last dimension contiguous, got strides ", text_of(x.strides()));
+  check(x.size(1) > 0, op, "in_features must be positive, got ", x.size(1));
+  check(out_features >= 0, op, "out_features must not be negative, got ", out_features);
+}
+
+// y = x W^T + bias; `order` is null or which column of x is the k-th.
+inline Tensor wna16_product(const char* op, const Tensor& x, const Wna16Weight& weight,
+                            const int32_t* order, const std::optional<Tensor>& bias) {
+  const int64_t rows = x.size(0), cols = x.size(1);
+  if (bias) {
+    const ScalarType dtype = bias->scalar_type();
+    check((dtype == x.scalar_type() || dtype == ScalarType::Float) && bias->dim() == 1 &&
+              bias->size(0) == weight.rows && bias->is_contiguous(),
+          op, "bias must be contiguous ", name_of(x.scalar_type()), " or torch.float32 [",
+          weight.rows, "], got ", name_of(dtype), " ", text_of(bias->sizes()));
+  }
+  Tensor y = output(x, {rows, weight.rows}, x.scalar_type());
+  if (y.numel() == 0) return y;
+
+  const Wna16Kernels& kernels = wna16_kernels();
+  const DType dtype = dtype_of(op, x.scalar_type());
+  const RowsInput input = {dtype, element(x, 0), x.stride(0), cols, order, nullptr};
+  const int64_t depth = kernels.depth(weight, dtype);
+  const bool with_sums = wna16_sums(weight);
+  // One allocation: x's words, its sums.
+  Tensor room =
+      output(x, {rows * (depth + (with_sums ? weight.groups : 0)) + 16}, ScalarType::Float);
+  float* const words = data<float>(room);
+  const PackedRows tiles = {words,        with_sums ? words + rows * depth : nullptr,
+                            rows,         depth,
+                            kernels.tile, weight.group,
+                            weight.groups};
+  const auto pack = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> row(new float[2 * depth + 16]);
+    for (int64_t t = begin; t < end; ++t) kernels.pack_tile(weight, input, tiles, t, row.get());
+  };
+  if (rows <= 2 * kernels.tile) {
+    pack(0, tiles.tiles());
+  } else {
+    parallel_rows(tiles.tiles(), cols * kernels.tile, pack);
+  }
+
+  const PanelOutput out = {dtype,         bias ? dtype_of(op, bias->scalar_type()) : dtype,
+                           data<char>(y), bias ? element(*bias, 0) : nullptr,
+                           weight.rows,   weight.rows};
+  parallel_panels(tiles, (weight.rows + kPanelCols - 1) / kPanelCols,
+                  [&](int64_t panel, int64_t begin, int64_t end) {
+                    kernels.gemm(weight, dtype, tiles, panel, begin, end, out);
+                  });
+  return y;
+}
+
+}  // namespace qk::cpu
