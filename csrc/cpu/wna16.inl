@@ -84,7 +84,7 @@ struct ScaledGroups {
 
 // Weights without scales.
 struct PlainWeights {
-  static constexpr bool kOffset = false, kInside = false;
+  static constexpr bool kOffset = false, kInside = false, kRowScale = false;
   int64_t size;
   void fill(int64_t, int64_t, int64_t count, float* scale, float*) const {
     std::fill_n(scale, count * kPanelCols, 1.0f);
