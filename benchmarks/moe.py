@@ -63,7 +63,9 @@ def single(kind: str, x: Tensor, values: dict[str, Any], e: int, rows: int) -> T
 def cases(
     args: argparse.Namespace, name: str, tokens: int, dense: Tensor, kinds: dict[str, dict[str, Any]]
 ) -> dict[str, tuple[int, Callable[[int], Any]]]:
-    """Every round routes the tokens anew, so that weights are cold while they are many."""
+    """Every round and every case routes the tokens anew: no case finds its weights in the cache because the one before
+    it read them.
+    """
     _, rows, cols = dense.shape
     routed = []
     for _ in range(32):
@@ -74,6 +76,7 @@ def cases(
     used = sum(sum(a < b for a, b in itertools.pairwise(r)) for _, r in routed) / len(routed)
 
     def loop(i: int, call: Callable[[Tensor, int], Tensor]) -> Tensor:
+        i += 13
         y, bounds = x.new_empty((len(x), rows)), routed[i % len(routed)][1]
         for e in range(args.experts):
             if bounds[e] < bounds[e + 1]:

@@ -17,6 +17,11 @@ struct PairCodes {
   static constexpr int kStep = 4;
   static constexpr bool kPlain = false;
 
+  // In a register, not made anew in every loop: GCC takes constants for cheap.
+  static QK_INLINE __m512i kept(__m512i x) {
+    asm("" : "+v"(x));
+    return x;
+  }
   static QK_INLINE __m512i table(uint64_t low, uint64_t high) {
     return _mm512_broadcast_i32x4(
         _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)));
@@ -26,22 +31,22 @@ struct PairCodes {
   // Of m * 2^-9: the lower bytes, and what they have less than 60 above.
   const __m512i lower = table(0x60402000'c0800000, 0);
   const __m512i less = table(0x00000000'0101013c, 0);
+  const __m512i nibble = kept(_mm512_set1_epi8(0x0f)), exponent = kept(_mm512_set1_epi8(0x78));
 
   // Vector 0 has the codes in the lower bytes of each 16 bits, vector 1 the others. What both share
   // is computed once.
   template <int i>
   QK_INLINE I32 at(I32 packed) const {
-    const __m512i nibble = _mm512_set1_epi8(0x0f), z = packed.v;
-    const __m512i mantissa = _mm512_and_si512(z, nibble);
-    const __mmask64 subnormal = _mm512_testn_epi8_mask(z, _mm512_set1_epi8(0x78));
+    const __m512i z = packed.v, mantissa = _mm512_and_si512(z, nibble);
+    const __mmask64 subnormal = _mm512_testn_epi8_mask(z, exponent);
     __m512i a = _mm512_shuffle_epi8(upper, _mm512_and_si512(_mm512_srli_epi16(z, 4), nibble));
     a = _mm512_mask_sub_epi8(a, subnormal, a, _mm512_shuffle_epi8(less, mantissa));
     __m512i b = _mm512_slli_epi16(mantissa, 4);
     b = _mm512_mask_shuffle_epi8(b, subnormal, lower, mantissa);
-    const __m512i low = _mm512_set1_epi16(0x00ff);
-    // low ? b : a, where the other byte comes from next to it.
-    return {i == 0 ? _mm512_ternarylogic_epi32(low, b, _mm512_slli_epi16(a, 8), 0xca)
-                   : _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(b, 8), a, 0xca)};
+    // The other byte of each 16 bits comes from next to it.
+    const __mmask64 low = 0x5555555555555555;
+    return {i == 0 ? _mm512_mask_blend_epi8(low, _mm512_slli_epi16(a, 8), b)
+                   : _mm512_mask_blend_epi8(low, a, _mm512_srli_epi16(b, 8))};
   }
 };
 
