@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .plan import PlannedModule
 
 # Room for tokenizer and other side files, and what the process itself takes (torch, threads, queues).
-SIDE_FILES, PROCESS = 64 << 20, 300 << 20
+SIDE_FILES, PROCESS = 64 << 20, 340 << 20
+# Of what a calibration works with, what malloc keeps besides.
+KEPT = 1.2
 # num_samples: -1 means all there are, which the plan does not count.
 UNLIMITED_SAMPLES = 512
 # What activations of all batches may take while they wait in front of a Linear, for one forward a layer instead of two.
@@ -59,7 +61,8 @@ def estimate(
     grams = gram_bytes(config, family, modules)
     held = held_bytes(config, checkpoint, family, modules) if grams or smoothed else 0
     if config.recipe.needs_data:
-        memory = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams + held
+        work = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams + held
+        memory = PROCESS + int(KEPT * work)
     else:
         memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
@@ -84,14 +87,14 @@ def _calibrated(
     smoothed: bool,
 ) -> int:
     """A layer as it lies in the file, in the forward and in the output, the hidden states of all tokens, and room for
-    one GPTQ factor and its work. Smoothing holds a layer's weights in fp32 besides.
+    one GPTQ factor, its Gram matrix in order and its work. Smoothing holds a layer's weights in fp32 besides.
     """
     layers: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         layers[str(family.layer_of(name))] += info.nbytes
     widest = max((m.cols for m in modules.values() if m.modifier.kind == "gptq"), default=0)
     states = _tokens(config) * _hidden(checkpoint) * 2
-    return PROCESS + (5 if smoothed else 3) * max(layers.values()) + states + 2 * 4 * widest**2
+    return (5 if smoothed else 3) * max(layers.values()) + states + 3 * 4 * widest**2
 
 
 def _tokens(config: RunConfig) -> int:
