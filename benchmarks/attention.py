@@ -1,5 +1,5 @@
 """sage_attention against F.scaled_dot_product_attention in bf16, with its errors; decoding from an 8-bit KV cache
-against the same function on a bf16 cache. All in turns, on one machine, in one run.
+against the same function on a bf16 cache, and against two matrix products on it. All in turns, in one run.
 
     python benchmarks/attention.py                     # everything, about two minutes
     python benchmarks/attention.py --only prefill --tokens 1024 4096
@@ -18,6 +18,7 @@ from bench import machine
 from torch import Tensor
 
 from quantkit import ops
+from quantkit.models.attention import single
 
 # Of two cores of the machine that docs/benchmarks.md describes: int8 dot products, bf16 dot products, memory.
 INT8_PEAK, BF16_PEAK, MEMORY = 2.0e12, 0.98e12, 78e9
@@ -109,6 +110,7 @@ def decode(lengths: list[int], heads: int, kv_heads: int, size: int) -> None:
             return what[turn[""] % len(what)]
 
         cases = {"bf16, SDPA": lambda q=q, p=plain: F.scaled_dot_product_attention(q, *next_of(p), enable_gqa=True)}
+        cases["bf16, two products"] = lambda q=q, p=plain: single(q, *next_of(p), q.shape[-1] ** -0.5, None)
         for dtype in (torch.int8, torch.float8_e4m3fn):
             for name, scale in (("tensor", torch.tensor([0.03])), ("token", torch.ones(1, kv_heads, n))):
                 caches = []

@@ -30,15 +30,19 @@ struct FastCodes<Float8E4M3> {
 };
 constexpr bool kFastLosesNan = true;
 
+// NaN has the largest magnitude.
 QK_INLINE bool any_nan(const uint8_t* p, int64_t n) {
-  __mmask64 found = 0;
   const __m512i magnitude = _mm512_set1_epi8(0x7f);
-  for (int64_t i = 0; i < n; i += 64) {
-    const __mmask64 there = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
-    const __m512i codes = _mm512_and_si512(_mm512_maskz_loadu_epi8(there, p + i), magnitude);
-    found |= _mm512_cmpeq_epi8_mask(codes, magnitude);
+  __m512i most = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_loadu_si512(p + i), magnitude));
   }
-  return found != 0;
+  if (i < n) {
+    const __m512i left = _mm512_maskz_loadu_epi8((__mmask64{1} << (n - i)) - 1, p + i);
+    most = _mm512_max_epu8(most, _mm512_and_si512(left, magnitude));
+  }
+  return _mm512_cmpeq_epi8_mask(most, magnitude) != 0;
 }
 
 // The sums of the lanes of 16 vectors. First of four vectors each within groups of four lanes...

@@ -41,10 +41,17 @@ QK_INLINE F32 sums_of_lanes(const F32* x) {
 }
 #endif
 
+// Keys ahead of which codes are fetched: the memory's latency at the rate it gives them.
+constexpr int64_t kAhead = 48;
+
+QK_INLINE void prefetch_row(const uint8_t* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(row + i);
+}
+
 // Products of kRows queries with keys [first, first + 16) or as many as there are before `end`.
 template <class Codes, int kRows>
-QK_INLINE void key_products(const CacheHead& head, const float* q, int64_t first, int64_t end,
-                            F32 (&products)[kRows]) {
+QK_INLINE void key_products(const CacheHead& head, const float* q, int64_t begin, int64_t first,
+                            int64_t end, F32 (&products)[kRows]) {
   constexpr int kKeys = 4;  // at a time
   F32 lanes[kRows][kLanes];
   for (int j = 0; j < kLanes; j += kKeys) {
@@ -52,6 +59,11 @@ QK_INLINE void key_products(const CacheHead& head, const float* q, int64_t first
     // Beyond the end the last key is taken again: nothing there is read.
     for (int i = 0; i < kKeys; ++i) {
       rows[i] = head.k + std::min(first + j + i, end - 1) * head.k_stride;
+      // After the last keys come the first values.
+      const int64_t ahead = first + j + i + kAhead;
+      prefetch_row(ahead < end ? head.k + ahead * head.k_stride
+                               : head.v + (begin + ahead - end) * head.v_stride,
+                   head.size);
     }
     F32 sum[kRows][kKeys];
 #pragma GCC unroll 4
@@ -92,6 +104,9 @@ QK_INLINE void value_sums(const CacheHead& head, const float* weights, int64_t b
   }
   const uint8_t* row = head.v + begin * head.v_stride + channel;
   for (int64_t j = begin; j < end; ++j, ++weights, row += head.v_stride) {
+    for (int64_t i = 0; i < kCols * kLanes; i += 64) {
+      __builtin_prefetch(row + kAhead * head.v_stride + i);
+    }
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
       const F32 value = Codes::load_codes(row + c * kLanes);
@@ -128,7 +143,7 @@ void attend_rows(const CacheHead& head, const float* q, float factor, int64_t be
   for (int r = 0; r < kRows; ++r) most[r] = broadcast(-kInfinity);
   for (int64_t j = 0; j < keys; j += kLanes) {
     F32 products[kRows];
-    key_products<Codes, kRows>(head, q, begin + j, end, products);
+    key_products<Codes, kRows>(head, q, begin, begin + j, end, products);
     const F32 scale = scales(head.k_scale, head.k_scale_stride, j) * broadcast(unit);
     for (int r = 0; r < kRows; ++r) {
       float* const to = logits + r * kCacheChunk + j;

@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 
 from .. import ops
 from ..errors import ConfigError
+from ..models.attention import single
 from .cache import CachedStates
 
 NAME = "quantkit_sage"
@@ -201,8 +202,12 @@ def _on_numbers(query: Tensor, key: Tensor, value: Tensor, seen: SeenKeys, scali
             lengths=seen.lengths,
             window=seen.window,
         )
-    everything = tokens == 1 and not seen.window and seen.starts is None
-    mask = None if everything else seen.dense(query.shape[0], tokens, key.shape[2], query.device)
+    mask = None
+    if tokens > 1 or seen.window or seen.starts is not None:
+        mask = seen.dense(query.shape[0], tokens, key.shape[2], query.device)
+    if tokens == 1 and key.shape[2] > 0:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return single(query, key, value, scale, mask).transpose(1, 2)
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
