@@ -68,11 +68,11 @@ struct AttentionKernels {
                  void* scratch);
 };
 
-// What `pack` and `attend` need; cache lines are 64 bytes.
+// What `pack` and `attend` need, beginning at a cache line (64 bytes): 16 rows of words; queries'
+// words, sums and six numbers each, and logits and weights of a tile of at most 8 rows.
+constexpr int64_t kPackScratchBytes = 16 * 4 * kMaxHeadSize;
 constexpr int64_t attention_scratch_bytes(int64_t size) {
-  // Queries' words of a row, sums, and per tile of at most 8 rows: logits and weights.
-  return kQueryBlock * (4 * kMaxHeadSize + 4 * size + 64) + 8 * 2 * 4 * kKeyBlock +
-         16 * 4 * kMaxHeadSize + 4096;
+  return kQueryBlock * 4 * (kMaxHeadSize + size + 6) + 2 * 8 * 4 * kKeyBlock;
 }
 
 // Those of the instruction set that dispatch.h chose.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <memory>
 
 #include "ops/cpu_ops.h"
 
@@ -70,11 +71,10 @@ void parallel_queue_with_scratch(int64_t n, int64_t bytes, const Body& body) {
   std::atomic<int64_t> next = 0;
   const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    std::vector<char> memory;
-    for (int64_t i = next++; i < n; i = next++) {
-      if (memory.empty()) memory.resize(bytes + 64);
-      body(i, reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64));
-    }
+    const std::unique_ptr<char[]> memory(new char[bytes + 64]);  // not cleared
+    void* const scratch =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+    for (int64_t i = next++; i < n; i = next++) body(i, scratch);
   });
 }
 

@@ -102,13 +102,12 @@ Heads pack_heads(const Tensor& k, const Tensor& v, const OptionalTensor& starts,
     result.begin[i] = std::clamp<int64_t>(bound_of(starts, i / heads, 0), 0, result.end[i]);
   }
   take_statistics(result, smooth_k);
-  parallel_queue_with_scratch(
-      count * blocks, attention_scratch_bytes(size), [&](int64_t i, void* scratch) {
-        const int64_t head = i / blocks, block = i % blocks;
-        if (block * kKeyBlock >= result.end[head]) return;  // nobody reads it
-        kernels.pack(result.source(head), block, data<float>(result.mean) + head * size, per_token,
-                     result.packed(head), scratch);
-      });
+  parallel_queue_with_scratch(count * blocks, kPackScratchBytes, [&](int64_t i, void* scratch) {
+    const int64_t head = i / blocks, block = i % blocks;
+    if (block * kKeyBlock >= result.end[head]) return;  // nobody reads it
+    kernels.pack(result.source(head), block, data<float>(result.mean) + head * size, per_token,
+                 result.packed(head), scratch);
+  });
   return result;
 }
 
