@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import machine
+from bench import keep_freed_memory, machine
 
 from quantkit import ops
 
@@ -118,12 +118,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line of the table")
     parser.add_argument("--only", choices=("cold", "warm"))
     parser.add_argument("--mixed", action="store_true", help="int8_mixed_gemm instead")
+    parser.add_argument("--kept", action="store_true", help="results in memory that is there already, see bench.py")
     parser.add_argument("--tops", type=float, default=2.05)
     parser.add_argument("--gbs", type=float, default=78.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ops._load.require("cpu")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    memory = "kept" if args.kept and keep_freed_memory() else "fresh"
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), f"{memory} memory", sep=", ")
     head = (
         f"{'N x K':12}{'M':>5} {'':5}{'ours us':>9}{'min':>8}{'GOPS':>7}{'GB/s':>6}{'% peak':>7}{'peer us':>9}"
         f"{'min':>8}{'GOPS':>7}{'ratio':>7} | raw{'ours us':>8}{'GOPS':>7}{'peer us':>9}{'GOPS':>7}{'ratio':>7}"
