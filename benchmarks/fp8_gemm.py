@@ -35,13 +35,16 @@ def cases(rows: int, cols: int, tokens: int, copies: int, peers: bool) -> dict[s
     by_block = [ops.pack_fp8(block) for _ in range(copies)]
     read = rows * cols
 
-    def ours(packed: list[Tensor], scale: Tensor, size: list[int], how: list[int] | None) -> Callable[[int], Any]:
-        return lambda i: ops.fp8_gemm(x, packed[i % copies], scale, size, rows, input_block=how)
+    def ours(
+        packed: list[Tensor], scale: Tensor, size: list[int], how: list[int] | None, first: int = 0
+    ) -> Callable[[int], Any]:
+        return lambda i: ops.fp8_gemm(x, packed[(i + first) % copies], scale, size, rows, input_block=how)
 
     made: dict[str, tuple[int, Callable[[int], Any]]] = {
         "F.linear bf16": (2 * read, lambda i: F.linear(x, dense[i % copies])),
         "w8a16": (read, ours(by_channel, channel_scale, [1, -1], None)),
-        "token": (read, ours(by_channel, channel_scale, [1, -1], [1, -1])),
+        # Not the copy that was just read.
+        "token": (read, ours(by_channel, channel_scale, [1, -1], [1, -1], copies // 2)),
         "block": (read, ours(by_block, block_scale, [128, 128], [1, 128])),
     }
     if peers:
