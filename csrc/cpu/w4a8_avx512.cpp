@@ -151,10 +151,15 @@ __attribute__((noinline)) void ragged_tile_of(const Tile& tile) {
 
 template <int kRows>
 QK_INLINE void tile_of(const Tile& tile) {
-  tile.group_words == 0 ? ragged_tile_of<kRows>(tile)
-  : tile.rate == 4      ? tile_of<kRows, 4>(tile)
-  : tile.rate == 2      ? tile_of<kRows, 2>(tile)
-                        : tile_of<kRows, 1>(tile);
+  if (tile.group_words == 0) return ragged_tile_of<kRows>(tile);
+  // Tiles are of like heights: one of two rows is alone.
+  if constexpr (kRows <= 2) {
+    tile_of<kRows, 0>(tile);
+  } else {
+    tile.rate == 4   ? tile_of<kRows, 4>(tile)
+    : tile.rate == 2 ? tile_of<kRows, 2>(tile)
+                     : tile_of<kRows, 1>(tile);
+  }
 }
 
 void run_tile(const Tile& tile) {

@@ -173,7 +173,8 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
   std::fill(task.sums, task.sums + rows * kW4Panel, 0.0f);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, at_once = block_groups(weight);
   const int64_t out_bytes = task.dtype == DType::kFloat32 ? 4 : 2;
-  tile.rate = tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
+  // One or two rows read memory as fast as it goes: there the hardware's own fetching does better.
+  tile.rate = rows <= 2 ? 0 : tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
   for (int64_t g = 0; g < groups; g += at_once) {
     tile.first = g;
     tile.last = std::min(groups, g + at_once);
@@ -194,7 +195,7 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
       tile.codes = task.tokens.codes + r * task.tokens.stride;
       tile.minus = task.tokens.minus + r * groups;
       tile.sums = task.sums + begin * kW4Panel;
-      tile.more = following && t * tile.rate < kWordLines;
+      tile.more = following && tile.rate > 0 && t * tile.rate < kWordLines;
       tile.fetch =
           tile.more ? reinterpret_cast<const char*>(following) + t * tile.rate * count * kLineBytes
                     : reinterpret_cast<const char*>(tile.codes);
