@@ -24,6 +24,7 @@ from quantkit.live_hooks import CacheQuantizer
 from quantkit.models.live import LiveCheckpoint
 from quantkit.runtime.experts import ExpertLinears
 from quantkit.runtime.generate import encode
+from quantkit.runtime.growing import GrowingLayer, growing
 from quantkit.runtime.linear import QuantLinear
 
 from .jobs import EXAMPLES, RECIPES, SCHEMES, quantize, quantize_by
@@ -418,3 +419,45 @@ def test_generate_caches_codes(scheme: str, outputs: Any, ids: Tensor) -> None:
     assert torch.equal(static, rounded[:, :20])
     sage = quantkit.load(outputs("tiny-llama", scheme), attn_implementation="quantkit_sage")
     assert sage.generate(ids[:, :16], max_new_tokens=8, do_sample=False).shape == (4, 24)
+
+
+def test_growing_cache_is_the_dynamic_one(outputs: Any, ids: Tensor) -> None:
+    model = quantkit.load(outputs("tiny-llama", "W4A16"), dtype=torch.float32)
+    usual, ours = (
+        transformers.DynamicCache(config=model.config),
+        growing(transformers.DynamicCache(config=model.config)),
+    )
+    assert all(type(layer) is GrowingLayer for layer in ours.layers)
+    order = torch.tensor([3, 1, 1, 0])
+    with torch.inference_mode():
+        for step, part in enumerate((ids[:, :20], ids[:, 20:21], ids[:, 21:22], ids[:, 22:50], ids.repeat(1, 5))):
+            got, expected = (model(input_ids=part, past_key_values=c, use_cache=True).logits for c in (ours, usual))
+            assert error(got, expected) < WEIGHT_ONLY
+            room = ours.layers[0]._room[0].data_ptr()
+            assert ours.layers[0].keys.data_ptr() == room
+            for cache in (ours, usual):
+                if step == 1:
+                    cache.reorder_cache(order)
+                elif step == 2:
+                    cache.crop(-2)
+            assert ours.get_seq_length() == usual.get_seq_length()
+            for a, b in zip(ours.layers, usual.layers, strict=True):
+                torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-4)
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    found = model.generate(ids[:, :8], **beams, return_dict_in_generate=True)
+    assert type(found.past_key_values.layers[0]) is GrowingLayer
+    plain = model.generate(ids[:, :8], **beams, past_key_values=transformers.DynamicCache(config=model.config))
+    assert torch.equal(found.sequences, plain)
+
+
+def test_head_in_bf16_is_the_linear(outputs: Any, ids: Tensor) -> None:
+    model = quantkit.load(outputs("tiny-llama", "W4A16"))
+    head = model.lm_head
+    assert head.weight is model.model.embed_tokens.weight and head.packed is not None
+    x = torch.randn(2, 3, 256).bfloat16()
+    exact = x.double() @ head.weight.double().T
+    assert ((head(x) - exact).abs() <= exact.abs() * 2.0**-8 + 1e-4).all()
+    assert torch.equal(head(x)[:, -1:], head(x[:, -1:]))

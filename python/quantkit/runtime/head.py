@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from .. import ops
 
 
 class Head(nn.Linear):
@@ -18,11 +21,16 @@ class Head(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
+        pack = linear.weight.dtype == torch.bfloat16 and not linear.weight.is_meta
+        self.register_buffer("packed", ops.pack_bf16(linear.weight.detach()) if pack else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # PyTorch would copy the whole weight for a 3-D slice of the last token.
         rows = x.reshape(-1, self.in_features)
-        y = nn.functional.linear(rows, self.weight, self.bias)
+        if self.packed is None:
+            y = nn.functional.linear(rows, self.weight, self.bias)
+        else:
+            y = ops.bf16_gemm(rows, self.packed, self.out_features, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

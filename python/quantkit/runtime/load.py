@@ -252,8 +252,8 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     model = skeleton.model
     model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
     model.save_pretrained = model._quantkit.save_pretrained
-    if any(isinstance(hook, CacheQuantizer) for m in model.modules() for hook in m._forward_pre_hooks.values()):
-        model._prepare_cache_for_generation = partial(_prepare_cache, model)
+    codes = any(isinstance(hook, CacheQuantizer) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    model._prepare_cache_for_generation = partial(_prepare_cache, model, codes)
     if attn_implementation is not None:
         try:
             model.set_attn_implementation(attn_implementation)
@@ -265,16 +265,24 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
 
 
 def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int
+    model: Any, codes: bool, config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int
 ) -> None:
-    """Transformers' hook of `generate`: codes are cached, unless the caller brings a cache or asks for another kind."""
-    from .cache import QuantizedCache
+    """Transformers' hook of `generate`: without a cache from the caller, or the wish for another kind, codes are cached
+    where the checkpoint has scales for them, and numbers in a cache that grows without copies.
+    """
+    from transformers.cache_utils import DynamicCache
 
-    asked = generation_config.cache_implementation not in (None, "dynamic")
-    if generation_config.use_cache and not asked and model_kwargs.get("past_key_values") is None:
+    from .cache import QuantizedCache
+    from .growing import growing
+
+    ours = config.use_cache and config.cache_implementation in (None, "dynamic")
+    ours = ours and model_kwargs.get("past_key_values") is None
+    if ours and codes:
         model_kwargs["past_key_values"] = QuantizedCache.of(model, capacity=max(1, length))
-        generation_config.cache_implementation = None
-    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, batch, length)
+        config.cache_implementation = None
+    type(model)._prepare_cache_for_generation(model, config, model_kwargs, mode, batch, length)
+    if ours and type(model_kwargs.get("past_key_values")) is DynamicCache:
+        growing(model_kwargs["past_key_values"])
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
