@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
+from quantkit import ops
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import main
 from quantkit.errors import CheckpointError, ConfigError, PlanError
@@ -461,3 +464,19 @@ def test_head_in_bf16_is_the_linear(outputs: Any, ids: Tensor) -> None:
     exact = x.double() @ head.weight.double().T
     assert ((head(x) - exact).abs() <= exact.abs() * 2.0**-8 + 1e-4).all()
     assert torch.equal(head(x)[:, -1:], head(x[:, -1:]))
+
+
+def test_int4_with_int8_activations_as_llm_compressor_stores_it(outputs: Any, ids: Tensor, tmp_path: Path) -> None:
+    """int-quantized: a code in each int8 of `weight`, scales in the model's dtype."""
+    output = outputs("tiny-llama", "W4A8")
+    copied = tmp_path / "copy"
+    shutil.copytree(output, copied)
+    tensors = load_file(output / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(".weight_packed")]:
+        module = name.removesuffix(".weight_packed")
+        cols = int(tensors.pop(f"{module}.weight_shape")[1])
+        tensors[f"{module}.weight"] = ops.unpack_int32(tensors.pop(name), 4, cols)
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    text = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(text.replace("pack-quantized", "int-quantized"))
+    assert torch.equal(logits(quantkit.load(copied), ids), logits(quantkit.load(output), ids))
