@@ -14,7 +14,7 @@ from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from .compressed_tensors import Schemes
-from .single import one_group, refuse_cache, require_key, suffixed
+from .single import no_cache, one_group, require_key, suffixed, weight_only
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..config.groups import SchemeGroup
     from ..quantized import QuantizedTensor
-    from .folded import Folded
 
 NAME = "awq"
 VERSION = ""
@@ -115,21 +114,8 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
     }
 
 
-def pack_activations(
-    module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
-) -> dict[str, Tensor]:
-    """The format has no activation scales."""
-    raise ConfigError(f"{module}: save_name '{NAME}' holds no activation scales")
-
-
-def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
-    """The format has no scales of a KV cache."""
-    raise refuse_cache(NAME)
-
-
-def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
-    """The format has no scales of a KV cache."""
-    raise refuse_cache(NAME)
+pack_activations, kv_tensors, kv_scales = weight_only(NAME)
+read_kv_cache = no_cache
 
 
 def config_block(
@@ -169,11 +155,6 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
     grouped = size > 0
     weights = QuantizationArgs(4, "int", False, "group" if grouped else "channel", size if grouped else None)
     return Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])])
-
-
-def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
-    """The format says nothing of the KV cache."""
-    return None
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:

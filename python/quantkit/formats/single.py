@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint.layout import OutputTensor
     from ..config.groups import SchemeGroup
+    from .folded import Folded
 
 
 def one_group(name: str, groups: Sequence[SchemeGroup], kv_cache: QuantizationArgs | None) -> QuantizationScheme:
@@ -22,6 +26,28 @@ def one_group(name: str, groups: Sequence[SchemeGroup], kv_cache: QuantizationAr
             f"({', '.join(group.scheme.name for group in groups) or 'none'}); use save_name 'compressed-tensors'"
         )
     return groups[0].scheme
+
+
+def weight_only(name: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """`pack_activations`, `kv_tensors` and `kv_scales` of a format that has none of these: errors that say so."""
+
+    def pack_activations(
+        module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+    ) -> dict[str, Tensor]:
+        raise ConfigError(f"{module}: save_name '{name}' holds no activation scales")
+
+    def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
+        raise refuse_cache(name)
+
+    def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
+        raise refuse_cache(name)
+
+    return pack_activations, kv_tensors, kv_scales
+
+
+def no_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
+    """Of a format that says nothing of the KV cache."""
+    return None
 
 
 def refuse_cache(name: str) -> ConfigError:
