@@ -77,18 +77,22 @@ void pack_factor(const GptqStripe& stripe, const float* factor, int64_t stride, 
   const Part all(kColumns);
   for (int64_t from = 0; from < width; from += kAtOnce) {
     const int64_t to = width - from < kAtOnce ? width : from + kAtOnce;
-    float inverse[kAtOnce + kLanes] = {};
-    for (int64_t c = from; c < to; ++c) inverse[c - from] = 1.0f / stripe.diagonal[c];
+    // A division, not a product with the inverse: the bits are those of the CUDA kernel.
+    float diagonal[kAtOnce + kLanes];
+    for (int64_t c = 0; c < kAtOnce + kLanes; ++c) {
+      diagonal[c] = c < to - from ? stripe.diagonal[from + c] : 1.0f;
+    }
     // Of row k, or of rows k and k + 1, the word that is at `place` in tile 0, `next` from one
     // column to the next.
     const auto pack = [&](int64_t place, int64_t next, int64_t k, auto paired) {
       for (int64_t c = from; c < to; c += kColumns) {
         const Part lanes(to - c < kColumns ? to - c : kColumns);
-        const F32 by = load(inverse + (c - from), Full{});
+        const F32 over = load(diagonal + (c - from), Full{});
         const float* const x = factor + k * stride + first + c;
-        const F32 one = load(x, lanes) * by;
+        const F32 one = load(x, lanes) / over;
         if constexpr (paired) {
-          store(packed + place + c * next, PairWords::word(one, load(x + stride, lanes) * by), all);
+          store(packed + place + c * next, PairWords::word(one, load(x + stride, lanes) / over),
+                all);
         } else {
           store(packed + place + c * next, one, all);
         }

@@ -204,8 +204,8 @@ def test_memory_is_kept_within_the_sweep_and_given_back_behind_it() -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     with kept_memory():
-        faults()
-        kept = faults()
+        # Where the heap is in pieces, the first passes still make it grow.
+        kept = min(faults() for _ in range(4))
     assert faults() > 10 * max(kept, 1)
 
 
