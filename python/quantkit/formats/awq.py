@@ -7,14 +7,14 @@ always there: symmetric weights have the middle code. Source: AutoAWQ's gemm pac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
-from .compressed_tensors import Schemes
-from .single import no_cache, one_group, require_key, suffixed, weight_only
+from . import compressed_tensors as ct
+from .single import fp16, fp16_scales, no_cache, one_group, require_key, weight_only, with_qweight
 
 if TYPE_CHECKING:
     import torch
@@ -46,21 +46,6 @@ def check(scheme: QuantizationScheme) -> None:
 def packs(scheme: QuantizationScheme) -> bool:
     """Codes are packed along the outputs, not as they are made."""
     return False
-
-
-def scale_name(scheme: QuantizationScheme) -> str:
-    """The last name of the tensor with a weight's scales."""
-    return "scales"
-
-
-def stem(schemes: Iterable[QuantizationScheme]) -> str:
-    """What the weight files are called."""
-    return "model"
-
-
-def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
-    """fp16 whatever the model's dtype: readers hold scales in it."""
-    return "F16"
 
 
 def stored_tensors(
@@ -116,6 +101,9 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
 
 pack_activations, kv_tensors, kv_scales = weight_only(NAME)
 read_kv_cache = no_cache
+scale_name, scale_dtype, quantized_modules = fp16_scales, fp16, with_qweight
+stem = ct.stem
+side_files = ct.side_files
 
 
 def config_block(
@@ -136,14 +124,7 @@ def config_block(
     }
 
 
-def side_files(
-    block: Mapping[str, Any], tensors: Iterable[str], schemes: Mapping[str, QuantizationScheme]
-) -> dict[str, bytes]:
-    """None."""
-    return {}
-
-
-def read_schemes(block: Mapping[str, Any]) -> Schemes:
+def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
     """The one scheme behind a `quantization_config` of this method. CheckpointError for what is not read."""
     bits, size = require_key(block, "bits", "w_bit"), require_key(block, "group_size", "q_group_size")
     version = str(block.get("version", "gemm")).lower()
@@ -154,12 +135,7 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
         )
     grouped = size > 0
     weights = QuantizationArgs(4, "int", False, "group" if grouped else "channel", size if grouped else None)
-    return Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])])
-
-
-def quantized_modules(tensors: Iterable[str]) -> list[str]:
-    """The modules of a checkpoint that carry codes."""
-    return suffixed(tensors, "qweight")
+    return ct.Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])])
 
 
 def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from .. import __version__
 from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
-from .compressed_tensors import Schemes
-from .single import no_cache, one_group, require_key, suffixed, weight_only
+from . import compressed_tensors as ct
+from .single import fp16, fp16_scales, no_cache, one_group, require_key, weight_only, with_qweight
 
 if TYPE_CHECKING:
     import torch
@@ -47,21 +47,6 @@ def check(scheme: QuantizationScheme) -> None:
 def packs(scheme: QuantizationScheme) -> bool:
     """Whether integer codes go into int32 words along the inputs."""
     return True
-
-
-def scale_name(scheme: QuantizationScheme) -> str:
-    """The last name of the tensor with a weight's scales."""
-    return "scales"
-
-
-def stem(schemes: Iterable[QuantizationScheme]) -> str:
-    """What the weight files are called."""
-    return "model"
-
-
-def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
-    """fp16 whatever the model's dtype: readers hold scales in it."""
-    return "F16"
 
 
 def _groups(args: QuantizationArgs, cols: int) -> int:
@@ -112,6 +97,8 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
 
 pack_activations, kv_tensors, kv_scales = weight_only(NAME)
 read_kv_cache = no_cache
+scale_name, scale_dtype, quantized_modules = fp16_scales, fp16, with_qweight
+stem = ct.stem
 
 
 def config_block(
@@ -146,7 +133,7 @@ def side_files(
     return {"quantize_config.json": (json.dumps(block, indent=2) + "\n").encode()}
 
 
-def read_schemes(block: Mapping[str, Any]) -> Schemes:
+def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
     """The one scheme behind a `quantization_config` of this method. CheckpointError for what is not read."""
     bits, size = require_key(block, "bits"), require_key(block, "group_size")
     if bits not in (4, 8) or not isinstance(size, int) or size == 0:
@@ -166,17 +153,12 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
         actorder="group" if block.get("desc_act") and size > 0 else None,
     )
     scheme = QuantizationScheme(f"GPTQ_{label_of(block)}", weights)
-    return Schemes([(scheme, ["Linear"])])
+    return ct.Schemes([(scheme, ["Linear"])])
 
 
 def label_of(block: Mapping[str, Any]) -> str:
     """Which version the zero points are of."""
     return str(block.get("checkpoint_format") or block.get("format") or "gptq")
-
-
-def quantized_modules(tensors: Iterable[str]) -> list[str]:
-    """The modules of a checkpoint that carry codes."""
-    return suffixed(tensors, "qweight")
 
 
 def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:

@@ -62,6 +62,21 @@ def require_key(block: Mapping[str, Any], *names: str) -> Any:
     raise CheckpointError(f"quantization_config: no {' or '.join(names)}, without which its weights cannot be read")
 
 
+def fp16_scales(scheme: QuantizationScheme) -> str:
+    """The last name of the tensor with a weight's scales, in GPTQ's and AWQ's formats."""
+    return "scales"
+
+
+def fp16(scheme: QuantizationScheme, model_dtype: str) -> str:
+    """The dtype of these whatever the model's: readers hold them in it."""
+    return "F16"
+
+
+def with_qweight(tensors: Iterable[str]) -> list[str]:
+    """The modules of a checkpoint in these formats that carry codes."""
+    return suffixed(tensors, "qweight")
+
+
 def suffixed(tensors: Iterable[str], part: str) -> list[str]:
     """The modules that have a tensor `part`."""
     return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
