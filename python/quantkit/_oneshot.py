@@ -425,6 +425,7 @@ def _save_tokenizer(tokenizer: Any, where: str, output: Path, remote: bool) -> N
 def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progress: bool) -> None:
     """In place, once everything is computed."""
     from . import engine
+    from .data_free import data_free
     from .live_output import LiveOutput, LiveSink
     from .models.live import LiveCheckpoint
     from .models.skeleton import Skeleton
@@ -437,7 +438,7 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
     sink = LiveSink()
     report = None
     if rows is None:
-        engine.data_free(plan, checkpoint, sink, progress=progress)
+        data_free(plan, checkpoint, sink, progress=progress)
     else:
         skeleton = Skeleton(checkpoint.folder, checkpoint.names(), dtype=engine.forward_dtype(config), like=model)
         report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)

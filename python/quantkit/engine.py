@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
-from .checkpoint.native import host
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
+from .data_free import data_free
 from .formats.folded import Folded
 from .plan import Plan, build_plan, config_bytes
 from .report.model_card import model_card
@@ -143,36 +143,6 @@ class WrittenOutput:
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale).items():
             self.writer.write(name, tensor)
-
-
-class WeightReader(Protocol):
-    """A source whose tensors can be let go of: a checkpoint, or a model in memory."""
-
-    def tensor(self, name: str) -> Tensor: ...
-    def release(self, name: str) -> None: ...
-
-
-def data_free(
-    plan: Plan, source: WeightReader, sink: Sink, *, copy: Callable[[str], None] | None = None, progress: bool = True
-) -> None:
-    """A recipe without data: every weight by itself, in the order it lies in the source. `copy` is called for tensors
-    that stay as they are.
-    """
-    from .modifiers.rtn import quantize_weight
-
-    total = plan.checkpoint.total_bytes
-    with Progress("quantize", total=total, unit="B", enabled=progress) as bar:
-        for name, info in plan.checkpoint.tensors.items():
-            module = name.removesuffix(".weight")
-            if module != name and module in plan.modules:
-                weight, args = source.tensor(name), plan.modules[module].scheme.weights
-                dtype, pack = plan.scale_dtype(module), plan.packs(module)
-                sink.weight(module, quantize_weight(module, weight, args, scale_dtype=dtype, pack=pack))
-                source.release(name)
-                host().release_free_memory()
-            elif copy is not None:
-                copy(name)
-            bar.advance(info.nbytes)
 
 
 def calibrate(
