@@ -13,6 +13,7 @@ from ..errors import CalibrationError
 from ..models.experts import Experts
 from .batches import Batch
 from .statistics import Statistics, Wants
+from .tree import Leaves, Sums
 
 
 class SeenAll(Exception):
@@ -82,17 +83,23 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 class InputHooks:
-    """Forward-pre-hooks on Linears that gather statistics of each distinct input once; see `Sharing`."""
+    """Forward-pre-hooks on Linears that gather statistics of each distinct input once; see `Sharing`. Batches are those
+    of `leaves`; experts' inputs are added up batch by batch.
+    """
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], wants: Mapping[str, Wants], experts: Sequence[Experts]
+        self,
+        linears: Mapping[str, nn.Linear],
+        wants: Mapping[str, Wants],
+        experts: Sequence[Experts],
+        leaves: Leaves,
     ) -> None:
-        self.linears, self.wants = linears, wants
-        self.statistics: dict[str, Statistics] = {}
+        self.linears, self.wants, self.leaves = linears, wants, leaves
+        self.sums: dict[str, Statistics | Sums] = {}
         self._routed = {module for group in experts for module in group.modules()}
         self._leader: dict[str, str] = {}
         self._sharing = Sharing()
-        self._rows = BatchRows(Batch(torch.empty(0, 0), None))
+        self._rows, self._number = BatchRows(Batch(torch.empty(0, 0), None)), 0
         self._last: str | None = None
         self._newest: str | None = None
 
@@ -104,10 +111,18 @@ class InputHooks:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, rows: BatchRows) -> None:
-        """Announce the next batch."""
-        self._rows = rows
+    def begin(self, rows: BatchRows, number: int) -> None:
+        """Announce the next batch, which is the `number`-th of all."""
+        self._rows, self._number = rows, number
         self._sharing.clear()
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Of the input of each Linear that had any, once all batches have been; no more may come."""
+        totals: dict[int, Statistics] = {}
+        for seen in self.sums.values():
+            if id(seen) not in totals:
+                totals[id(seen)] = seen.total() if isinstance(seen, Sums) else seen
+        return {name: totals[id(seen)] for name, seen in self.sums.items()}
 
     def may_stop(self) -> None:
         """Outputs are not needed: raise SeenAll behind the Linear that was called last in the batch just done. Which
@@ -132,15 +147,21 @@ class InputHooks:
                 "cannot be attributed"
             )
         if leader != name:
-            self.statistics[name] = self.statistics[leader]
+            self.sums[name] = self.sums[leader]
             return
         # Experts are given no padding in the first place.
-        rows = x.reshape(-1, x.shape[-1]) if module in self._routed else self._rows.of(x, name)
+        routed = module in self._routed
+        rows = x.reshape(-1, x.shape[-1]) if routed else self._rows.of(x, name)
         if rows.shape[0] == 0:
             return
-        if name not in self.statistics:
-            self.statistics[name] = Statistics.empty(rows.shape[1], self.wants[name])
-        self.statistics[name].update(rows, lambda: f"{name}, {self._rows.samples(x)}")
+        if name not in self.sums:
+            wants = self.wants[name]
+            self.sums[name] = Statistics.empty(rows.shape[1], wants) if routed else Sums(self.leaves, wants)
+        seen = self.sums[name]
+        if isinstance(seen, Sums):
+            seen.update(self._number, rows, lambda: f"{name}, {self._rows.samples(x)}")
+        else:
+            seen.update(rows, lambda: f"{name}, {self._rows.samples(x)}")
 
 
 class CacheRecorder:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from .hooks import BatchRows, CacheRecorder, Sharing
 from .statistics import Statistics, Wants
+from .tree import Leaves, Sums
 
 if TYPE_CHECKING:
     from .sweep import Layer, Visitor
@@ -117,8 +118,8 @@ def _alive(frame: FrameType | None, there: set[int]) -> int:
 class _Walk:
     """One batch on its way through the layer."""
 
-    def __init__(self, rows: BatchRows, forward: Callable[[], None]) -> None:
-        self.rows, self.greenlet = rows, greenlet(forward)
+    def __init__(self, number: int, rows: BatchRows, forward: Callable[[], None]) -> None:
+        self.number, self.rows, self.greenlet = number, rows, greenlet(forward)
         # Tensors are told apart as they are once the batch goes on with them.
         self.sharing = Sharing()
 
@@ -135,7 +136,8 @@ class Lockstep:
         cache: CacheRecorder | None = None,
     ) -> None:
         self.layer, self.course, self.cache = layer, course, cache
-        self._walks = [_Walk(batch, lambda i=i: forward(i)) for i, batch in enumerate(batches)]  # type: ignore[misc]
+        self._walks = [_Walk(i, batch, lambda i=i: forward(i)) for i, batch in enumerate(batches)]  # type: ignore[misc]
+        self._leaves = Leaves(len(batches))
         self._now = self._walks[0]
 
     def run(
@@ -190,28 +192,26 @@ class Lockstep:
 
     def _arrive(self, leader: str, wants: Wants | None) -> tuple[Statistics | None, list[Tensor]]:
         """Every batch to its next input; the statistics of that, if there are `wants`, and what waits there."""
-        seen: Statistics | None = None
+        seen = None if wants is None else Sums(self._leaves, wants)
         held = []
         for walk in self._walks:
             x = self._step(walk, leader)
-            if wants is not None:
-                seen = seen or Statistics.empty(x.shape[-1], wants)
-                seen.update(walk.rows.of(x, leader), self._where(walk, leader, x))
+            if seen is not None:
+                seen.update(walk.number, walk.rows.of(x, leader), self._where(walk, leader, x))
             held.append(x)
-        return seen, held
+        return None if seen is None else seen.total(), held
 
     def _go_on(
         self, leader: str, wants: Wants | None, held: Sequence[Tensor], divisor: Tensor | None
     ) -> Statistics | None:
         """What waits is divided as the norm in front has been by now; the statistics of it then."""
-        seen: Statistics | None = None
+        seen = None if wants is None else Sums(self._leaves, wants)
         for walk, x in zip(self._walks, held, strict=True):
             if divisor is not None:
                 x.div_(divisor)
-            if wants is not None:
-                seen = seen or Statistics.empty(x.shape[-1], wants)
-                seen.update(walk.rows.of(x, leader), self._where(walk, leader, x))
-        return seen
+            if seen is not None:
+                seen.update(walk.number, walk.rows.of(x, leader), self._where(walk, leader, x))
+        return None if seen is None else seen.total()
 
     def _where(self, walk: _Walk, leader: str, x: Tensor) -> Callable[[], str]:
         return lambda: f"{leader}, {walk.rows.samples(x)}"

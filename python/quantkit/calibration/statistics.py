@@ -39,9 +39,10 @@ class Histogram:
 @dataclass
 class Statistics:
     """Of one input [tokens, channels]: how many tokens there were, each channel's smallest and largest value and sum of
-    magnitudes (fp32 [channels]), `gram` = x^T x (fp32 [channels, channels]), a histogram. All but the moving averages
-    (fp32 [2]: lowest, highest) merge by sum, min or max, so batches may come in any split. Linears that read the same
-    tensor share one object. `divided`: what each channel has been divided by since (fp32 [channels]).
+    magnitudes (fp32 [channels]), `gram` = x^T x (fp32 [channels, channels]), a histogram, and each batch's lowest and
+    highest value (`extremes`, fp32 [batches, 2]). They merge by sum, min or max, extremes by order; see `tree` for that
+    of floating-point sums. Linears that read the same tensor share one object. `divided`: what each channel has been
+    divided by since (fp32 [channels]).
     """
 
     count: int
@@ -50,7 +51,7 @@ class Statistics:
     absum: Tensor | None = None
     gram: Tensor | None = None
     histogram: Histogram | None = None
-    averages: Tensor | None = None
+    extremes: Tensor | None = None
     divided: Tensor | None = None
     _channels: Tensor | None = None
 
@@ -66,7 +67,7 @@ class Statistics:
         if wants.histogram:
             found.histogram = Histogram(torch.zeros(HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1))
         if wants.averages:
-            found.averages = torch.full((2,), torch.nan)
+            found.extremes = torch.empty(0, 2)
         return found
 
     @classmethod
@@ -97,14 +98,13 @@ class Statistics:
         torch.maximum(self.max, high, out=self.max)
         if self.histogram is not None:
             ops.histogram_accumulate(x, self.histogram.counts, self.histogram.span)
-        if self.averages is not None:
-            seen = torch.stack((low.min(), high.max()))
-            first = bool(self.averages.isnan().any())
-            # llm-compressor's averaging_constant.
-            self.averages = seen if first else self.averages + 0.01 * (seen - self.averages)
+        if self.extremes is not None:
+            if self.gram is not None:  # what the Gram matrix's op gives are those of all batches so far
+                low, high = ops.minmax(x, [-1, 1])
+            self.extremes = torch.cat((self.extremes, torch.stack((low.min(), high.max()))[None]))
 
     def merge(self, other: Statistics) -> None:
-        """Take in what `other` saw."""
+        """Take in what `other` saw, in later batches."""
         self.count += other.count
         torch.minimum(self.min, other.min, out=self.min)
         torch.maximum(self.max, other.max, out=self.max)
@@ -115,8 +115,8 @@ class Statistics:
         if self.histogram is not None and other.histogram is not None:
             mine, theirs = self.histogram, other.histogram
             self.histogram = Histogram(*ops.merge_histograms(mine.counts, mine.span, theirs.counts, theirs.span))
-        if self.averages is not None and other.averages is not None:
-            self.averages = (self.averages + other.averages) / 2
+        if self.extremes is not None and other.extremes is not None:
+            self.extremes = torch.cat((self.extremes, other.extremes))
 
     def copy(self) -> Statistics:
         """One that merges without changing this one."""
@@ -132,7 +132,7 @@ class Statistics:
             clone(self.absum),
             clone(self.gram),
             histogram,
-            clone(self.averages),
+            clone(self.extremes),
         )
 
     def divide(self, s: Tensor) -> None:
@@ -145,6 +145,17 @@ class Statistics:
             self.gram /= s
             self.gram /= s[:, None]
         self.divided = s.clone() if self.divided is None else self.divided * s
+
+    @property
+    def averages(self) -> Tensor | None:
+        """Moving averages of the batches' lowest and highest values, in their order: fp32 [2]."""
+        if self.extremes is None:
+            return None
+        found = torch.full((2,), torch.nan)
+        for i, seen in enumerate(self.extremes):
+            # llm-compressor's averaging_constant.
+            found = seen if i == 0 else found + 0.01 * (seen - found)
+        return found
 
     @property
     def absmax(self) -> Tensor:

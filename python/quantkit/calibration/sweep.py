@@ -29,6 +29,7 @@ from .batches import Batch, HiddenStates
 from .hooks import BatchRows, CacheRecorder, InputHooks, SeenAll
 from .lockstep import PROBE_TOKENS, Course, Lockstep, Unfit, explore
 from .statistics import Statistics, Wants
+from .tree import Leaves
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,8 @@ class _Run:
     ) -> dict[str, Statistics]:
         """Every batch through the layer; the statistics of the inputs of the Linears in `wants`."""
         experts = self.skeleton.experts[self.index]
-        hooks = InputHooks({name: layer.linears[name] for name in wants}, wants, experts) if wants else None
+        linears, leaves = {name: layer.linears[name] for name in wants}, Leaves(len(self.batches))
+        hooks = InputHooks(linears, wants, experts, leaves) if wants else None
         for group in experts:
             group.all_tokens = all_experts
         with hooks or nullcontext():
@@ -279,7 +281,7 @@ class _Run:
             )
         for group in experts:
             group.all_tokens = False
-        return {} if hooks is None else self._complete(layer, list(wants), hooks.statistics)
+        return {} if hooks is None else self._complete(layer, list(wants), hooks.statistics())
 
     def outputs(self) -> Iterator[Tensor]:
         """The layer as it is, batch by batch; hidden states stay as they are."""
@@ -396,7 +398,7 @@ def forward(
             for experts in skeleton.experts[index]:
                 experts.token_mask = rows.mask
             if hooks is not None:
-                hooks.begin(rows)
+                hooks.begin(rows, number)
             if cache is not None:
                 cache.mask = None if batch.mask is None else batch.mask.bool()
             try:
