@@ -166,7 +166,7 @@ compression:
       - "lm_head"
       - "model.embed_tokens"
 """
-LOW_MEMORY_LINE = "    low_memory: True  # said for the reader: layers are loaded one at a time in any case\n"
+LOW_MEMORY_LINE = "    low_memory: True  # the least memory: hidden states on disk, and what else makes it less\n"
 DATASET = """
 dataset:
   name: TextDataset

@@ -7,9 +7,10 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -153,8 +154,11 @@ def calibrate(
     sink: Sink,
     *,
     progress: bool = True,
+    scratch: Path | None = None,
 ) -> CalibrationReport:
-    """A recipe with data: layer by layer, one sweep for everything in it. `rows` of token ids, each of at least two."""
+    """A recipe with data: layer by layer, one sweep for everything in it. `rows` of token ids, each of at least two.
+    `scratch`: a folder for hidden states, if they go to disk; a temporary one without.
+    """
     from .calibration.batches import batches
     from .calibration.sweep import sweep
     from .modifiers.pipeline import Pipeline
@@ -162,7 +166,12 @@ def calibrate(
 
     report = CalibrationReport()
     pipeline = Pipeline(plan, sink, report)
-    with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
+    with ExitStack() as stack:
+        if plan.means.offload == "memory":
+            scratch = None
+        elif scratch is None:
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="quantkit-")))
+        bar = stack.enter_context(Progress("calibrate", total=0, unit="layer", enabled=progress))
         report.listener = bar.note
         seen = sweep(
             skeleton,
@@ -171,7 +180,8 @@ def calibrate(
             pipeline,
             progress=bar,
             all_experts=plan.recipe.all_experts,
-            forwards=plan.config.global_.calibration_forwards,
+            forwards=plan.means.forwards,
+            offload=scratch,
         )
         report.listener = None
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
@@ -209,7 +219,10 @@ def _calibrated(
     copy = _copier(plan, writer)
     for name in plan.carried:
         copy(name)
-    return calibrate(plan, skeleton, WeightSource(checkpoint), rows, WrittenOutput(plan, writer), progress=progress)
+    sink = WrittenOutput(plan, writer)
+    return calibrate(
+        plan, skeleton, WeightSource(checkpoint), rows, sink, progress=progress, scratch=writer.working_folder
+    )
 
 
 def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
@@ -230,12 +243,13 @@ def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport |
 
 def _record(plan: Plan) -> dict[str, Any]:
     """What made this output: every resolved option and the versions that took part. Paths of this machine are cut to
-    their last part, since outputs are published.
+    their last part, since outputs are published, and what is this machine's (its memory) is left out.
     """
     import torch
 
     options = plan.config.to_dict()
-    del options["global"]["save_path"]
+    del options["global"]["save_path"], options["global"]["memory_budget"], options["calibration"]
+    options["compression"].get("quantization", {}).pop("low_memory", None)
     for section, key in (("model", "model_path"), ("model", "cache_dir"), ("dataset", "data_path")):
         value = options.get(section, {}).get(key)
         if value is not None and Path(value).exists():

@@ -16,6 +16,7 @@ from .models.families import text_config
 if TYPE_CHECKING:
     from .checkpoint.reader import Checkpoint
     from .config.run_config import RunConfig
+    from .memory import Means
     from .models.families import Family
     from .plan import PlannedModule
 
@@ -51,6 +52,7 @@ def estimate(
     checkpoint: Checkpoint,
     family: Family,
     modules: Mapping[str, PlannedModule],
+    how: Means,
     *,
     smoothed: bool,
     stored_bytes: int,
@@ -59,9 +61,9 @@ def estimate(
     """`stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all weight files."""
     weights = sum(m.rows * m.cols for m in modules.values())
     grams = gram_bytes(config, family, modules)
-    held = held_bytes(config, checkpoint, family, modules) if grams or smoothed else 0
+    held = held_bytes(config, checkpoint, family, modules, how) if grams or smoothed else 0
     if config.recipe.needs_data:
-        work = _calibrated(config, checkpoint, family, modules, smoothed=smoothed) + grams + held
+        work = _calibrated(config, checkpoint, family, modules, how, smoothed=smoothed) + grams + held
         memory = PROCESS + int(KEPT * work)
     else:
         memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
@@ -83,6 +85,7 @@ def _calibrated(
     checkpoint: Checkpoint,
     family: Family,
     modules: Mapping[str, PlannedModule],
+    how: Means,
     *,
     smoothed: bool,
 ) -> int:
@@ -93,7 +96,7 @@ def _calibrated(
     for name, info in checkpoint.tensors.items():
         layers[str(family.layer_of(name))] += info.nbytes
     widest = max((m.cols for m in modules.values() if m.modifier.kind == "gptq"), default=0)
-    states = _tokens(config) * _hidden(checkpoint) * 2
+    states = _tokens(config) * _hidden(checkpoint) * 2 if how.offload == "memory" else 0
     return (5 if smoothed else 3) * max(layers.values()) + states + 3 * 4 * widest**2
 
 
@@ -108,11 +111,13 @@ def _hidden(checkpoint: Checkpoint) -> int:
     return int(text_config(checkpoint.config).get("hidden_size", 0))
 
 
-def held_bytes(config: RunConfig, checkpoint: Checkpoint, family: Family, modules: Mapping[str, PlannedModule]) -> int:
+def held_bytes(
+    config: RunConfig, checkpoint: Checkpoint, family: Family, modules: Mapping[str, PlannedModule], how: Means
+) -> int:
     """Where one forward serves a layer: for each token the widest input, the norm's output and the residual. The sweep
     measures what it is, and takes two forwards if it is more than HELD_BYTES.
     """
-    forwards = config.global_.calibration_forwards
+    forwards = how.forwards
     if forwards == 2 or any(isinstance(modifier, AWQModifier) for modifier in config.recipe.modifiers):
         return 0
     routed = {family.layer_of(f"{name}.weight") for name in modules if family.is_expert(name)}
@@ -143,14 +148,17 @@ def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
             f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB and only "
             f"{found.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
         )
-    if found.memory_available is not None and found.memory_available < found.memory_bytes:
-        grams = f" ({found.gram_bytes / 1e9:.1f} GB of it for Gram matrices)" if found.gram_bytes else ""
-        fewer = "set global.calibration_forwards to 2, " if found.held_bytes else ""
-        yield (
-            f"the run needs about {found.memory_bytes / 1e9:.1f} GB of memory{grams} and "
-            f"{found.memory_available / 1e9:.1f} GB are available; {fewer}lower dataset.num_samples or max_seq_length, "
-            "or close other programs"
-        )
+    budget = config.global_.memory_budget_bytes
+    limits = [(found.memory_available, "{:.1f} GB are available", ", or close other programs")]
+    limits += [(budget, "global.memory_budget is {:.1f} GB", ", or raise it")]
+    for limit, there, otherwise in limits:
+        if limit is not None and limit < found.memory_bytes:
+            grams = f" ({found.gram_bytes / 1e9:.1f} GB of it for Gram matrices)" if found.gram_bytes else ""
+            fewer = "set global.calibration_forwards to 2, " if found.held_bytes else ""
+            yield (
+                f"the run needs about {found.memory_bytes / 1e9:.1f} GB of memory{grams} and "
+                f"{there.format(limit / 1e9)}; {fewer}lower dataset.num_samples or max_seq_length{otherwise}"
+            )
 
 
 def _memory_available() -> int | None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .calibration.batches import Batch, HiddenStates
+    from .calibration.batches import Batch
+    from .calibration.hidden import HiddenStates
     from .models.skeleton import Skeleton
     from .report.progress import Progress
 
@@ -231,7 +232,7 @@ def _logit_figures(
                 stack.callback(skeleton.model.get_submodule("lm_head").register_forward_pre_hook(hook).remove)
         for number, batch in enumerate(grouped):
             targets = batch.input_ids[:, 1:].reshape(-1)
-            inputs = [state.views[number][:, :-1].flatten(0, 1) for state in states]
+            inputs = [state.view(number)[:, :-1].flatten(0, 1) for state in states]
             if batch.mask is not None:
                 real = batch.mask[:, 1:].reshape(-1).bool()
                 targets, inputs = targets[real], [x[real] for x in inputs]

@@ -23,6 +23,7 @@ from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import PlanError
 from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name, written_config
+from .memory import Means, means
 from .models.families import Family, family_of, text_config
 from .models.mappings import Smoothing, smoothings
 from .targets import assign, match_ignore, served, served_targets
@@ -81,6 +82,7 @@ class Plan:
     estimate: Estimate
     warnings: tuple[str, ...]
     shortages: tuple[str, ...]
+    means: Means
 
     @property
     def recipe(self) -> Recipe:
@@ -180,11 +182,13 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     config_json = dict(checkpoint.config)
     written = served_targets({name: m.scheme for name, m in modules.items()})
     config_json["quantization_config"] = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
+    how = means(config)
     found = estimate(
         config,
         checkpoint,
         family,
         modules,
+        how,
         smoothed=any(places.values()),
         stored_bytes=stored_bytes,
         output_bytes=layout.file_bytes,
@@ -208,6 +212,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         found,
         tuple(warnings),
         tuple(shortages(config, found)),
+        how,
     )
 
 

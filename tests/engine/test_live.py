@@ -51,7 +51,7 @@ def test_its_skeleton_computes_the_same(model_type: str, tmp_path: Path) -> None
             forward(skeleton, index, data, calls, hidden)
             skeleton.drop(index, live)
         with skeleton.outer(live, head=True):
-            streamed = skeleton.head(hidden.views[0])
+            streamed = skeleton.head(hidden.view(0))
         expected = model(input_ids=IDS).logits
     # Attention is another implementation, so sums are in another order.
     assert torch.allclose(streamed, expected, rtol=1e-3, atol=1e-3)

@@ -187,8 +187,8 @@ def test_what_waits_is_measured(tmp_path: Path) -> None:
     skeleton.materialize(1, source)
     layer = Layer(1, skeleton.layer_prefix(1), skeleton.linears(1), skeleton.stored(1))
     call = calls[0][1]
-    known = [hidden.buffer, *tensors_in([call.args, call.kwargs])]
-    view = hidden.views[0]
+    known = [hidden.view(0), *tensors_in([call.args, call.kwargs])]
+    view = hidden.view(0)
     with torch.no_grad():
         course = explore(layer, layer.linears, {}, lambda: skeleton.forward(1, view, call), view.shape[1], known)
     assert [len(readers) for readers in course.inputs] == [3, 1, 2, 1]

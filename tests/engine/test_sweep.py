@@ -93,7 +93,7 @@ def streamed(skeleton: Skeleton, source: FileSource, data: list[Batch]) -> list[
             forward(skeleton, index, data, calls, hidden)
             skeleton.drop(index, source)
         with skeleton.outer(source, head=True):
-            return [skeleton.head(view) for view in hidden.views]
+            return [skeleton.head(hidden.view(i)) for i in range(len(hidden))]
 
 
 def whole(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:

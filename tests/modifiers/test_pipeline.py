@@ -43,7 +43,7 @@ def int4(group_size: int | None = 16, symmetric: bool = True) -> QuantizationSch
 
 
 def calibrated(
-    folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]], forwards: int | str = "auto"
+    folder: Path, modifiers: tuple[Modifier, ...], rows: list[list[int]], forwards: int | str = "auto", **more: Any
 ) -> tuple[LiveSink, CalibrationReport]:
     config = RunConfig(
         GlobalConfig(save_path=str(folder / "out"), calibration_forwards=forwards),
@@ -52,6 +52,7 @@ def calibrated(
         DatasetConfig(data_path="rows"),
         source=folder,
         stem="out",
+        **more,
     )
     kept = LiveSink()
     with Checkpoint(folder) as checkpoint:

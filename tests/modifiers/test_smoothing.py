@@ -47,7 +47,7 @@ def logits(folder: Path, places: tuple[Smoothing, ...] = (), dtype: torch.dtype 
             forward(skeleton, index, data, calls, hidden)
             skeleton.drop(index, source)
         with skeleton.outer(source, head=True):
-            return skeleton.head(hidden.views[0])
+            return skeleton.head(hidden.view(0))
 
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))

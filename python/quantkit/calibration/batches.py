@@ -1,4 +1,4 @@
-"""Token rows grouped into batches, and the one buffer that holds all their hidden states."""
+"""Token rows grouped into batches."""
 
 from __future__ import annotations
 
@@ -58,16 +58,3 @@ def _batch(rows: list[Sequence[int]], pad_id: int, index: tuple[int, ...]) -> Ba
         return Batch(input_ids, None, index)
     lengths = torch.tensor([len(row) for row in rows])
     return Batch(input_ids, (torch.arange(length) < lengths[:, None]).to(torch.int64), index)
-
-
-class HiddenStates:
-    """Hidden states of all batches in one tensor, updated in place: `views[i]` is [rows, tokens, hidden] of batch i."""
-
-    def __init__(self, of: Sequence[Batch], hidden_size: int, dtype: torch.dtype) -> None:
-        self.buffer = torch.empty(sum(b.input_ids.numel() for b in of), hidden_size, dtype=dtype)
-        self.views: list[Tensor] = []
-        begin = 0
-        for batch in of:
-            end = begin + batch.input_ids.numel()
-            self.views.append(self.buffer[begin:end].view(*batch.input_ids.shape, hidden_size))
-            begin = end

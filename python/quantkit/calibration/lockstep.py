@@ -125,7 +125,9 @@ class _Walk:
 
 
 class Lockstep:
-    """All batches of a layer. `forward(i)` runs the layer on batch i and puts away what it gives."""
+    """All batches of a layer. `forward(i)` runs the layer on batch i and puts away what it gives; `rest(i)` is called
+    when that batch waits.
+    """
 
     def __init__(
         self,
@@ -134,8 +136,9 @@ class Lockstep:
         batches: Sequence[BatchRows],
         forward: Callable[[int], None],
         cache: CacheRecorder | None = None,
+        rest: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.layer, self.course, self.cache = layer, course, cache
+        self.layer, self.course, self.cache, self.rest = layer, course, cache, rest
         self._walks = [_Walk(i, batch, lambda i=i: forward(i)) for i, batch in enumerate(batches)]  # type: ignore[misc]
         self._leaves = Leaves(len(batches))
         self._now = self._walks[0]
@@ -162,8 +165,9 @@ class Lockstep:
                 if last is not None:
                     found.update({name: last for name in readers if name in ranges})
                 del held, seen
-            for walk in self._walks if to_end else ():
+            for number, walk in enumerate(self._walks if to_end else ()):
                 self._step(walk, None)
+                self.rest(number)
         return found
 
     def _hook(self, name: str, leader: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -194,8 +198,9 @@ class Lockstep:
         """Every batch to its next input; the statistics of that, if there are `wants`, and what waits there."""
         seen = None if wants is None else Sums(self._leaves, wants)
         held = []
-        for walk in self._walks:
+        for number, walk in enumerate(self._walks):
             x = self._step(walk, leader)
+            self.rest(number)
             if seen is not None:
                 seen.update(walk.number, walk.rows.of(x, leader), self._where(walk, leader, x))
             held.append(x)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,8 @@ from ..models.fused_norm import fused
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
-from .batches import Batch, HiddenStates
+from .batches import Batch
+from .hidden import HiddenStates
 from .hooks import BatchRows, CacheRecorder, InputHooks, SeenAll
 from .lockstep import PROBE_TOKENS, Course, Lockstep, Unfit, explore
 from .statistics import Statistics, Wants
@@ -114,10 +116,12 @@ def sweep(
     progress: Progress | None = None,
     all_experts: bool = False,
     forwards: int | str = "auto",
+    offload: Path | None = None,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
     `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
+    `offload`: a folder for the hidden states, which stay in memory without; the results are the same.
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -137,10 +141,12 @@ def sweep(
     if progress is not None:
         progress.expect(stop)
     with torch.no_grad(), kept_memory():
-        # One more, of a few tokens, finds out what each layer does.
+        # A few tokens find out what each layer does.
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
-        hidden, calls = embed(skeleton, source, [*batches, probe])
-        probe_calls, probe_view = calls.pop(), hidden.views.pop()
+        with skeleton.outer(source, head=False):
+            probe_hidden, (probe_calls,) = embedded(skeleton, [probe])
+            hidden, calls = embedded(skeleton, batches, offload)
+        probe_view = probe_hidden.view(0)
         for index in range(stop):
             skeleton.materialize(index, source)
             run = _Run(skeleton, index, batches, calls, hidden, report, (probe_view, probe_calls[index]))
@@ -165,6 +171,7 @@ def sweep(
             skeleton.drop(index, source)
             if progress is not None:
                 progress.advance(1)
+        hidden.remove()
     return report
 
 
@@ -215,7 +222,7 @@ class _Run:
         if (why := visitor.across(self.index)) is not None:
             raise Unfit(why)
         view, call = self.probe
-        known = [self.hidden.buffer, *tensors_in([call.args, call.kwargs])]
+        known = [view, *tensors_in([call.args, call.kwargs])]
         course = explore(
             layer,
             wanted,
@@ -244,14 +251,18 @@ class _Run:
         cache = next(iter(recorders.values()), None)
 
         def forward(number: int) -> None:
-            view = self.hidden.views[number]
+            view = self.hidden.view(number)
             out = self.skeleton.forward(self.index, view, self.calls[number][self.index], cache)
             if keep:
-                view.copy_(out)
+                self.hidden.put(number, out)
 
-        walks = Lockstep(layer, course, [BatchRows(batch) for batch in self.batches], forward, cache)
+        rows = [BatchRows(batch) for batch in self.batches]
+        walks = Lockstep(layer, course, rows, forward, cache, self.hidden.rest)
         with faster(self.skeleton, self.index, self.batches):
-            return walks.run(visitor, first, last, to_end=keep or cache is not None)
+            found = walks.run(visitor, first, last, to_end=keep or cache is not None)
+        if keep:
+            self.hidden.turn()
+        return found
 
     def statistics(
         self,
@@ -285,9 +296,10 @@ class _Run:
 
     def outputs(self) -> Iterator[Tensor]:
         """The layer as it is, batch by batch; hidden states stay as they are."""
-        for batch, view, calls in zip(self.batches, self.hidden.views, self.calls, strict=True):
-            out = self.skeleton.forward(self.index, view, calls[self.index])
+        for number, (batch, calls) in enumerate(zip(self.batches, self.calls, strict=True)):
+            out = self.skeleton.forward(self.index, self.hidden.view(number), calls[self.index])
             yield out if batch.mask is None else out[batch.mask.bool()]
+            self.hidden.rest(number)
 
     def _complete(self, layer: Layer, names: Sequence[str], statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """Statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection."""
@@ -350,22 +362,30 @@ def embed(
     skeleton: Skeleton, source: WeightSource, batches: Sequence[Batch]
 ) -> tuple[HiddenStates, list[list[LayerCall]]]:
     """What enters the first layer, and every batch's calls of the layers, shared by unpadded batches of one shape."""
-    hidden = HiddenStates(batches, skeleton.hidden_size, skeleton.dtype)
+    with skeleton.outer(source, head=False):
+        return embedded(skeleton, batches)
+
+
+def embedded(
+    skeleton: Skeleton, batches: Sequence[Batch], folder: Path | None = None
+) -> tuple[HiddenStates, list[list[LayerCall]]]:
+    """As `embed`, within `skeleton.outer`; hidden states in files of `folder` if it is given."""
+    hidden = HiddenStates(batches, skeleton.hidden_size, skeleton.dtype, folder=folder)
     seen: dict[tuple[int, ...], list[LayerCall]] = {}
     calls: list[list[LayerCall]] = []
-    with skeleton.outer(source, head=False):
-        for batch, view in zip(batches, hidden.views, strict=True):
-            bad = batch.input_ids.max() >= skeleton.vocab_size or batch.input_ids.min() < 0
-            if bool(bad):
-                raise CalibrationError(
-                    f"calibration data: token id {int(batch.input_ids.max())} is beyond the model's vocabulary of "
-                    f"{skeleton.vocab_size}; the tokenizer does not belong to this model"
-                )
-            embedded, layer_calls = skeleton.capture(batch.input_ids, batch.mask)
-            view.copy_(embedded)
-            if batch.mask is None:
-                layer_calls = seen.setdefault(tuple(batch.input_ids.shape), layer_calls)
-            calls.append(layer_calls)
+    for number, batch in enumerate(batches):
+        bad = batch.input_ids.max() >= skeleton.vocab_size or batch.input_ids.min() < 0
+        if bool(bad):
+            raise CalibrationError(
+                f"calibration data: token id {int(batch.input_ids.max())} is beyond the model's vocabulary of "
+                f"{skeleton.vocab_size}; the tokenizer does not belong to this model"
+            )
+        entering, layer_calls = skeleton.capture(batch.input_ids, batch.mask)
+        hidden.put(number, entering)
+        if batch.mask is None:
+            layer_calls = seen.setdefault(tuple(batch.input_ids.shape), layer_calls)
+        calls.append(layer_calls)
+    hidden.turn()
     return hidden, calls
 
 
@@ -393,7 +413,7 @@ def forward(
     as soon as `hooks` have seen every input.
     """
     with faster(skeleton, index, batches):
-        for number, (batch, view) in enumerate(zip(batches, hidden.views, strict=True)):
+        for number, batch in enumerate(batches):
             rows = BatchRows(batch)
             for experts in skeleton.experts[index]:
                 experts.token_mask = rows.mask
@@ -402,10 +422,14 @@ def forward(
             if cache is not None:
                 cache.mask = None if batch.mask is None else batch.mask.bool()
             try:
-                out = skeleton.forward(index, view, calls[number][index], cache)
+                out = skeleton.forward(index, hidden.view(number), calls[number][index], cache)
             except SeenAll:
                 continue
+            finally:
+                hidden.rest(number)
             if keep:
-                view.copy_(out)
+                hidden.put(number, out)
             elif hooks is not None and cache is None:
                 hooks.may_stop()
+    if keep:
+        hidden.turn()

@@ -92,6 +92,11 @@ class CheckpointWriter:
             f"{where}: {error.strerror}; {free_bytes(self._staging.path) / 1e9:.2f} GB are free on that disk"
         ) from error
 
+    @property
+    def working_folder(self) -> Path:
+        """Where the output is made; what else is put there has to be gone before `finish`."""
+        return self._staging.path
+
     def missing(self) -> list[str]:
         """The tensors not given yet, in the layout's order."""
         with self._lock:

@@ -11,14 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Accepted:
-    """A key without effect: its type is checked, and a run says that it has none. `why`: what decides instead.
-
-    `suggest`: whether a did-you-mean may name it.
-    """
+    """A key without effect: its type is checked, and a run says that it has none. `why`: what decides instead."""
 
     hint: Any
     why: str
-    suggest: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,14 +38,14 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "model.name": Accepted(str, "the architecture is read from the model's config.json"),
     "model.use_cache": Accepted(bool, "calibration needs no KV cache"),
     "compression.quantization.cpu_convert": Accepted(bool, "packing is done where quantization is"),
-    "compression.quantization.low_memory": Accepted(bool, _LAYERWISE),
-    # The word as some documents misspell it in a file name.
-    "compression.quantization.low_memroy": Accepted(bool, "a spelling of `low_memory`", suggest=False),
     "compression.quantization.quant_analyse": Accepted(bool, "the audit after each run reports every tensor's error"),
     "compression.quantization.quant_method.num_workers": Accepted(int, "`global.num_threads` decides"),
     "dataset.batch_size": Accepted(int, "rows of like length share a forward, some thousand tokens at a time"),
     "dataset.is_sft_data": Accepted(bool, "ranges do not depend on labels"),
 }
+
+# Other spellings of keys: the word as some documents misspell it.
+SPELLINGS = {"compression.quantization.low_memroy": "low_memory"}
 
 _DAQ = "DAQ (delta-aware quantization) is not supported"
 _OFF = (False, None)

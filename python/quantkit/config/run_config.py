@@ -24,6 +24,7 @@ _UNITS = {"": 1, "B": 1} | {
 _UNITS_BY_CASE = {unit.upper(): factor for unit, factor in _UNITS.items()}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FORWARDS = ("auto", 1, 2)
+OFFLOADS = ("memory", "disk")
 TEXT_DATASET = "TextDataset"
 _EXAMPLE = "  dataset:\n    name: TextDataset\n    data_path: ./examples/data/calibration.jsonl\n    num_samples: 64"
 
@@ -38,12 +39,15 @@ class GlobalConfig:
     overwrite: bool = False
     num_threads: int | None = None
     calibration_forwards: int | str = "auto"
+    memory_budget: int | str | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.save_path.strip()), "save_path", "is empty; give a folder")
         require(self.seed >= 0, "seed", f"{self.seed} is negative")
         require(self.num_threads is None or self.num_threads > 0, "num_threads", f"{self.num_threads} must be positive")
         require(self.max_shard_bytes > 0, "max_shard_size", f"'{self.max_shard_size}' must be positive")
+        budget = self.memory_budget_bytes
+        require(budget is None or budget > 0, "memory_budget", f"'{self.memory_budget}' must be positive")
         forwards = self.calibration_forwards
         require(
             forwards in FORWARDS,
@@ -53,12 +57,22 @@ class GlobalConfig:
 
     @property
     def max_shard_bytes(self) -> int:
-        """`max_shard_size` in bytes: a number, with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.max_shard_size), re.ASCII)
-        factor = _UNITS_BY_CASE.get(found[2].upper()) if found else None
-        if found is None or factor is None:
-            raise FieldError("max_shard_size", f"'{self.max_shard_size}' is no size; write it like 5GB or 500MiB")
-        return int(float(found[1]) * factor)
+        """`max_shard_size` in bytes."""
+        return _bytes("max_shard_size", self.max_shard_size)
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes, None if there is none."""
+        return None if self.memory_budget is None else _bytes("memory_budget", self.memory_budget)
+
+
+def _bytes(key: str, value: int | str) -> int:
+    """A size: a number of bytes, with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value), re.ASCII)
+    factor = _UNITS_BY_CASE.get(found[2].upper()) if found else None
+    if found is None or factor is None:
+        raise FieldError(key, f"'{value}' is no size; write it like 5GB or 500MiB")
+    return int(float(found[1]) * factor)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class QuantizationConfig:
     save_name: str = "compressed-tensors"
     quant_helpers: tuple[str, ...] = ()
     smooth_alpha: float = 0.5
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         algorithm = self.algorithm
@@ -203,12 +218,25 @@ class DatasetConfig:
         require(samples > 0 or samples == -1, "num_samples", f"{samples} must be positive, or -1 for all rows")
 
 
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """`calibration`: how activations are looked at. `offload`: where hidden states of all rows lie."""
+
+    offload: str = "memory"
+
+    def __post_init__(self) -> None:
+        where = self.offload
+        problem = f"no such place: '{where}'{nearest(where, OFFLOADS)}; hidden states lie in memory or on disk"
+        require(where in OFFLOADS, "offload", problem)
+
+
 # The sections of a file by their key there.
 SECTIONS: dict[str, type[Any]] = {
     "global": GlobalConfig,
     "model": ModelConfig,
     "compression": CompressionConfig,
     "dataset": DatasetConfig,
+    "calibration": CalibrationConfig,
 }
 
 
@@ -223,6 +251,7 @@ class RunConfig:
     source: Path
     stem: str
     notes: tuple[str, ...] = ()
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
         if self.recipe.needs_data and self.dataset is None:
@@ -257,13 +286,20 @@ class RunConfig:
         return where.save_name or "compressed-tensors"
 
     @property
+    def low_memory(self) -> bool:
+        """Whether AngelSlim's key asks for the tightest budget."""
+        quantization = self.compression.quantization
+        return quantization is not None and quantization.low_memory
+
+    @property
     def ignore(self) -> tuple[str, ...]:
         """What stays in full precision, as the user wrote it."""
         return self.recipe.ignore
 
     def to_dict(self) -> dict[str, Any]:
         """Every option that is in force, in plain types; written as YAML, it reads as the same configuration."""
-        sections = zip(SECTIONS, (self.global_, self.model, self.compression, self.dataset), strict=True)
+        values = (self.global_, self.model, self.compression, self.dataset, self.calibration)
+        sections = zip(SECTIONS, values, strict=True)
         found = {key: _plain(asdict(section)) for key, section in sections if section is not None}
         recipe = self.compression.recipe
         found["compression"]["recipe"] = None if recipe is None else recipe.to_dict()

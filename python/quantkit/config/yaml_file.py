@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ConfigError, nearest
-from .dialect import NOT_SUPPORTED, WITHOUT_EFFECT
+from .dialect import NOT_SUPPORTED, SPELLINGS, WITHOUT_EFFECT
 from .document import Document, parse
 from .fields import FieldError, check, describe
 from .recipe import Recipe
@@ -141,6 +141,7 @@ class _Reader:
                 sections.get("dataset"),
                 source=file,
                 stem=file.stem,
+                calibration=sections["calibration"],
             )
         except FieldError as error:
             raise ConfigError(f"{self.document.label}: {error}") from None
@@ -157,6 +158,9 @@ class _Reader:
         arguments: dict[str, Any] = {}
         for key, entry in value.items():
             at = f"{path}.{key}"
+            key = SPELLINGS.get(at, key)
+            if key in arguments:
+                raise self.error(at, f"stands twice, here as {at.rpartition('.')[2]}")
             if key not in known:
                 self._other_key(at, entry, known)
                 continue
@@ -201,7 +205,7 @@ class _Reader:
                 return
             raise self.error(path, f"{refused.why}; leave it out")
         section, _, key = path.rpartition(".")
-        idle = [path.rpartition(".") for path, accepted in WITHOUT_EFFECT.items() if accepted.suggest]
+        idle = [path.rpartition(".") for path in WITHOUT_EFFECT]
         valid = [*known, *(name for place, _, name in idle if place == section)]
         elsewhere = [place.rpartition(".")[0] for place in _every_key() if place.rpartition(".")[2] == key]
         hint = f"; it belongs to {' or '.join(elsewhere)}" if any(elsewhere) else nearest(key, valid)
@@ -224,7 +228,8 @@ class _Reader:
     def _notes(self, config: RunConfig) -> Iterator[str]:
         idle = [*self.idle, *(f"compression.recipe: {name}" for name in config.recipe.idle)]
         if not config.recipe.needs_data:
-            idle += [key for key in ("model.torch_dtype", "model.trust_remote_code") if key in self.given]
+            unread = ("model.torch_dtype", "model.trust_remote_code", "calibration.offload")
+            idle += [key for key in unread if key in self.given]
         if "compression.quantization.smooth_alpha" in self.given and not any(
             m.kind == "smoothquant" for m in config.recipe.modifiers
         ):
