@@ -140,6 +140,8 @@ MODELS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "deepseek_v2": ("deepseek_v2", {"lite_chat": "deepseek-ai/DeepSeek-V2-Lite-Chat"}),
+    # Published in FP8 by blocks of 128 x 128, which is dequantized as it is read.
+    "deepseek_r1": ("deepseek", {"r1": "deepseek-ai/DeepSeek-R1", "v3": "deepseek-ai/DeepSeek-V3-0324"}),
 }
 
 # The first layer of DeepSeek-V2-Lite is 10944 wide, which 128 does not divide.

@@ -357,7 +357,8 @@ def _usable(scale: Tensor, negative: bool = False) -> bool:
 
 
 def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str) -> float:
-    codes = FP8_E4M3_MAX if args.type == "float" else 1 << (args.num_bits - 1)
+    # How many steps the furthest value is from where the scale was measured: zero, or the other end of the range.
+    codes = FP8_E4M3_MAX if args.type == "float" else 1 << (args.num_bits - args.symmetric)
     return largest_scale * (HALF_STEP[args.type] + 2 * codes * HALF_ULP[scale_dtype])
 
 
@@ -378,5 +379,7 @@ def _raw(checkpoint: Checkpoint, name: str) -> Tensor:
     info = checkpoint.info(name)
     if info.nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
+    if name in checkpoint.dequantized:
+        return checkpoint.tensor(name).reshape(-1).view(torch.uint8)
     mapped = checkpoint.mapped(info.file)
     return torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.begin)

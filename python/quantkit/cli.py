@@ -53,9 +53,9 @@ def _plan(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     from .audit import audit
     from .checkpoint.hub import resolve_model
-    from .checkpoint.reader import Checkpoint
+    from .formats.fp8_source import open_source
 
-    with Checkpoint(resolve_model(args.source)) as source:
+    with open_source(resolve_model(args.source)) as source:
         result = audit(Path(args.output), source)
     print(result.render())
     if args.json:

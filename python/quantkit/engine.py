@@ -17,11 +17,11 @@ from . import __version__
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
-from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
-from .config.run_config import RunConfig
+from .config.run_config import FP8_SOURCE, RunConfig
 from .data_free import data_free
 from .formats.folded import Folded
+from .formats.fp8_source import open_source
 from .plan import Plan, build_plan, config_bytes
 from .report.model_card import model_card
 from .report.progress import Progress
@@ -53,7 +53,7 @@ class RunResult:
 def open_plan(config: RunConfig) -> Iterator[Plan]:
     """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end."""
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
-    with Checkpoint(folder) as checkpoint:
+    with open_source(folder) as checkpoint:
         yield build_plan(config, checkpoint)
 
 
@@ -195,7 +195,7 @@ def forward_dtype(config: RunConfig) -> torch.dtype | None:
     import torch
 
     name = config.model.torch_dtype
-    return None if name == "auto" else getattr(torch, name)
+    return None if name in ("auto", FP8_SOURCE) else getattr(torch, name)
 
 
 def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:

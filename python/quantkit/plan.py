@@ -130,8 +130,11 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise PlanError(
             f"{checkpoint.folder}: already quantized (quantization_config in config.json, quant_method '{method}'); "
-            "start from the full-precision checkpoint"
+            "start from the full-precision checkpoint. Of quantized ones, FP8 in blocks is read (quant_method 'fp8' "
+            "with weight_block_size, as DeepSeek and Qwen publish it)"
         )
+    if config.model.torch_dtype == "fp8" and not checkpoint.dequantized:
+        raise PlanError(f"model.torch_dtype: 'fp8', but {checkpoint.folder} is not in FP8; leave it out")
     family = family_of(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     all_modules = [*(n.removesuffix(".weight") for n in shapes if n.endswith(".weight")), *family.heads[:1]]
@@ -148,6 +151,11 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         )
     modules = {name: _planned(name, checkpoint, found.group.scheme, found.modifier) for name, found in assigned.items()}
     warnings = [] if family.known else [_unknown_family(checkpoint)]
+    if checkpoint.dequantized:
+        dtype = checkpoint.tensors[next(iter(checkpoint.dequantized))].dtype
+        warnings.append(
+            f"the source is in FP8: {len(checkpoint.dequantized)} weights are dequantized to {dtype} as they are read"
+        )
     if stacked := family.fused_experts(shapes):
         warnings.append(
             f"{len(stacked)} expert weights stored as one 3-D tensor each (e.g. {stacked[0]}) stay in full precision"

@@ -393,7 +393,7 @@ def test_no_model_says_how_to_give_one() -> None:
         ("global.calibration_forwards=yes", "global.calibration_forwards: expected"),
         ("global.calibration_forwards=one", "'one': a layer takes 1 forward or 2"),
         ("model.torch_dtype=bf16", "no such dtype: 'bf16' (did you mean 'bfloat16'?)"),
-        ("model.torch_dtype=fp8", "starting from an FP8 checkpoint is not supported"),
+        ("model.torch_dtype=float8", "use auto, bfloat16, float16, float32, fp8"),
         (
             "compression.name=Sparsity",
             "no such compression: 'Sparsity'; quantkit does 'quantization', also spelled 'PTQ'",

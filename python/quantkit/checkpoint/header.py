@@ -24,7 +24,9 @@ DOWNLOAD_AGAIN = "download it again, or convert the model anew"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: bytes [begin, end) of `file`, a plain file name in the checkpoint's folder."""
+    """Where a tensor lies: bytes [begin, end) of `file`, a plain file name in the checkpoint's folder. These are its
+    data unless the checkpoint dequantizes it; `nbytes` are those of `dtype` and `shape`.
+    """
 
     name: str
     dtype: str
@@ -35,7 +37,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return byte_size(self.dtype, self.shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Checkpoint:
         total_bytes: the sum of the tensors' bytes.
         side_files: what a copy of the model needs beside weights and config.json (`folder.side_files`).
         left_out: names of safetensors files in the folder that are no part of the model (`consolidated.safetensors`).
+        dequantized: names of tensors that no file holds as they are given here; none in this class.
 
     Reading is thread-safe.
     """
@@ -74,6 +75,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = self._read_headers()
         if weight_map is not None:
             self._check_index(weight_map)
+        self.dequantized: frozenset[str] = frozenset()
         self.left_out: list[str] = [name for name in present if name not in self._sizes]
         self.total_bytes: int = sum(info.nbytes for info in self.tensors.values())
         self.side_files: list[Path] = side_files(self.folder)
@@ -190,9 +192,11 @@ class Checkpoint:
         `populate=False` leaves it to the accesses, for who needs a few rows of a large tensor. Data that are not
         aligned to their dtype (files of old libraries) are copied.
         """
+        return self._tensor(self.info(name), populate)
+
+    def _tensor(self, info: TensorInfo, populate: bool) -> torch.Tensor:
         import torch
 
-        info = self.info(name)
         dtype, shape = torch_dtype(info.dtype), torch_shape(info.dtype, info.shape)
         if info.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
@@ -201,7 +205,7 @@ class Checkpoint:
             try:
                 mapped.populate(info.begin, info.end)
             except OSError as error:
-                raise CheckpointError(f"{self.folder / info.file}: tensor '{name}': {error.strerror}") from error
+                raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
         # torch takes any object with the buffer protocol and keeps it alive.
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
         if info.begin % alignment(info.dtype):
@@ -210,15 +214,19 @@ class Checkpoint:
 
     def prefetch(self, name: str) -> None:
         """Start reading tensor `name` from disk, to have it when it is needed; returns at once."""
-        info = self.info(name)
+        self._prefetch(self.info(name))
+
+    def _prefetch(self, info: TensorInfo) -> None:
         try:
             self.mapped(info.file).prefetch(info.begin, info.end)
         except OSError as error:
-            raise CheckpointError(f"{self.folder / info.file}: tensor '{name}': {error.strerror}") from error
+            raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
 
     def release(self, name: str) -> None:
         """Take tensor `name` out of the resident set. Views on it stay valid; reading them maps it again."""
-        info = self.info(name)
+        self._release(self.info(name))
+
+    def _release(self, info: TensorInfo) -> None:
         with self._lock:
             mapped = self._mapped.get(info.file)
         if mapped is not None:

@@ -158,8 +158,12 @@ class CheckpointWriter:
 
     def copy(self, name: str, info: TensorInfo, source: Checkpoint) -> None:
         """Write the bytes of `source`'s tensor `info` under `name`; they are copied in the kernel and never enter
-        this process."""
+        this process, unless `source` dequantizes it."""
         self._require_apart(source.folder)
+        if info.name in source.dequantized:
+            self.write(name, source.tensor(info.name))
+            source.release(info.name)
+            return
         planned = self.layout.tensors.get(name)
         if planned is not None and (planned.dtype, tuple(planned.shape)) != (info.dtype, info.shape):
             raise CheckpointError(

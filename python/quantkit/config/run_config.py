@@ -23,6 +23,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 _UNITS_BY_CASE = {unit.upper(): factor for unit, factor in _UNITS.items()}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FP8_SOURCE = "fp8"
 FORWARDS = ("auto", 1, 2)
 OFFLOADS = ("memory", "disk")
 TEXT_DATASET = "TextDataset"
@@ -77,7 +78,9 @@ def _bytes(key: str, value: int | str) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model`: which one. `torch_dtype` is that of the calibration forward; weights are read in their own."""
+    """`model`: which one. `torch_dtype` is that of the calibration forward; weights are read in their own. "fp8" says
+    that the checkpoint is in FP8, as AngelSlim wants it said, and means "auto" for the forward.
+    """
 
     model_path: str
     trust_remote_code: bool = False
@@ -86,14 +89,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.model_path.strip()), "model_path", "is empty; give a folder, or a hub id (org/name)")
-        dtype = self.torch_dtype
+        dtype, known = self.torch_dtype, (*DTYPES, FP8_SOURCE)
         require(
-            not dtype.startswith(("fp8", "float8")),
-            "torch_dtype",
-            f"'{dtype}': starting from an FP8 checkpoint is not supported; convert it to bfloat16 first",
-        )
-        require(
-            dtype in DTYPES, "torch_dtype", f"no such dtype: '{dtype}'{nearest(dtype, DTYPES)}; use {', '.join(DTYPES)}"
+            dtype in known, "torch_dtype", f"no such dtype: '{dtype}'{nearest(dtype, known)}; use {', '.join(known)}"
         )
 
 

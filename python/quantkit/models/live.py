@@ -44,6 +44,7 @@ class LiveCheckpoint:
         self.folder = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
         self.config: dict[str, Any] = checkpoint_config(model)
         self.family: Family = family_of(self.config)
+        self.dequantized: frozenset[str] = frozenset()
         self.fused: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] | None = None
         # By name, as the safetensors library writes them: an output does not depend on where its model came from.
