@@ -182,8 +182,12 @@ def calibrate(
             all_experts=plan.recipe.all_experts,
             forwards=plan.means.forwards,
             offload=scratch,
+            expert_group=plan.means.experts,
         )
         report.listener = None
+    # Not in the order in which they were done, which depends on how many experts fit into memory.
+    order = {name: i for i, name in enumerate(plan.modules)}
+    report.modules.sort(key=lambda module: order[module.name])
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
     report.once, report.twice = seen.once, seen.twice
     report.silent_experts = seen.silent_experts

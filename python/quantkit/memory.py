@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Means:
     """`forwards` of a layer that looks at activations (1, 2 or "auto"); where hidden states lie (`offload`: "memory" or
-    "disk").
+    "disk"); how many experts of a layer are in memory at once (None: all).
     """
 
     forwards: int | str
     offload: str
+    experts: int | None = None
 
 
 def means(config: RunConfig) -> Means:

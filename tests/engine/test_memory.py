@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from quantkit import plan as planning
 from quantkit.calibration.batches import batches
 from quantkit.calibration.hidden import HiddenStates
 from quantkit.config.recipe import AWQModifier, GPTQModifier, Modifier, QuantizationModifier, SmoothQuantModifier
 from quantkit.config.run_config import CalibrationConfig
 from quantkit.errors import CalibrationError
 from quantkit.live_output import LiveSink
+from quantkit.memory import means
 
 from ..modifiers.test_pipeline import calibrated, int4, tokens
 from .test_sweep import rows
@@ -140,3 +143,38 @@ def test_results_do_not_depend_on_where_hidden_states_lie(tmp_path: Path, recipe
     disk, other = calibrated(tmp_path, RECIPES[recipe], data, calibration=CalibrationConfig(offload="disk"))
     same(memory, disk)
     assert one.twice == other.twice, "nor does the number of forwards"
+
+
+MOE = {
+    "gptq": (GPTQModifier(scheme=int4(), low_data="rtn", min_tokens_per_module=8),),
+    "gptq_few": (GPTQModifier(scheme=int4(), min_tokens_per_module=60),),
+    "smooth_gptq": (SmoothQuantModifier(), GPTQModifier(scheme="W8A8")),
+    "static": (QuantizationModifier(scheme="W8A8_STATIC_ASYM", kv_cache_scheme="fp8"),),
+    "everyone": (QuantizationModifier(scheme="W8A8_STATIC", moe_calibrate_all_experts=True),),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model_type"),
+    [
+        *((recipe, "qwen3_moe") for recipe in MOE),
+        ("gptq", "qwen2_moe"),
+        ("gptq_few", "mixtral"),
+        ("gptq", "deepseek_v3"),
+    ],
+)
+def test_experts_in_groups_are_what_they_are_together(
+    tmp_path: Path, recipe: str, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, scales and report, for any size of group; batches are padded, and an expert may see no token."""
+    make(tmp_path, model_type)
+    data = tokens(2, 1) if recipe == "gptq_few" else [*tokens(3), *tokens(2, 29)]
+    together, report = calibrated(tmp_path, MOE[recipe], data)
+    assert bool(report.silent_experts) == (recipe == "gptq_few")
+    for size, offload in ((1, "disk"), (3, "memory")):
+        monkeypatch.setattr(planning, "means", lambda config: replace(means(config), experts=size))  # noqa: B023
+        groups, other = calibrated(tmp_path, MOE[recipe], data, calibration=CalibrationConfig(offload=offload))
+        same(together, groups)
+        for seconds in (report, other):
+            seconds.modules[:] = [replace(m, seconds=0.0) for m in seconds.modules]
+        assert report == other and report.to_json() == other.to_json()

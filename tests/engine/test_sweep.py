@@ -36,6 +36,7 @@ class Recorder:
         self.statistics: dict[str, Wants] = {}
         self.ranges: dict[str, Wants] = {}
         self.caches: tuple[str, ...] = ()
+        self.pools_below = 0
         self.found: dict[str, Statistics] = {}
         self.recorders: dict[str, CacheRecorder] = {}
         self.layers: list[str] = []

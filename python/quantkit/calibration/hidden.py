@@ -21,13 +21,75 @@ _PIECE = 64 << 20
 _POPULATE_READ = 22
 
 
+class BatchBuffer:
+    """A matrix for each batch, all of one width and dtype, in memory or in the file `path`; only the batches that are
+    worked on are resident then. A file that is there already keeps what is in it.
+    """
+
+    def __init__(self, rows: Sequence[int], width: int, dtype: torch.dtype, path: Path | None = None) -> None:
+        self.width, self.dtype, self.path = width, dtype, path
+        self._begins = [0]
+        for count in rows:
+            self._begins.append(self._begins[-1] + count * width * dtype.itemsize)
+        self.nbytes = self._begins[-1]
+        self._file = None if path is None else _StateFile(path, self.nbytes)
+        self._memory = torch.empty(self.nbytes if path is None else 0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    def view(self, index: int) -> Tensor:
+        """[rows, width] of batch `index`. What is written to it is there, as by `put`."""
+        raw = self.raw(self._begins[index], self._begins[index + 1])
+        return raw.view(self.dtype).view(-1, self.width)
+
+    def put(self, index: int, value: Tensor) -> None:
+        """Replace batch `index` by value [..., width] of any floating-point dtype."""
+        if self._file is None:
+            self.view(index).copy_(value.reshape(-1, self.width))
+            return
+        data = value.detach().to(self.dtype).reshape(-1, self.width).contiguous()
+        self.write(data.view(-1).view(torch.uint8).numpy().data, self._begins[index])
+
+    def rest(self, index: int) -> None:
+        """Batch `index` is not read for a while: its part of a file leaves the resident set. Views stay valid."""
+        self.drop(self._begins[index], self._begins[index + 1])
+
+    def raw(self, begin: int, end: int) -> Tensor:
+        """Bytes [begin, end), a view."""
+        return self._memory[begin:end] if self._file is None else self._file.read(begin, end)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Put bytes there."""
+        if self._file is None:
+            self._memory[offset : offset + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        else:
+            self._file.write(data, offset)
+
+    def drop(self, begin: int, end: int) -> None:
+        """Bytes [begin, end) of a file leave the resident set."""
+        if self._file is not None:
+            self._file.drop(begin, end)
+
+    def sync(self) -> None:
+        """A file's content outlives the machine's next crash. OSError if it does not."""
+        if self._file is not None:
+            os.fsync(self._file.fileno)
+
+    def remove(self) -> None:
+        """Free the memory, or delete the file; nothing else may be done after."""
+        if self._file is not None:
+            self._file.remove()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
 class HiddenStates:
     """Hidden states of all batches. `view(i)` [rows, tokens, hidden] is what enters the layer at hand, `put(i, x)` what
     enters the next one, `turn()` goes over to that.
 
     In memory there is one buffer, and `put` replaces what entered. With a `folder` a layer reads one file there and
-    writes the other, so that what entered it stays whole until the next `turn`, and neither is resident but for the
-    batches that are worked on (`rest` lets go of one). Files that are there already keep what is in them.
+    writes the other, so that what entered it stays whole until the next `turn`. Files that are there already keep what
+    is in them.
     """
 
     def __init__(
@@ -35,18 +97,10 @@ class HiddenStates:
     ) -> None:
         self.dtype = dtype
         self._shapes = [(*batch.input_ids.shape, hidden_size) for batch in of]
-        each = hidden_size * dtype.itemsize
-        self._begins = [0]
-        for batch in of:
-            self._begins.append(self._begins[-1] + batch.input_ids.numel() * each)
-        self.nbytes = self._begins[-1]
+        rows = [batch.input_ids.numel() for batch in of]
+        paths = [None] if folder is None else [folder / f"hidden-states-{i}" for i in range(2)]
+        self._buffers = [BatchBuffer(rows, hidden_size, dtype, path) for path in paths]
         self._now = 0
-        self._files: list[_StateFile] = []
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        if folder is None:
-            self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        else:
-            self._files = [_StateFile(folder / f"hidden-states-{i}", self.nbytes) for i in range(2)]
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -54,79 +108,70 @@ class HiddenStates:
     @property
     def file(self) -> Path | None:
         """Where what enters the layer at hand lies, None in memory. Nothing but `turn` starts to overwrite it."""
-        return self._files[self._now].path if self._files else None
+        return self._buffers[self._now].path
 
     def view(self, index: int) -> Tensor:
         """What enters the layer at hand in batch `index`; not to be written to."""
-        begin, end = self._begins[index], self._begins[index + 1]
-        raw = self._raw(begin, end)
-        return raw.view(self.dtype).view(self._shapes[index])
-
-    def _raw(self, begin: int, end: int) -> Tensor:
-        return self._files[self._now].read(begin, end) if self._files else self._buffer[begin:end]
+        return self._buffers[self._now].view(index).view(self._shapes[index])
 
     def put(self, index: int, value: Tensor) -> None:
         """What enters the next layer in batch `index`; of any floating-point dtype."""
-        if self._files:
-            data = value.detach().to(self.dtype).reshape(self._shapes[index]).contiguous()
-            raw = data.view(-1).view(torch.uint8).numpy().data
-            self._files[1 - self._now].write(raw, self._begins[index])
-        else:
-            self.view(index).copy_(value)
+        self._buffers[self._next].put(index, value)
 
     def rest(self, index: int) -> None:
         """Batch `index` is not read for a while: its part of a file leaves the resident set. Views stay valid."""
-        if self._files:
-            self._files[self._now].drop(self._begins[index], self._begins[index + 1])
+        self._buffers[self._now].rest(index)
 
     def turn(self) -> None:
         """Every batch has been put: what was put is what enters the layer at hand from now on."""
-        if self._files:
-            self._now = 1 - self._now
+        self._now = self._next
+
+    @property
+    def _next(self) -> int:
+        return (self._now + 1) % len(self._buffers)
 
     def save(self, path: Path) -> None:
         """Write what enters the layer at hand to `path` (raw bytes, in the order of the batches) and make it lasting;
         what is there already (`file`) is not written again. CalibrationError if that fails.
         """
+        buffer = self._buffers[self._now]
         try:
-            if self._files and path == self._files[self._now].path:
-                os.fsync(self._files[self._now].fileno)
+            if path == buffer.path:
+                buffer.sync()
                 return
             with open(path, "wb", buffering=0) as file:
-                for begin in range(0, self.nbytes, _PIECE):
-                    end = min(begin + _PIECE, self.nbytes)
-                    _write_all(file.fileno(), self._raw(begin, end).numpy().data, begin)
-                    if self._files:
-                        self._files[self._now].drop(begin, end)
+                for begin in range(0, buffer.nbytes, _PIECE):
+                    end = min(begin + _PIECE, buffer.nbytes)
+                    _write_all(file.fileno(), buffer.raw(begin, end).numpy().data, begin)
+                    buffer.drop(begin, end)
                 os.fsync(file.fileno())
         except OSError as error:
             _fail(path, error)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote to `path`. CalibrationError if it is not there, or not of these batches."""
-        for i, own in enumerate(self._files):
+        for i, own in enumerate(self._buffers):
             if path == own.path:
                 self._now = i
                 return
+        buffer = self._buffers[self._now]
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != self.nbytes:
-                    raise CalibrationError(f"{path}: has {size} bytes, and these batches' hidden states {self.nbytes}")
-                for begin in range(0, self.nbytes, _PIECE):
-                    piece = os.pread(file.fileno(), min(_PIECE, self.nbytes - begin), begin)
-                    if self._files:
-                        self._files[self._now].write(memoryview(piece), begin)
-                    else:
-                        self._buffer[begin : begin + len(piece)] = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+                if size != buffer.nbytes:
+                    raise CalibrationError(
+                        f"{path}: has {size} bytes, and these batches' hidden states {buffer.nbytes}"
+                    )
+                for begin in range(0, size, _PIECE):
+                    piece = os.pread(file.fileno(), min(_PIECE, size - begin), begin)
+                    buffer.write(memoryview(piece), begin)
         except OSError as error:
             _fail(path, error)
 
     def remove(self) -> None:
-        """Delete the files, if there are any; nothing else may be done after."""
-        for file in self._files:
-            file.remove()
-        self._files = []
+        """Free the memory, or delete the files; nothing else may be done after."""
+        for buffer in self._buffers:
+            buffer.remove()
 
 
 class _StateFile:

@@ -27,6 +27,7 @@ from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
 from ..report.progress import Progress
 from .batches import Batch
+from .expert_groups import ExpertGroups, projection
 from .hidden import HiddenStates
 from .hooks import BatchRows, CacheRecorder, InputHooks, SeenAll
 from .lockstep import PROBE_TOKENS, Course, Lockstep, Unfit, explore
@@ -37,7 +38,8 @@ from .tree import Leaves
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer with its weights in memory. `linears` holds its Linears by their checkpoint names, `stored` every
-    parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch.
+    parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch. Where
+    experts come in groups, each group is a Layer and all else is one; `pools`: what all experts saw, by projection.
     """
 
     index: int
@@ -45,6 +47,7 @@ class Layer:
     linears: Mapping[str, nn.Linear]
     stored: Mapping[str, tuple[nn.Module, str]]
     outputs: Callable[[], Iterator[Tensor]] | None = None
+    pools: Mapping[str, Statistics] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer with this checkpoint name."""
@@ -69,6 +72,10 @@ class Visitor(Protocol):
     def ranges(self) -> Mapping[str, Wants]: ...
     @property
     def caches(self) -> Collection[str]: ...
+    @property
+    def pools_below(self) -> int:
+        """An expert that saw fewer tokens is worked on with what all of its layer's experts saw."""
+        ...
 
     def across(self, index: int) -> str | None:
         """Why the inputs of layer `index` have to be worked on together; None if one at a time will do."""
@@ -117,11 +124,13 @@ def sweep(
     all_experts: bool = False,
     forwards: int | str = "auto",
     offload: Path | None = None,
+    expert_group: int | None = None,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
     `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
-    `offload`: a folder for the hidden states, which stay in memory without; the results are the same.
+    `offload`: a folder for the hidden states, which stay in memory without; `expert_group`: how many experts of a layer
+    are in memory at once; the results are the same.
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -148,18 +157,35 @@ def sweep(
             hidden, calls = embedded(skeleton, batches, offload)
         probe_view = probe_hidden.view(0)
         for index in range(stop):
-            skeleton.materialize(index, source)
+            routed = skeleton.experts[index]
+            in_groups = bool(routed) and expert_group is not None and expert_group < max(map(len, routed))
+            if in_groups and len(routed) > 1:
+                raise CalibrationError(
+                    f"{skeleton.layer_prefix(index)}: has {len(routed)} sets of experts, and only one set can come in "
+                    "groups; raise global.memory_budget, or leave low_memory out"
+                )
+            if in_groups:
+                skeleton.materialize_without_experts(index, source)
+            else:
+                skeleton.materialize(index, source)
+            if index + 1 < stop:
+                skeleton.prefetch(index + 1, source, experts=expert_group)
             run = _Run(skeleton, index, batches, calls, hidden, report, (probe_view, probe_calls[index]))
             layer = Layer(
                 index, skeleton.layer_prefix(index), skeleton.linears(index), skeleton.stored(index), run.outputs
             )
-            visitor.prepare(layer)
+            if not in_groups:
+                visitor.prepare(layer)
             first = {n: visitor.statistics[n] for n in names[index] if n in visitor.statistics}
             last = {n: visitor.ranges[n] for n in names[index] if n in visitor.ranges}
             feeds_on = index + 1 < stop
             recorders = {name: CacheRecorder(name) for name in caches[index]}
             course = run.course(layer, visitor, [*first, *last], forwards) if first else None
-            if course is not None:
+            if in_groups and expert_group is not None:
+                ExpertGroups(run, source, routed[0], expert_group, offload).visit(
+                    layer, visitor, first, last, keep=feeds_on, all_experts=all_experts, recorders=recorders
+                )
+            elif course is not None:
                 seen = run.lockstep(layer, course, visitor, first, last, keep=feeds_on, recorders=recorders)
                 visitor.observe(layer, seen, recorders)
             else:
@@ -279,20 +305,18 @@ class _Run:
         hooks = InputHooks(linears, wants, experts, leaves) if wants else None
         for group in experts:
             group.all_tokens = all_experts
-        with hooks or nullcontext():
-            forward(
-                self.skeleton,
-                self.index,
-                self.batches,
-                self.calls,
-                self.hidden,
-                hooks,
-                keep=keep,
-                cache=next(iter(recorders.values()), None) if recorders else None,
-            )
+        self.forward(hooks, keep=keep, recorders=recorders)
         for group in experts:
             group.all_tokens = False
-        return {} if hooks is None else self._complete(layer, list(wants), hooks.statistics())
+        return {} if hooks is None else self.complete(layer, list(wants), hooks.statistics())
+
+    def forward(
+        self, hooks: InputHooks | None, *, keep: bool, recorders: Mapping[str, CacheRecorder] | None = None
+    ) -> None:
+        """Every batch through the layer, watched by `hooks`."""
+        cache = next(iter(recorders.values()), None) if recorders else None
+        with hooks or nullcontext():
+            forward(self.skeleton, self.index, self.batches, self.calls, self.hidden, hooks, keep=keep, cache=cache)
 
     def outputs(self) -> Iterator[Tensor]:
         """The layer as it is, batch by batch; hidden states stay as they are."""
@@ -301,9 +325,18 @@ class _Run:
             yield out if batch.mask is None else out[batch.mask.bool()]
             self.hidden.rest(number)
 
-    def _complete(self, layer: Layer, names: Sequence[str], statistics: dict[str, Statistics]) -> dict[str, Statistics]:
-        """Statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection."""
+    def complete(
+        self,
+        layer: Layer,
+        names: Sequence[str],
+        statistics: Mapping[str, Statistics],
+        pools: Mapping[str, Statistics] | None = None,
+    ) -> dict[str, Statistics]:
+        """Statistics of every wanted Linear; silent experts borrow from the layer's others, by the same projection, or
+        from `pools`, where those are not there.
+        """
         silent = [name for name in names if name not in statistics]
+        statistics = {name: statistics[name] for name in names if name in statistics}
         loans: dict[str, Statistics] = {}
         borrowed: dict[tuple[object, ...], Statistics] = {}
         family = self.skeleton.family
@@ -314,10 +347,11 @@ class _Run:
             if not family.is_expert(name):
                 raise CalibrationError(f"{name}: the model's forward never calls this Linear, so its input is unknown")
             # Its own copy, which smoothing may change; its Linears that read one input share it as the others' do.
-            others = _others(name, statistics)
+            pool = pools.get(projection(name)) if pools is not None else None
+            others = _others(name, statistics) if pools is None else [pool]
             key = (name.rpartition(".")[0], *map(id, others))
             if key not in borrowed:
-                borrowed[key] = merged_experts(name, statistics)
+                borrowed[key] = merged_experts(name, statistics) if pools is None else _copied(name, pool)
                 borrowed[key].count = 0
             loans[name] = borrowed[key]
         statistics.update(loans)
@@ -337,14 +371,18 @@ class _Run:
 def merged_experts(name: str, statistics: Mapping[str, Statistics]) -> Statistics:
     """What all experts of `name`'s layer saw at the same projection, together."""
     found = _others(name, statistics)
-    if not found:
-        raise CalibrationError(
-            f"{name}: no calibration token reached any of its layer's experts; use more calibration data"
-        )
-    merged = found[0].copy()
+    merged = _copied(name, found[0] if found else None)
     for other in found[1:]:
         merged.merge(other)
     return merged
+
+
+def _copied(name: str, seen: Statistics | None) -> Statistics:
+    if seen is None:
+        raise CalibrationError(
+            f"{name}: no calibration token reached any of its layer's experts; use more calibration data"
+        )
+    return seen.copy()
 
 
 def _others(name: str, statistics: Mapping[str, Statistics]) -> list[Statistics]:

@@ -72,6 +72,13 @@ class WeightSource:
         parts = self.format.PARTS if self.format is not None else ()
         return [n for n in (f"{module}.{part}" for part in parts) if n in self.checkpoint.tensors]
 
+    def prefetch(self, name: str) -> None:
+        """Start reading from disk what `get(name)` needs; returns at once. Names that are not there are left to it."""
+        module = self.module_of(name)
+        for stored in [name] if module is None else self.stored(module):
+            if stored in self.checkpoint.tensors:
+                self.checkpoint.prefetch(stored)
+
     def release(self, name: str) -> None:
         """Let go of the pages behind `get(name)`."""
         module = self.module_of(name)

@@ -42,14 +42,17 @@ class Experts(nn.ModuleList):
 
     `token_mask` (bool, one per token, None for all): tokens that are not real are sent to no expert, so that padding
     enters no expert's statistics; they get zeros. `all_tokens`: every expert runs on every real token, so that hooks on
-    it see them; the output is that of the routed ones still.
+    it see them; the output is that of the routed ones still. `stand_in` takes a call's place, its padding sent to
+    expert `len(self)`, and gives what comes out: for when the experts are not there. `path`: the name in the model.
     """
 
-    def __init__(self, fused: nn.Module, parts: tuple[str, str, str], name: str) -> None:
+    def __init__(self, fused: nn.Module, parts: tuple[str, str, str], name: str, path: str = "") -> None:
         gate_up, down = check_fused(fused, name)
         super().__init__(Expert(parts, down.shape[1], down.shape[2], gate_up.dtype) for _ in range(down.shape[0]))
         self.token_mask: Tensor | None = None
         self.all_tokens = False
+        self.stand_in: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.path = path
         # A class's own way to combine the two takes them concatenated; the usual one is act(gate) * up.
         self._own_gate = fused._apply_gate.__name__ != "_default_apply_gate"  # type: ignore[union-attr]
         # In a tuple, so that it is no submodule: its parameters are not this module's.
@@ -65,21 +68,31 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
-        out = torch.zeros_like(hidden_states)
         if self.token_mask is not None:
             top_k_index = top_k_index.masked_fill(~self.token_mask.unsqueeze(1), len(self))
+        if self.stand_in is not None:
+            return self.stand_in(hidden_states, top_k_index, top_k_weights)
         if self.all_tokens:
             everyone = hidden_states if self.token_mask is None else hidden_states[self.token_mask]
             return self._all(hidden_states, everyone, top_k_index, top_k_weights)
+        out = torch.zeros_like(hidden_states)
+        self.add(out, hidden_states, top_k_index, top_k_weights, range(len(self)))
+        return out
+
+    def add(
+        self, out: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, members: range
+    ) -> None:
+        """Add to `out` what the experts in `members` give, in their order; see `forward`. Experts in groups of any size
+        give the same bits as all at once.
+        """
         by_slot = top_k_index.t()
         for index in torch.unique(top_k_index).tolist():
-            if index >= len(self):
+            if index not in members:
                 continue
             slot, token = torch.where(by_slot == index)
             result = self[index](hidden_states[token], self.combine)
             result = result * top_k_weights[token, slot, None]
             out.index_add_(0, token, result.to(out.dtype))
-        return out
 
     def _all(self, hidden_states: Tensor, everyone: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)

@@ -136,6 +136,49 @@ class Skeleton:
         """Fill decoder layer `index` from `source`."""
         self.fill(f"{self._layers_path}.{index}", self.layers[index], source)
 
+    def materialize_without_experts(self, index: int, source: WeightSource) -> None:
+        """Fill decoder layer `index` but for its experts from `source`."""
+        within = {module for group in self.experts[index] for module in group.modules()}
+        self.fill(f"{self._layers_path}.{index}", self.layers[index], source, skip=within)
+
+    def prefetch(self, index: int, source: WeightSource, *, experts: int | None = None) -> None:
+        """Start reading decoder layer `index` from disk, if `source` can; of its experts the first few, or all."""
+        prefetch = getattr(source, "prefetch", None)
+        if prefetch is None:
+            return
+        late: set[nn.Module] = set()
+        if experts is not None:
+            late = {m for group in self.experts[index] for e in list(group)[experts:] for m in e.modules()}
+        path = f"{self._layers_path}.{index}"
+        for name, module in self.layers[index].named_modules():
+            for key in () if module in late else _stored(module):
+                prefetch(self._source_name(".".join(part for part in (path, name, key) if part)))
+
+    def prefetch_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+        """Start reading some experts of a layer from disk, if `source` can."""
+        prefetch = getattr(source, "prefetch", None)
+        if prefetch is None:
+            return
+        for name, module in self._of(experts, members):
+            for key in _stored(module):
+                prefetch(self._source_name(f"{name}.{key}"))
+
+    def materialize_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+        """Fill some experts of a layer from `source`."""
+        for name, module in self._of(experts, members):
+            self.fill(name, module, source, recurse=False)
+
+    def drop_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+        """Return some experts of a layer to the meta device."""
+        for name, module in self._of(experts, members):
+            _to_meta(module, recurse=False)
+            self._release(name, module, source, recurse=False)
+
+    def _of(self, experts: Experts, members: range) -> Iterator[tuple[str, nn.Module]]:
+        for i in members:
+            for name, module in experts[i].named_modules():
+                yield f"{experts.path}.{i}.{name}" if name else f"{experts.path}.{i}", module
+
     def drop(self, index: int, source: WeightSource) -> None:
         """Return decoder layer `index` to the meta device."""
         _to_meta(self.layers[index])
@@ -244,7 +287,7 @@ class Skeleton:
             path = f"{self._layers_path}.{index}.{name}"
             if self.checkpoint_name(f"{path}.down_proj") in self.names:
                 continue
-            experts = Experts(module, self.family.expert_parts, self.checkpoint_name(path))
+            experts = Experts(module, self.family.expert_parts, self.checkpoint_name(path), path)
             layer.set_submodule(name, experts)
             split.append(experts)
         return split
@@ -308,10 +351,20 @@ class Skeleton:
                 "takes it; config.json does not describe this checkpoint"
             )
 
-    def fill(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
-        """Fill `root`, the model's module at `path`, from `source`; without `recurse` only what it holds itself."""
+    def fill(
+        self,
+        path: str,
+        root: nn.Module,
+        source: WeightSource,
+        *,
+        recurse: bool = True,
+        skip: Collection[nn.Module] = (),
+    ) -> None:
+        """Fill `root`, the model's module at `path`, from `source`; without `recurse` only what it holds itself, and
+        never what modules in `skip` hold.
+        """
         for name, module in list(root.named_modules()) if recurse else [("", root)]:
-            for key, old in _stored(module).items():
+            for key, old in () if module in skip else _stored(module).items():
                 full = ".".join(part for part in (path, name, key) if part)
                 there = self._source_name(full)
                 try:

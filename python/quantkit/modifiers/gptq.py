@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..calibration.expert_groups import projection
 from ..calibration.statistics import Statistics
 from ..calibration.sweep import merged_experts
 from ..config.recipe import GPTQModifier
@@ -122,7 +123,8 @@ def _rtn(
 
 def _with_all_tokens(name: str, seen: Statistics, working: Working) -> Statistics:
     """What all experts of the layer saw, the count still this one's; a borrowed input is that already."""
-    found = merged_experts(name, working.statistics) if seen.count else seen.copy()
+    pool = working.layer.pools.get(projection(name), seen)
+    found = pool.copy() if pool is not seen or not seen.count else merged_experts(name, working.statistics)
     found.count = seen.count
     return found
 

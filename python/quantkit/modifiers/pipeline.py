@@ -40,6 +40,8 @@ class Pipeline:
         self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
         self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
+        pooling = [m for m in plan.recipe.modifiers if isinstance(m, GPTQModifier) and m.low_data == "all_tokens"]
+        self.pools_below = max((m.min_tokens_per_module for m in pooling), default=0)
         self.statistics = self._statistics()
         self.ranges = self._ranges()
 

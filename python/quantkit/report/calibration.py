@@ -33,7 +33,7 @@ class ModuleReport:
 
 @dataclass
 class CalibrationReport:
-    """Everything in the order in which it happened. `once`: how many layers one forward served; `twice`: why each
+    """Everything, modules as they stand in the source. `once`: how many layers one forward served; `twice`: why each
     other one took two. `listener` hears each module's line.
     """
 
