@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,18 +67,50 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from .checkpoint.hub import resolve_model
-    from .evaluate import evaluate
+    from .errors import ConfigError
 
-    result = evaluate(
-        resolve_model(args.model),
-        Path(args.text),
-        reference=resolve_model(args.reference) if args.reference else None,
-        windows=args.windows,
-        window_length=args.window_length,
-        backend=args.backend,
-        trust_remote_code=args.trust_remote_code,
-    )
-    print(result.render())
+    if not args.text and not args.tasks:
+        raise ConfigError("nothing to measure: give --text FILE for perplexity, --tasks NAMES for tasks, or both")
+    model, baseline = resolve_model(args.model), resolve_model(args.baseline) if args.baseline else None
+    told: dict[str, object] = {}
+    if args.text:
+        from .evaluate import evaluate
+
+        result = evaluate(
+            model,
+            Path(args.text),
+            reference=baseline,
+            windows=args.windows,
+            window_length=args.window_length,
+            backend=args.backend,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            vllm_python=args.vllm_python,
+        )
+        print(result.render())
+        told["perplexity"] = asdict(result)
+    if args.tasks:
+        from .tasks import evaluate_tasks
+
+        found = evaluate_tasks(
+            model,
+            [name.strip() for name in args.tasks.split(",") if name.strip()],
+            baseline,
+            backend=args.backend,
+            task_path=args.task_path,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            dtype=args.dtype,
+            max_length=args.max_length,
+            add_bos_token=args.add_bos_token,
+            apply_chat_template=args.apply_chat_template,
+            trust_remote_code=args.trust_remote_code,
+            vllm_python=args.vllm_python,
+        )
+        print(found.render())
+        told["tasks"] = json.loads(found.to_json())
+    if args.json:
+        Path(args.json).write_text(json.dumps(told, indent=2) + "\n")
     return 0
 
 
@@ -173,20 +207,43 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", required=True, help="the full-precision model: a folder or a hub id")
     sub.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
 
-    sub = add("eval", _eval, "measure perplexity, and KL and top-1 agreement with a reference model")
+    sub = add(
+        "eval", _eval, "measure perplexity and tasks, and what quantization costs against the full-precision model"
+    )
     sub.add_argument("model", help="a folder or hub id, quantized or not")
-    sub.add_argument("--text", required=True, metavar="FILE", help="plain text")
-    sub.add_argument("--reference", metavar="MODEL", help="the model to compare with, usually the source")
-    sub.add_argument("--windows", type=int, default=100, help="how many windows of the text (default 100)")
-    sub.add_argument("--window-length", type=int, default=256, metavar="N", help="tokens in a window (default 256)")
-    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
-
+    sub.add_argument(
+        "--text", metavar="FILE", help="plain text: perplexity, and KL and top-1 agreement with a baseline"
+    )
+    sub.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval, separated by commas (needs the extra 'eval')")
+    sub.add_argument("--baseline", "--reference", metavar="MODEL", help="the model to compare with, usually the source")
     sub.add_argument(
         "--backend",
-        choices=("dequantized", "quantkit"),
+        choices=("dequantized", "quantkit", "hf", "vllm"),
         default="dequantized",
-        help="run the model with dequantized weights, a layer at a time (default), or as quantkit.load does",
+        help="who runs the model: quantkit with dequantized weights, a layer at a time (default), quantkit.load, "
+        "Transformers' own loader, or vLLM",
     )
+    sub.add_argument("--windows", type=int, default=100, help="--text: how many windows of it (default 100)")
+    sub.add_argument(
+        "--window-length", type=int, default=256, metavar="N", help="--text: tokens in a window (default 256)"
+    )
+    sub.add_argument("--task-path", metavar="DIR", help="--tasks: a folder with task files of your own")
+    sub.add_argument("--num-fewshot", type=int, metavar="N", help="--tasks: examples in front (default: the task's)")
+    sub.add_argument("--limit", type=int, metavar="N", help="--tasks: only the first N samples of each")
+    sub.add_argument(
+        "--max-length", type=int, metavar="N", help="--tasks: tokens of a text at most (default: the model's, to 4096)"
+    )
+    sub.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="--tasks: put the tokenizer's special tokens in front, or not (default: as the tokenizer does)",
+    )
+    sub.add_argument("--apply-chat-template", action="store_true", help="--tasks: prompts as chats")
+    sub.add_argument("--dtype", help="of all that is not quantized (default float32; in vLLM the model's)")
+    sub.add_argument("--vllm-python", metavar="FILE", help="an interpreter with vLLM (or QUANTKIT_VLLM_PYTHON)")
+    sub.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the folder brings along")
 
     sub = add("generate", _generate, "continue a text with a quantized model, on quantkit's own kernels")
     sub.add_argument("model", help="the quantized folder, or a hub id")

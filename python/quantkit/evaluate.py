@@ -2,7 +2,8 @@
 
 Works for models larger than memory: one decoder layer is in memory at a time, logits are compared a few tokens at a
 time. All arithmetic is fp32 unless asked otherwise. A quantized folder is read dequantized, and its activations and its
-KV cache are quantized where its config says so.
+KV cache are quantized where its config says so. Perplexity alone also comes from other programs that run the folder:
+Transformers and vLLM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 # Logits of one comparison, both models together.
 LOGITS_BYTES = 256 << 20
-BACKENDS = ("dequantized", "quantkit")
 
 
 class Source(Protocol):
@@ -49,7 +49,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Evaluation:
     """Perplexity over `tokens` predicted tokens; KL(reference || model) in nats per token, share of tokens whose most
-    probable successor agrees, and the reference's perplexity, None without a reference.
+    probable successor agrees, and the reference's perplexity, None without a reference; KL and agreement are None with
+    the backends "hf" and "vllm" as well.
     """
 
     model: str
@@ -69,9 +70,9 @@ class Evaluation:
             lines += [
                 f"  of the reference {self.reference_perplexity:10.4f}   {self.reference}",
                 f"  change           {change:+9.3f}%",
-                f"  KL per token     {self.kl:10.5f}   nats",
-                f"  top-1 agreement  {self.top1:10.4f}",
             ]
+        if self.kl is not None:
+            lines += [f"  KL per token     {self.kl:10.5f}   nats", f"  top-1 agreement  {self.top1:10.4f}"]
         return "\n".join(lines)
 
 
@@ -83,24 +84,40 @@ def evaluate(
     window_length: int = 256,
     windows: int | None = 100,
     backend: str = "dequantized",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    vllm_python: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate the checkpoint in folder `model` on the first `windows` (None: all) pieces of `window_length` tokens of
     `text_file`, each on its own and without special tokens; against the checkpoint in `reference`, if given.
 
     `backend`: "dequantized" as described above; with "quantkit" the model is what `quantkit.load` makes of its folder,
-    all of it in memory and on quantized kernels. The reference is always dequantized.
+    all of it in memory and on quantized kernels. The reference is dequantized in both cases. With "hf" and "vllm" these
+    run model and reference, and there is no KL divergence: they give the probabilities of the text's own tokens.
+    `vllm_python`: an interpreter that has vLLM, see `scoring.open_scorer`.
     """
     from .calibration.dataset import load_tokenizer, text_rows
+    from .scoring import check_backend, dtype_of
 
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend: '{backend}' is not one of {', '.join(BACKENDS)}")
+    check_backend(backend)
+    dtype = dtype_of(dtype)
     folder = Path(model)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     rows = text_rows(Path(text_file), tokenizer, window_length, windows)
     folders = [folder] if reference is None else [folder, Path(reference)]
+    if backend in ("hf", "vllm"):
+        perplexities = [
+            _scored(f, rows, backend, dtype, trust_remote_code, vllm_python, window_length, progress) for f in folders
+        ]
+        return Evaluation(
+            model=str(model),
+            text=Path(text_file).name,
+            tokens=len(rows) * (window_length - 1),
+            perplexity=perplexities[0],
+            reference=None if reference is None else str(reference),
+            reference_perplexity=None if reference is None else perplexities[1],
+        )
     sources = [open_source(f) for f in folders]
     loaded = None
     if backend == "quantkit":
@@ -124,6 +141,35 @@ def evaluate(
         reference=None if reference is None else str(reference),
         **figures,
     )
+
+
+def _scored(
+    folder: Path,
+    rows: list[list[int]],
+    backend: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    vllm_python: str | Path | None,
+    window_length: int,
+    progress: bool,
+) -> float:
+    """The perplexity of each row's tokens after its first."""
+    from .scoring import open_scorer
+
+    scorer = open_scorer(
+        folder,
+        backend,
+        dtype=dtype,
+        max_length=window_length + 1,  # vLLM makes a token more
+        trust_remote_code=trust_remote_code,
+        vllm_python=vllm_python,
+        progress=progress,
+    )
+    try:
+        scores = scorer.score([(row[:1], row[1:]) for row in rows])
+    finally:
+        scorer.close()
+    return math.exp(-sum(logprob for logprob, _ in scores) / sum(len(row) - 1 for row in rows))
 
 
 def open_source(folder: Path) -> Source:
@@ -179,12 +225,12 @@ def compare(
         )
     layers = sum(skeleton.num_layers for skeleton in skeletons)
     with torch.no_grad(), Progress("evaluate", total=layers, unit="layer", enabled=progress) as bar:
-        states = [_run(s, source, grouped, bar) for s, source in zip(skeletons, sources, strict=True)]
+        states = [run_layers(s, source, grouped, bar) for s, source in zip(skeletons, sources, strict=True)]
         figures = _logit_figures(skeletons, sources, states, grouped)
     return figures
 
 
-def _run(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Progress) -> HiddenStates:
+def run_layers(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Progress) -> HiddenStates:
     """What leaves the last decoder layer."""
     from .calibration.hooks import CacheRounder
     from .calibration.sweep import embed, forward
@@ -214,6 +260,14 @@ def _quantizing(quantizer: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[T
     return lambda _, args: (quantizer(args[0]), *args[1:])
 
 
+def head_hook(stack: ExitStack, skeleton: Skeleton, source: Source) -> None:
+    """As long as `stack` is open, the inputs of a quantized head are rounded as its config says."""
+    head = skeleton.checkpoint_name("lm_head")
+    if head in source.input_quantizers:
+        hook = _quantizing(source.input_quantizers[head])
+        stack.callback(skeleton.model.get_submodule("lm_head").register_forward_pre_hook(hook).remove)
+
+
 def _logit_figures(
     skeletons: list[Skeleton], sources: list[Source], states: list[HiddenStates], grouped: list[Batch]
 ) -> dict[str, Any]:
@@ -226,10 +280,7 @@ def _logit_figures(
     with ExitStack() as stack:
         for skeleton, source in zip(skeletons, sources, strict=True):
             stack.enter_context(skeleton.outer(source, head=True))
-            head = skeleton.checkpoint_name("lm_head")
-            if head in source.input_quantizers:
-                hook = _quantizing(source.input_quantizers[head])
-                stack.callback(skeleton.model.get_submodule("lm_head").register_forward_pre_hook(hook).remove)
+            head_hook(stack, skeleton, source)
         for number, batch in enumerate(grouped):
             targets = batch.input_ids[:, 1:].reshape(-1)
             inputs = [state.view(number)[:, :-1].flatten(0, 1) for state in states]

@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from quantkit.calibration.dataset import load_tokenizer
 from quantkit.conformance import check_folder
+from quantkit.errors import CheckpointError, ConfigError
+from quantkit.evaluate import evaluate
+from quantkit.scoring import open_scorer
 
 from .jobs import EXAMPLES, RECIPES, quantize, quantize_by
 
@@ -74,6 +79,34 @@ def test_vllm_reads_what_recipes_make(recipe: str, tmp_path: Path) -> None:
 )
 def test_vllm_reads_other_formats(name: str, modifiers: str, tmp_path: Path) -> None:
     check(quantize_by("tiny-llama", modifiers, tmp_path, f"compression.save_name={name}"), tmp_path)
+
+
+def test_eval_through_vllm(tmp_path: Path) -> None:
+    """Perplexity and texts that `quantkit eval --backend vllm` tells are those of the codes, computed in bf16."""
+    output = quantize("tiny-llama", "W4A16", tmp_path)
+    text = EXAMPLES / "data" / "evaluation.txt"
+    own = evaluate(output, text, windows=8, progress=False)
+    theirs = evaluate(output, text, windows=8, backend="vllm", vllm_python=PYTHON, progress=False)
+    # bf16 rounds each logit, of 10 at most, by 2^-9 of itself, now up, now down.
+    assert theirs.perplexity == pytest.approx(own.perplexity, rel=2**-9 * 10)
+    assert theirs.perplexity != own.perplexity
+    ids = load_tokenizer(output).encode("The history of the city")
+    scorer = open_scorer(output, "vllm", vllm_python=PYTHON)
+    try:
+        assert "bfloat16" in scorer.describe
+        limited, stopped = scorer.generate([(ids, 12, []), (ids, 64, ["."])])
+        assert limited and "." not in stopped and limited.startswith(stopped[:8])
+        with pytest.raises(ConfigError, match="a text of 2000 tokens"):
+            scorer.score([([3] * 1000, [3] * 1000)])
+    finally:
+        scorer.close()
+    broken = tmp_path / "broken"
+    shutil.copytree(output, broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"vLLM (refuses it|stopped).*"):
+        evaluate(broken, text, windows=2, backend="vllm", vllm_python=PYTHON, progress=False)
 
 
 def check(output: Path, tmp_path: Path) -> None:
