@@ -65,8 +65,8 @@ class LayerwiseScorer:
         with ExitStack() as stack:
             stack.enter_context(self.skeleton.outer(self.source, head=True))
             head_hook(stack, self.skeleton, self.source)
-            for batch, states in zip(grouped, hidden.views, strict=True):
-                inputs, targets, counts = _asked(batch, states, pairs)
+            for number, batch in enumerate(grouped):
+                inputs, targets, counts = _asked(batch, hidden.view(number), pairs)
                 logprobs, greedy = [], []
                 for begin in range(0, targets.numel(), step):
                     logits = self.skeleton.head(inputs[begin : begin + step, None])[:, 0]
