@@ -26,16 +26,8 @@ Tensor pack_bf16(const Tensor& weight) {
 Tensor bf16_gemm(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                  int64_t out_features) {
   constexpr auto kOp = "bf16_gemm";
-  check_product(kOp, x, out_features);
+  check_bf16_gemm(kOp, x, packed, out_features);
   const int64_t cols = x.size(1);
-  const int64_t shape[] = {(out_features + kPanelCols - 1) / kPanelCols, wna16_steps(16, cols),
-                           kPanelCols};
-  check(packed.scalar_type() == ScalarType::Int && packed.dim() == 3 &&
-            packed.size(0) == shape[0] && packed.size(1) == shape[1] &&
-            packed.size(2) == shape[2] && packed.is_contiguous(),
-        kOp, "packed must be what pack_bf16 makes of [", out_features, ", ", cols,
-        "]: contiguous torch.int32 ", text_of({shape, 3}), ", got ", name_of(packed.scalar_type()),
-        " ", text_of(packed.sizes()));
   const Wna16Weight weight = {16,
                               reinterpret_cast<const int32_t*>(element(packed, 0)),
                               out_features,

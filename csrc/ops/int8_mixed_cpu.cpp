@@ -68,11 +68,7 @@ std::vector<int32_t> find_outliers(DType dtype, const Tensor& x, float threshold
 Tensor int8_mixed_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                        int64_t out_features, double threshold, const std::optional<Tensor>& bias) {
   constexpr auto kOp = "int8_mixed_gemm";
-  check_input(kOp, x);
-  check_w8a8_packed(kOp, packed, out_features, x.size(1));
-  check_weight_scale(kOp, weight_scale, out_features);
-  check_bias(kOp, bias, x, out_features);
-  check(threshold > 0, kOp, "threshold must be positive (inf: no outliers), got ", threshold);
+  check_int8_mixed_gemm(kOp, x, packed, weight_scale, out_features, threshold, bias);
   Tensor out = output(x, {x.size(0), out_features}, x.scalar_type());
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(kOp, x.scalar_type());

@@ -15,56 +15,6 @@ constexpr int64_t kQuantizeElements = 8192;  // a thread takes at a time
 constexpr int64_t kPieceRows = 24;           // least rows of a piece, where panels are few
 constexpr int64_t kThreadElements = 128 << 10;  // of weights that are worth waking a thread for
 
-bool is_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
-  return x.dim() == static_cast<int64_t>(shape.size()) &&
-         std::equal(shape.begin(), shape.end(), x.sizes().begin());
-}
-
-void check_contiguous(const char* name, const Tensor& x) {
-  check(x.is_contiguous(), kOp, name, " must be contiguous, got strides ", text_of(x.strides()));
-}
-
-void check_packed(const Tensor& x, const Tensor& packed, int64_t out_features) {
-  check_input(kOp, x);
-  const int64_t cols = x.size(1);
-  check(out_features >= 0, kOp, "out_features must not be negative, got ", out_features);
-  const int64_t shape[] = {w4a8_panels(out_features), w4a8_words(cols), kW4Panel};
-  check(packed.scalar_type() == ScalarType::Int && is_shape(packed, {shape[0], shape[1], shape[2]}),
-        kOp, "packed must be what pack_w4a8 makes of ", out_features, " rows of ", cols,
-        " codes, torch.int32 ", text_of({shape, 3}), ", got ", name_of(packed.scalar_type()), " ",
-        text_of(packed.sizes()));
-  check_contiguous("packed", packed);
-}
-
-// The columns of a group.
-int64_t check_group(int64_t cols, int64_t group_size) {
-  check(group_size == -1 || (group_size > 0 && cols % group_size == 0 && group_size % 4 == 0), kOp,
-        "group_size must be -1 (the whole row) or a multiple of 4 that divides K = ", cols,
-        ", got ", group_size);
-  const int64_t longest = group_size == -1 ? cols : group_size;
-  check(longest <= kW4MaxGroup, kOp, "a group must be at most ", kW4MaxGroup,
-        " columns, or the int32 sums could overflow, got ", longest);
-  return longest;
-}
-
-void check_scales(const Tensor& scale, const Optional& zero_point, int64_t out_features,
-                  int64_t groups) {
-  const int64_t flat[] = {out_features, groups};
-  const int64_t panels[] = {w4a8_panels(out_features), groups, kW4Panel};
-  check_float(kOp, "weight_scale", scale);
-  check(is_shape(scale, {flat[0], flat[1]}) || is_shape(scale, {panels[0], panels[1], panels[2]}),
-        kOp, "weight_scale must be [N, G] = ", text_of({flat, 2}), " or pack_w4a8_scales of it, ",
-        text_of({panels, 3}), ", got ", text_of(scale.sizes()));
-  check_contiguous("weight_scale", scale);
-  if (!zero_point) return;
-  const IntList sizes = scale.sizes();
-  check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == scale.dim() &&
-            std::equal(sizes.begin(), sizes.end(), zero_point->sizes().begin()),
-        kOp, "weight_zero_point must be torch.int8 of weight_scale's shape ", text_of(sizes),
-        ", got ", name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
-  check_contiguous("weight_zero_point", *zero_point);
-}
-
 // Scales or zero points by panels: as they are, or made from [N, G].
 Tensor by_panels(const Tensor& values) {
   if (values.dim() == 3) return values;
@@ -155,11 +105,9 @@ Tensor pack_w4a8(const Tensor& words, int64_t in_features) {
 Tensor w4a8_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                  int64_t out_features, int64_t group_size, const Optional& weight_zero_point,
                  const Optional& bias) {
-  check_packed(x, packed, out_features);
-  const int64_t cols = x.size(1), group = check_group(cols, group_size);
-  const int64_t groups = cols ? cols / group : 0;
-  check_scales(weight_scale, weight_zero_point, out_features, groups);
-  check_bias(kOp, bias, x, out_features);
+  const int64_t group = check_w4a8_gemm(kOp, x, packed, weight_scale, out_features, group_size,
+                                        weight_zero_point, bias);
+  const int64_t cols = x.size(1);
   Tensor out = output(x, {x.size(0), out_features}, x.scalar_type());
   if (out.numel() == 0) return out;
 

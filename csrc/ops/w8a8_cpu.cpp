@@ -2,34 +2,8 @@
 #include "ops/w8a8.h"
 
 namespace qk::cpu {
-namespace {
 
 using Optional = std::optional<Tensor>;
-
-void check_static(const char* op, const Tensor& x, const Optional& input_scale,
-                  const Optional& input_zero_point, bool symmetric) {
-  if (input_scale) {
-    check(input_scale->scalar_type() == ScalarType::Float && input_scale->dim() == 1 &&
-              input_scale->size(0) == 1,
-          op, "input_scale must be torch.float32 [1], got ", name_of(input_scale->scalar_type()),
-          " ", text_of(input_scale->sizes()));
-  }
-  if (input_zero_point) {
-    check(input_zero_point->scalar_type() == ScalarType::Char && input_zero_point->dim() == 1 &&
-              input_zero_point->size(0) == 1,
-          op, "input_zero_point must be torch.int8 [1], got ",
-          name_of(input_zero_point->scalar_type()), " ", text_of(input_zero_point->sizes()));
-  }
-  check(input_scale || !input_zero_point, op,
-        "input_zero_point needs input_scale; without one, x is quantized per token");
-  check(symmetric || !input_scale || input_zero_point, op,
-        "symmetric=False with input_scale needs input_zero_point");
-  check((symmetric && !input_zero_point) || x.size(1) <= kMaxAsymmetricDepth, op,
-        "K must be at most ", kMaxAsymmetricDepth,
-        " with asymmetric codes, or the int32 sums could overflow, got ", x.size(1));
-}
-
-}  // namespace
 
 Tensor pack_w8a8(const Tensor& codes) {
   constexpr auto kOp = "pack_w8a8";
@@ -55,10 +29,7 @@ Tensor pack_w8a8(const Tensor& codes) {
 
 Tensor int8_gemm(const Tensor& a, const Tensor& packed, int64_t out_features) {
   constexpr auto kOp = "int8_gemm";
-  check(a.dim() == 2 && a.scalar_type() == ScalarType::Char, kOp,
-        "a must be torch.int8 [M, K], got ", name_of(a.scalar_type()), " ", text_of(a.sizes()));
-  check_rows(kOp, "a", a);
-  check_w8a8_packed(kOp, packed, out_features, a.size(1));
+  check_int8_gemm(kOp, a, packed, out_features);
   Tensor out = output(a, {a.size(0), out_features}, ScalarType::Int);
   if (out.numel() == 0) return out;
   Int8Product product = {};
@@ -78,11 +49,8 @@ Tensor w8a8_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_sca
                  int64_t out_features, const Optional& input_scale,
                  const Optional& input_zero_point, bool symmetric, const Optional& bias) {
   constexpr auto kOp = "w8a8_gemm";
-  check_input(kOp, x);
-  check_w8a8_packed(kOp, packed, out_features, x.size(1));
-  check_weight_scale(kOp, weight_scale, out_features);
-  check_bias(kOp, bias, x, out_features);
-  check_static(kOp, x, input_scale, input_zero_point, symmetric);
+  check_w8a8_gemm(kOp, x, packed, weight_scale, out_features, input_scale, input_zero_point,
+                  symmetric, bias);
   Tensor out = output(x, {x.size(0), out_features}, x.scalar_type());
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(kOp, x.scalar_type());

@@ -5,31 +5,16 @@
 
 #include <memory>
 
+#include "ops/gemm_check.h"
 #include "ops/panels.h"
 
 namespace qk::cpu {
-
-// What the GEMMs ask of x, whose columns are the weight's.
-inline void check_product(const char* op, const Tensor& x, int64_t out_features) {
-  check(x.dim() == 2, op, "x must be 2-D [tokens, in_features], got ", x.dim(), "-D");
-  check_float(op, "x", x);
-  check(x.size(1) <= 1 || x.stride(1) == 1, op,
-        "x must have its last dimension contiguous, got strides ", text_of(x.strides()));
-  check(x.size(1) > 0, op, "in_features must be positive, got ", x.size(1));
-  check(out_features >= 0, op, "out_features must not be negative, got ", out_features);
-}
 
 // y = x W^T + bias; `order` is null or which column of x is the k-th.
 inline Tensor wna16_product(const char* op, const Tensor& x, const Wna16Weight& weight,
                             const int32_t* order, const std::optional<Tensor>& bias) {
   const int64_t rows = x.size(0), cols = x.size(1);
-  if (bias) {
-    const ScalarType dtype = bias->scalar_type();
-    check((dtype == x.scalar_type() || dtype == ScalarType::Float) && bias->dim() == 1 &&
-              bias->size(0) == weight.rows && bias->is_contiguous(),
-          op, "bias must be contiguous ", name_of(x.scalar_type()), " or torch.float32 [",
-          weight.rows, "], got ", name_of(dtype), " ", text_of(bias->sizes()));
-  }
+  check_plain_bias(op, bias, x, weight.rows);
   Tensor y = output(x, {rows, weight.rows}, x.scalar_type());
   if (y.numel() == 0) return y;
 

@@ -6,18 +6,10 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-void check_bits(const char* op, int64_t num_bits) {
-  check(num_bits == 4 || num_bits == 8, op, "num_bits must be 4 or 8, got ", num_bits);
-}
-
 // Its numbers, checked; null if there is none.
 const int32_t* check_perm(const char* op, const Optional& perm, int64_t cols) {
   if (!perm) return nullptr;
-  check(perm->dim() == 1 && perm->size(0) == cols && perm->scalar_type() == ScalarType::Int, op,
-        "perm must be torch.int32 [", cols, "], got ", name_of(perm->scalar_type()), " ",
-        text_of(perm->sizes()));
-  check(perm->is_contiguous(), op, "perm must be contiguous, got strides ",
-        text_of(perm->strides()));
+  check_perm_shape(op, *perm, cols);
   const auto* const order = reinterpret_cast<const int32_t*>(element(*perm, 0));
   uint32_t largest = 0;
   for (int64_t k = 0; k < cols; ++k) largest = std::max(largest, static_cast<uint32_t>(order[k]));
@@ -28,41 +20,12 @@ const int32_t* check_perm(const char* op, const Optional& perm, int64_t cols) {
   return nullptr;
 }
 
-void check_shape(const char* op, const Tensor& x, const Tensor& packed, int64_t num_bits,
-                 int64_t out_features) {
-  check_product(op, x, out_features);
-  check_bits(op, num_bits);
-  const int64_t cols = x.size(1);
-  const int64_t shape[] = {(out_features + kPanelCols - 1) / kPanelCols,
-                           wna16_steps(static_cast<int>(num_bits), cols), kPanelCols};
-  check(packed.scalar_type() == ScalarType::Int && packed.dim() == 3 &&
-            packed.size(0) == shape[0] && packed.size(1) == shape[1] &&
-            packed.size(2) == shape[2] && packed.is_contiguous(),
-        op, "packed must be what pack_wna16 makes of ", num_bits, " bits [", out_features, ", ",
-        cols, "]: contiguous torch.int32 ", text_of({shape, 3}), ", got ",
-        name_of(packed.scalar_type()), " ", text_of(packed.sizes()));
-}
-
 Wna16Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                          const Optional& zero_point, int64_t num_bits, int64_t out_features,
                          int64_t group_size) {
-  check_shape(op, x, packed, num_bits, out_features);
+  const int64_t groups =
+      check_wna16_weight(op, x, packed, scale, zero_point, num_bits, out_features, group_size);
   const int64_t cols = x.size(1);
-  check(group_size == -1 || (group_size > 0 && cols % group_size == 0), op,
-        "group_size must be -1 or divide in_features ", cols, ", got ", group_size);
-  const int64_t groups = group_size == -1 ? 1 : cols / group_size;
-  check_float(op, "weight_scale", scale);
-  check(scale.dim() == 2 && scale.size(0) == out_features && scale.size(1) == groups &&
-            scale.is_contiguous(),
-        op, "weight_scale must be contiguous [", out_features, ", ", groups, "] for group_size ",
-        group_size, ", got ", text_of(scale.sizes()));
-  if (zero_point) {
-    check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == 2 &&
-              zero_point->size(0) == out_features && zero_point->size(1) == groups &&
-              zero_point->is_contiguous(),
-          op, "weight_zero_point must be contiguous torch.int8 [", out_features, ", ", groups,
-          "], got ", name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
-  }
   return {static_cast<int>(num_bits),
           reinterpret_cast<const int32_t*>(element(packed, 0)),
           out_features,
@@ -79,7 +42,7 @@ Wna16Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, 
 Tensor pack_wna16(const Tensor& words, int64_t num_bits, int64_t in_features,
                   const Optional& perm) {
   constexpr auto kOp = "pack_wna16";
-  check_bits(kOp, num_bits);
+  check_num_bits(kOp, num_bits);
   check(in_features > 0, kOp, "in_features must be positive, got ", in_features);
   const int bits = static_cast<int>(num_bits);
   const int64_t steps = wna16_steps(bits, in_features);

@@ -19,6 +19,17 @@ constexpr size_t kStackBytes = 64 << 10;
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
 
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes, read;
+
+  void land() const {
+    std::memcpy(target, source, static_cast<size_t>(read));
+    std::memset(static_cast<char*>(target) + read, 0, static_cast<size_t>(bytes - read));
+  }
+};
+
 // A context starts a fiber; afterwards _setjmp and _longjmp change between it and the scheduler
 // without system calls.
 struct Fiber {
@@ -26,6 +37,8 @@ struct Fiber {
   jmp_buf resume;
   bool started = false;
   State state = State::kReady;
+  std::vector<std::vector<Copy>> groups;  // closed, not waited for
+  std::vector<Copy> open;
 };
 
 struct Device {
@@ -214,6 +227,34 @@ void fail(const std::string& what) {
 void check_aligned(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     fail("a vector of " + std::to_string(alignment) + " bytes is not aligned");
+  }
+}
+
+void copy_async(void* target, const void* source, int bytes, int read) {
+  const auto* to = static_cast<unsigned char*>(target);
+  if (to < device.shared->data || to + bytes > device.shared->data + device.shared_bytes)
+    fail("an asynchronous copy to what is not the block's shared memory");
+  if (read < 0 || read > bytes)
+    fail("an asynchronous copy of " + std::to_string(read) + " bytes of " + std::to_string(bytes));
+  const Copy copy{target, source, bytes, read};
+  if (current_seed % 2 == 0) {
+    device.fibers[device.current].open.push_back(copy);
+  } else {
+    copy.land();
+  }
+}
+
+void copy_commit() {
+  Fiber& fiber = device.fibers[device.current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void copy_wait(int pending) {
+  std::vector<std::vector<Copy>>& groups = device.fibers[device.current].groups;
+  while (static_cast<int>(groups.size()) > pending) {
+    for (const Copy& copy : groups.front()) copy.land();
+    groups.erase(groups.begin());
   }
 }
 

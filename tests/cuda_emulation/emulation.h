@@ -3,6 +3,9 @@
 // goes next is drawn from a seed, warps running far ahead of each other, so a missing barrier shows
 // as a wrong result; if none is able to run, that is a deadlock and reported.
 //
+// Asynchronous copies land at their wait or at once, by the seed: with one of each, a wait that is
+// missing and a buffer that is filled too early both show as a wrong result.
+//
 // What else is found: reads and writes outside a buffer (guard.h), misaligned vectors, use of
 // shared memory that nothing was written to (it starts as 0xFF, NaN, in each block), lanes of a
 // warp at different collectives. What is not: speed, registers, and races between warps that no
@@ -38,6 +41,12 @@ void sync_block();
 [[noreturn]] void fail(const std::string& what);
 
 void check_aligned(const void* address, size_t alignment);
+
+// A copy to the block's shared memory, zeros beyond `read` bytes. It lands when its thread waits
+// for its group (even seeds), as late as a device may, or at once (odd seeds), as early.
+void copy_async(void* target, const void* source, int bytes, int read);
+void copy_commit();
+void copy_wait(int pending);  // until that many groups are under way
 
 constexpr int kWarpSize = 32;
 constexpr size_t kOperandBytes = 64;

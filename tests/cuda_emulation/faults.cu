@@ -8,19 +8,32 @@ namespace qk::cuda {
 namespace {
 
 struct Exchange {
-  float values[64];
+  alignas(16) float values[64];
 };
 
 __global__ void fault_kernel(Fault fault, const float* x, float* out) {
   Exchange& exchange = shared<Exchange>();
   const int thread = threadIdx.x;
-  if (fault != Fault::kUnwrittenShared) exchange.values[thread] = x[thread];
+  if (fault != Fault::kUnwrittenShared && fault != Fault::kMissingWait)
+    exchange.values[thread] = x[thread];
+  if (fault == Fault::kMissingWait && thread < 16) {
+    copy_async(&exchange.values[4 * thread], x + 4 * thread, 16);
+    copy_commit();
+  }
   if (fault != Fault::kMissingBarrier) sync_block();
+  if (fault == Fault::kEarlyOverwrite && thread < 16) {
+    copy_async(&exchange.values[4 * thread], x + (60 - 4 * thread), 16);
+    copy_commit();
+  }
   out[thread] = exchange.values[63 - thread];
   switch (fault) {
     case Fault::kNone:
     case Fault::kMissingBarrier:
     case Fault::kUnwrittenShared:
+      break;
+    case Fault::kMissingWait:
+    case Fault::kEarlyOverwrite:
+      copy_wait<0>();
       break;
     case Fault::kReadPast:
       out[thread] += x[thread + 1];

@@ -15,6 +15,8 @@ enum class Fault {
   kSharedPast,
   kMisaligned,
   kDivergentBarrier,
+  kMissingWait,     // an asynchronous copy is read before its group was waited for
+  kEarlyOverwrite,  // and one begins where others still read
 };
 
 // Reverses 64 floats and commits the fault on the way.

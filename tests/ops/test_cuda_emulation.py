@@ -174,7 +174,7 @@ def test_refusals(emulated: Any, op: str, args: tuple[Any, ...], words: str) -> 
 
 
 NONE, MISSING_BARRIER, UNWRITTEN, READ_PAST, READ_BEFORE = range(5)  # as in tests/cuda_emulation/faults.h
-WRITE_PAST, WRITE_BEFORE, SHARED_PAST, MISALIGNED, DIVERGED = range(5, 10)
+WRITE_PAST, WRITE_BEFORE, SHARED_PAST, MISALIGNED, DIVERGED, MISSING_WAIT, EARLY_OVERWRITE = range(5, 12)
 
 
 def fault(kind: int, seed: int) -> Tensor:
@@ -205,3 +205,9 @@ def test_the_emulation_finds_faults(library: Any, kind: int, seed: int, words: s
 def test_the_emulation_shows_a_missing_barrier(library: Any) -> None:
     assert all(not torch.equal(fault(MISSING_BARRIER, seed), torch.arange(64.0).flip(0)) for seed in range(4))
     assert fault(UNWRITTEN, 0).isnan().all()
+
+
+def test_the_emulation_shows_misused_asynchronous_copies(library: Any) -> None:
+    wanted = torch.arange(64.0).flip(0)
+    assert all(fault(MISSING_WAIT, seed).isnan().any() for seed in (0, 2))  # landed too late
+    assert all(not torch.equal(fault(EARLY_OVERWRITE, seed), wanted) for seed in range(4))  # and too early

@@ -106,6 +106,49 @@ __device__ __forceinline__ void store_vector(void* address, Vector value) {
   *static_cast<Vector*>(address) = value;
 }
 
+// Sixteen bytes to shared memory, both addresses aligned; of them only the first `bytes` are read,
+// the others become zeros. It has landed, for the thread that asked, once its group is waited for;
+// for the others after a barrier besides. Groups are closed by copy_commit.
+__device__ __forceinline__ void copy_async(void* target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most the last kPending groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Any function of three words' bits: kTable is what it makes of 0xF0, 0xCC and 0xAA.
+template <int kTable>
+__device__ __forceinline__ uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+}
+
+// Four of the bytes of a (0 to 3) and b (4 to 7), chosen by the selector's nibbles, lowest first.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// a * b + c of two numbers each, rounded once.
+__device__ __forceinline__ uint32_t fma_float16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+__device__ __forceinline__ uint32_t fma_bfloat16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 #else
 
 inline float min_nan(float a, float b) {
@@ -172,6 +215,47 @@ template <typename Vector>
 void store_vector(void* address, Vector value) {
   emulation::check_aligned(address, alignof(Vector));
   *static_cast<Vector*>(address) = value;
+}
+
+inline void copy_async(void* target, const void* source, int bytes) {
+  emulation::check_aligned(target, 16);
+  emulation::check_aligned(source, 16);
+  emulation::copy_async(target, source, 16, bytes);
+}
+inline void copy_commit() { emulation::copy_commit(); }
+template <int kPending>
+void copy_wait() {
+  emulation::copy_wait(kPending);
+}
+
+template <int kTable>
+uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (kTable >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return result;
+}
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 0xFFu) << (8 * i);
+  return result;
+}
+
+// Rounded to float in between: the kernels use them where the result is exact.
+inline uint32_t fma_float16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int half) {
+    return fma_rn(widen_float16(a >> half), widen_float16(b >> half), widen_float16(c >> half));
+  };
+  return narrow_float16x2(one(0), one(16));
+}
+inline uint32_t fma_bfloat16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto low = [](uint32_t word) { return float_of(word << 16); };
+  const auto high = [](uint32_t word) { return float_of(word & 0xFFFF0000u); };
+  return narrow_bfloat16x2(fma_rn(low(a), low(b), low(c)), fma_rn(high(a), high(b), high(c)));
 }
 
 #endif

@@ -20,6 +20,11 @@ struct Sums {
   float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 };
 
+// mma.m16n8k32 lays bytes out alike: four columns (or rows) of 8 bits where there are two of 16.
+struct IntSums {
+  int32_t v[4] = {0, 0, 0, 0};
+};
+
 #ifdef __CUDACC__
 
 // Four matrices of 8 x 8, of each lane the row it names (lanes 0-7 those of the first); lane 4 r +
@@ -61,6 +66,15 @@ __device__ __forceinline__ void multiply_add(Sums& sums, const Left& left, const
 }
 
 #undef QK_MMA
+
+// sums += left * right, of int8, modulo 2^32.
+__device__ __forceinline__ void multiply_add(IntSums& sums, const Left& left, const Right& right) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums.v[0]), "+r"(sums.v[1]), "+r"(sums.v[2]), "+r"(sums.v[3])
+      : "r"(left.w[0]), "r"(left.w[1]), "r"(left.w[2]), "r"(left.w[3]), "r"(right.w[0]),
+        "r"(right.w[1]));
+}
 
 #else
 
@@ -119,6 +133,39 @@ void multiply_add(Sums& sums, const Left& left, const Right& right) {
                      static_cast<double>(b[k][lane % 4 * 2 + i % 2]);
             }
             out[lane].v[i] = static_cast<float>(sum);
+          }
+        }
+      });
+}
+
+inline void multiply_add(IntSums& sums, const Left& left, const Right& right) {
+  struct Operand {
+    Left left;
+    Right right;
+    IntSums sums;
+  };
+  const auto value = [](uint32_t word, int i) {
+    return static_cast<int32_t>(static_cast<int8_t>(word >> (8 * i)));
+  };
+  sums = emulation::warp_collective<Operand, IntSums>(
+      "multiply_add", Operand{left, right, sums}, [value](const Operand* in, IntSums* out) {
+        int32_t a[16][32], b[8][32];
+        for (int lane = 0; lane < kWarp; ++lane) {
+          for (int i = 0; i < 16; ++i) {
+            const int part = i / 4;
+            a[lane / 4 + part % 2 * 8][lane % 4 * 4 + part / 2 * 16 + i % 4] =
+                value(in[lane].left.w[part], i % 4);
+          }
+          for (int i = 0; i < 8; ++i)
+            b[lane / 4][lane % 4 * 4 + i / 4 * 16 + i % 4] = value(in[lane].right.w[i / 4], i % 4);
+        }
+        for (int lane = 0; lane < kWarp; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            int32_t sum = 0;
+            const int32_t *row = a[lane / 4 + i / 2 * 8], *col = b[lane % 4 * 2 + i % 2];
+            for (int k = 0; k < 32; ++k) sum += row[k] * col[k];
+            out[lane].v[i] = static_cast<int32_t>(static_cast<uint32_t>(in[lane].sums.v[i]) +
+                                                  static_cast<uint32_t>(sum));
           }
         }
       });

@@ -64,7 +64,6 @@ _int8_mixed = declare(
     "-> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 

@@ -58,7 +58,7 @@ def _check(op: str, values: dict[str, Any]) -> None:
         )
 
 
-def _define(kind: str, how: str) -> torch._ops.OpOverload:
+def _define(kind: str, how: str, kernels: tuple[str, ...] = ("CPU", "CUDA")) -> torch._ops.OpOverload:
     """The op over experts of `kind`_gemm; `how` are its arguments but those that all kinds have."""
     op, single = f"moe_{kind}_gemm", f"{kind}_gemm"
 
@@ -95,15 +95,17 @@ def _define(kind: str, how: str) -> torch._ops.OpOverload:
         "Tensor? bias=None, Tensor? row_scale=None) -> Tensor",
         fake=fake,
         reference=reference,
-        kernels=("CPU",),
+        kernels=kernels,
     )
 
 
 _GEMMS = {
     "w8a8": _define("w8a8", "Tensor? input_scale=None, Tensor? input_zero_point=None, bool symmetric=True"),
-    "w4a8": _define("w4a8", "int group_size, Tensor? weight_zero_point=None"),
-    "wna16": _define("wna16", "int num_bits, int group_size, Tensor? weight_zero_point=None, Tensor? perm=None"),
-    "fp8": _define("fp8", "int[] weight_block, Tensor? input_scale=None, int[]? input_block=None"),
+    "w4a8": _define("w4a8", "int group_size, Tensor? weight_zero_point=None", ("CPU",)),
+    "wna16": _define(
+        "wna16", "int num_bits, int group_size, Tensor? weight_zero_point=None, Tensor? perm=None", ("CPU",)
+    ),
+    "fp8": _define("fp8", "int[] weight_block, Tensor? input_scale=None, int[]? input_block=None", ("CPU",)),
 }
 
 

@@ -258,14 +258,12 @@ _int8_gemm = declare(
     "int8_gemm(Tensor a, Tensor packed, int out_features) -> Tensor",
     fake=_int8_gemm_fake,
     reference=_int8_gemm_reference,
-    kernels=("CPU",),
 )
 _w8a8_gemm = declare(
     "w8a8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int out_features, Tensor? input_scale, "
     "Tensor? input_zero_point, bool symmetric, Tensor? bias) -> Tensor",
     fake=_w8a8_fake,
     reference=_w8a8_reference,
-    kernels=("CPU",),
 )
 
 

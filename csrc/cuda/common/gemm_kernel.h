@@ -1,0 +1,508 @@
+// One kernel for all products with packed weights.
+//
+// A block of threads makes a tile of kRows x kCols results. Activations and words go through shared
+// memory, kStages deep, by asynchronous copies of 16 bytes whose places are swizzled so that the 16
+// bytes a thread reads (gemm_weights.h) never meet another's bank. Warps lie kWarpsM x kWarpsN over
+// the tile, kTilesM x 16 rows by 32 channels each, and where rows are few kWarpsK of them share the
+// units of each stage; their sums are added in order at the end. Of the 32 channels a thread's sums
+// are eight neighbours, so that results leave in vectors.
+//
+// Groups: the scales of one multiply its sums when the next begins. For W4A8, whose order of
+// summation is fixed (ops/w4a8.py), a warp has all of K, and a split of K leaves the products of
+// each group.
+#pragma once
+
+#include "cuda/common/gemm_finish.h"
+#include "cuda/common/gemm_weights.h"
+
+namespace qk::cuda {
+
+template <int kWarpsM_, int kWarpsN_, int kWarpsK_, int kTilesM_, int kUnits_, int kStages_>
+struct Tiles {
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
+  static constexpr int kTilesM = kTilesM_, kUnits = kUnits_, kStages = kStages_;
+  static constexpr int kThreads = kWarpsM * kWarpsN * kWarpsK * kWarp;
+  static constexpr int kRows = kWarpsM * kTilesM * 16, kCols = kWarpsN * 32;
+  static constexpr int kOwnUnits = kUnits / kWarpsK;  // of a warp in a stage
+  static_assert(kUnits % 2 == 0 && kUnits % kWarpsK == 0 && kCols % kPanel == 0);
+};
+
+template <typename Weight, typename Shape>
+struct GemmScratch {
+  static constexpr int kRowChunks = Shape::kUnits * 4;
+  static constexpr int kWordRows = Shape::kUnits * 4 * Weight::kWords;
+  static constexpr int kPanels = Shape::kCols / kPanel;
+
+  alignas(16) unsigned char a[Shape::kStages][Shape::kRows][kRowChunks * 16];
+  alignas(16) uint32_t words[Shape::kStages][kPanels][kWordRows][kPanel];
+
+  // Where a chunk of 16 bytes lies in its row.
+  __device__ static int a_place(int row, int chunk) { return (chunk ^ row % 2 * 4) * 16; }
+  __device__ static int word_place(int row, int chunk) {
+    return (chunk ^ row / Weight::kWords % 4 * 2) * 4;
+  }
+};
+
+// The tile that a block works on.
+struct TilePlace {
+  int expert, row, row_end;
+  int panel;
+  int split, first_unit, end_unit;
+};
+
+// The expert and the rows of row tile number `tile`, by the whole warp; no rows beyond the last.
+__device__ inline TilePlace rows_of_tile(const Experts& experts, int rows, int tile,
+                                         int tile_rows) {
+  TilePlace place{};
+  if (experts.count == 0) {
+    place.row = tile * tile_rows;
+    place.row_end = min(rows, place.row + tile_rows);
+    return place;
+  }
+  const int lane = threadIdx.x % kWarp;
+  int before = 0;  // tiles of the experts before
+  for (int first = 0; first < experts.count; first += kWarp) {
+    const int e = first + lane;
+    const int begin = e < experts.count ? static_cast<int>(offset_of(experts, e)) : 0;
+    const int end = e < experts.count ? static_cast<int>(offset_of(experts, e + 1)) : 0;
+    int until = (end - begin + tile_rows - 1) / tile_rows;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int other = shuffle_from(until, lane - step < 0 ? lane : lane - step);
+      if (lane >= step) until += other;
+    }
+    until += before;
+    // The first lane whose tiles reach beyond this one.
+    int found = until > tile ? lane : kWarp;
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) found = min(found, shuffle_xor(found, mask));
+    if (found < kWarp) {
+      const int own = shuffle_from(until, found == 0 ? 0 : found - 1);
+      const int start = shuffle_from(begin, found), stop = shuffle_from(end, found);
+      place.expert = first + found;
+      place.row = start + (tile - (found == 0 ? before : own)) * tile_rows;
+      place.row_end = min(stop, place.row + tile_rows);
+      return place;
+    }
+    before = shuffle_from(until, kWarp - 1);
+  }
+  return place;
+}
+
+constexpr int kBandTiles = 16;  // row tiles that share weights in the L2 cache
+
+template <typename Weight, typename Shape>
+class TileGemm {
+ public:
+  using Scratch = GemmScratch<Weight, Shape>;
+  using Part = typename Weight::Part;
+  static constexpr int kTilesM = Shape::kTilesM;
+  static constexpr bool kGrouped = Weight::kScaling != Scaling::kRows;
+
+  __device__ TileGemm(const GemmArgs& args, const GemmPlan& plan, void* workspace)
+      : args(args),
+        plan(plan),
+        workspace(workspace),
+        scratch(shared<Scratch>()),
+        lane(threadIdx.x % kWarp),
+        warp_m(static_cast<int>(threadIdx.x) / kWarp % Shape::kWarpsM),
+        warp_n(static_cast<int>(threadIdx.x) / kWarp / Shape::kWarpsM % Shape::kWarpsN),
+        warp_k(static_cast<int>(threadIdx.x) / kWarp / (Shape::kWarpsM * Shape::kWarpsN)) {}
+
+  // Row tiles are neighbours within a band of them, then panels, so that weights are read once.
+  __device__ void run(int64_t index) {
+    const int64_t of_band = int64_t{kBandTiles} * plan.panel_tiles * plan.splits;
+    const int band = static_cast<int>(index / of_band);
+    const int rest = static_cast<int>(index - band * of_band);
+    const int tiles = min(kBandTiles, plan.row_tiles - band * kBandTiles);
+    place = rows_of_tile(args.experts, args.a.rows, band * kBandTiles + rest % tiles, Shape::kRows);
+    if (place.row >= place.row_end) return;
+    place.panel = rest / tiles % plan.panel_tiles * Scratch::kPanels;
+    place.split = rest / tiles / plan.panel_tiles;
+    const int units = (args.a.depth + Weight::kUnit - 1) / Weight::kUnit;
+    place.first_unit = place.split * plan.split_units;
+    place.end_unit = min(units, place.first_unit + plan.split_units);
+    first_col = place.panel * kPanel + warp_n * 32;
+    multiply();
+    if constexpr (Shape::kWarpsK > 1) add_warps();
+    if (warp_k == 0) finish();
+  }
+
+ private:
+  __device__ void load(int t) {
+    const int stage = t % Shape::kStages, plane = t % args.a.planes;
+    const int unit = place.first_unit + t / args.a.planes * Shape::kUnits;
+    const int left = (place.end_unit - unit) * kUnitBytes;  // bytes of a row within the split
+    const int row_left = args.a.depth * (kUnitBytes / Weight::kUnit) - unit * kUnitBytes;
+    const int bytes = min(left, row_left);
+    const char* const a = static_cast<const char*>(args.a.data) + plane * args.a.plane_bytes +
+                          int64_t{unit} * kUnitBytes;
+    constexpr int kChunks = Shape::kRows * Scratch::kRowChunks;
+    static_assert(kChunks % Shape::kThreads == 0);
+#pragma unroll
+    for (int i = 0; i < kChunks / Shape::kThreads; ++i) {
+      const int index = i * Shape::kThreads + static_cast<int>(threadIdx.x);
+      const int row = index / Scratch::kRowChunks, chunk = index % Scratch::kRowChunks;
+      const int valid = place.row + row < place.row_end ? min(max(bytes - chunk * 16, 0), 16) : 0;
+      const char* const from = valid > 0 ? a + (place.row + row) * args.a.row_bytes + chunk * 16
+                                         : static_cast<const char*>(args.a.data);
+      copy_async(&scratch.a[stage][row][Scratch::a_place(row, chunk)], from, valid);
+    }
+    const uint32_t* const words =
+        static_cast<const uint32_t*>(args.weight.words) + place.expert * args.weight.expert_words;
+    const int first_row = unit * 4 * Weight::kWords;
+    constexpr int kWordChunks = Scratch::kPanels * Scratch::kWordRows * (kPanel / 4);
+    static_assert(kWordChunks % Shape::kThreads == 0);
+#pragma unroll
+    for (int i = 0; i < kWordChunks / Shape::kThreads; ++i) {
+      const int index = i * Shape::kThreads + static_cast<int>(threadIdx.x);
+      const int chunk = index % (kPanel / 4), row = index / (kPanel / 4) % Scratch::kWordRows;
+      const int panel = index / (kPanel / 4) / Scratch::kWordRows;
+      const bool there = first_row + row < args.weight.word_rows &&
+                         (place.panel + panel) * kPanel < args.weight.out_features;
+      const uint32_t* const from = there ? words + (place.panel + panel) * args.weight.panel_words +
+                                               int64_t{first_row + row} * kPanel + chunk * 4
+                                         : words;
+      copy_async(&scratch.words[stage][panel][row][Scratch::word_place(row, chunk)], from,
+                 there ? 16 : 0);
+    }
+  }
+
+  __device__ void multiply() {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        part[m][j] = Part{};
+        if constexpr (kGrouped) sums[m][j] = Sums{};
+      }
+    }
+    group_begin = group_end = 0;
+    const int stages = (place.end_unit - place.first_unit + Shape::kUnits - 1) / Shape::kUnits;
+    const int total = max(stages, 0) * args.a.planes;
+#pragma unroll
+    for (int t = 0; t < Shape::kStages - 1; ++t) {
+      if (t < total) load(t);
+      copy_commit();
+    }
+    for (int t = 0; t < total; ++t) {
+      copy_wait<Shape::kStages - 2>();
+      sync_block();
+      if (t + Shape::kStages - 1 < total) load(t + Shape::kStages - 1);
+      copy_commit();
+      const int unit = place.first_unit + t / args.a.planes * Shape::kUnits;
+#pragma unroll
+      for (int u = 0; u < Shape::kOwnUnits; ++u) {
+        const int own = warp_k * Shape::kOwnUnits + u;
+        if (unit + own < place.end_unit) multiply_unit(t % Shape::kStages, own, unit + own);
+      }
+    }
+    if constexpr (kGrouped) end_group();
+    copy_wait<0>();
+    sync_block();  // the scratch may be written again
+  }
+
+  __device__ void multiply_unit(int stage, int own, int unit) {
+    if constexpr (kGrouped) {
+      if (unit < group_begin || unit >= group_end) {
+        end_group();
+        begin_group(unit);
+      }
+    }
+    const int row = lane / 4, quarter = lane % 4;
+    Words4 upper[kTilesM], lower[kTilesM];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      const int r = (warp_m * kTilesM + m) * 16 + row, chunk = own * 4 + quarter;
+      upper[m] = load_vector<Words4>(&scratch.a[stage][r][Scratch::a_place(r, chunk)]);
+      lower[m] = load_vector<Words4>(&scratch.a[stage][r + 8][Scratch::a_place(r, chunk)]);
+    }
+    Words4 words[Weight::kWords];
+#pragma unroll
+    for (int i = 0; i < Weight::kWords; ++i) {
+      const int r = (own * 4 + quarter) * Weight::kWords + i, chunk = warp_n % 2 * 8 + row;
+      words[i] =
+          load_vector<Words4>(&scratch.words[stage][warp_n / 2][r][Scratch::word_place(r, chunk)]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t codes[Weight::kWords], b[4];
+#pragma unroll
+      for (int i = 0; i < Weight::kWords; ++i) codes[i] = words[i].w[j];
+      Weight::decode(codes, offset[j], b);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Right right{{b[2 * half], b[2 * half + 1]}};
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          const Left left{{upper[m].w[2 * half], lower[m].w[2 * half], upper[m].w[2 * half + 1],
+                           lower[m].w[2 * half + 1]}};
+          if constexpr (__is_same(Part, IntSums)) {
+            multiply_add(part[m][j], left, right);
+          } else {
+            multiply_add<typename Weight::Element>(part[m][j], left, right);
+          }
+        }
+      }
+    }
+  }
+
+  // --- groups: runs of K with scales of their own, weight and activations taken together
+
+  __device__ int64_t scale_index(int col, int weight_group) const {
+    if (args.groups.by_panels) {
+      return (int64_t{col / kPanel} * args.groups.groups + weight_group) * kPanel + col % kPanel;
+    }
+    return int64_t{col / args.groups.rows} * args.groups.groups + weight_group;
+  }
+
+  __device__ void begin_group(int unit) {
+    const GroupScales& scales = args.groups;
+    const int units = scales.segment / Weight::kUnit;  // 0: all of K
+    group_begin = units == 0 ? 0 : unit / units * units;
+    group_end = units == 0 ? place.end_unit : group_begin + units;
+    weight_group = unit * Weight::kUnit / scales.columns;
+    input_group = unit * Weight::kUnit / scales.input_columns;
+    const int64_t base = place.expert * scales.expert_scales;
+    if (scales.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
+        factor[i] = load_number(scales.data, scales.dtype, base + scale_index(col, weight_group));
+      }
+    }
+    if constexpr (Weight::kScaling == Scaling::kGroups) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int col = min(first_col + lane / 4 * 4 + j, args.weight.out_features - 1);
+        offset[j] = Weight::offset(scales.zero_point == nullptr
+                                       ? 0
+                                       : scales.zero_point[base + scale_index(col, weight_group)]);
+      }
+    }
+  }
+
+  __device__ void end_group() {
+    if (group_begin == group_end) return;
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = place.row + (warp_m * kTilesM + m) * 16 + lane / 4 + half * 8;
+        if constexpr (Weight::kScaling == Scaling::kGroups) {
+          end_row(m, half, row);
+        } else {
+          end_int_row(m, half, row);
+        }
+      }
+    }
+  }
+
+  __device__ void end_row(int m, int half, int row) {
+    if constexpr (Weight::kScaling == Scaling::kGroups) {
+      const GroupScales& scales = args.groups;
+      const float input = scales.input == nullptr || row >= place.row_end
+                              ? 1.0f
+                              : scales.input[int64_t{row} * scales.input_groups + input_group];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& of_group = part[m][i % 4].v[half * 2 + i / 4];
+        float& sum = sums[m][i % 4].v[half * 2 + i / 4];
+        const float dot = mul_rn(of_group, Weight::kFactor);
+        sum =
+            scales.data == nullptr ? add_rn(sum, dot) : fma_rn(dot, mul_rn(input, factor[i]), sum);
+        of_group = 0.0f;
+      }
+    }
+  }
+
+  __device__ void end_int_row(int m, int half, int row) {
+    if constexpr (Weight::kScaling == Scaling::kIntGroups) {
+      const GroupScales& scales = args.groups;
+      const bool corrected = scales.zero_point != nullptr && row < place.row_end;
+      const int input =
+          corrected ? scales.input_sums[int64_t{row} * scales.groups + weight_group] : 0;
+      float products[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int32_t& of_group = part[m][i % 4].v[half * 2 + i / 4];
+        int32_t dot = of_group >> 4;
+        if (corrected) {
+          const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
+          const int zero =
+              scales
+                  .zero_point[place.expert * scales.expert_scales + scale_index(col, weight_group)];
+          dot -= zero * input;
+        }
+        of_group = 0;
+        products[i] = mul_rn(static_cast<float>(dot), factor[i]);
+        float& sum = sums[m][i % 4].v[half * 2 + i / 4];
+        sum = add_rn(sum, products[i]);
+      }
+      // Of a split, the products of every group, which the second kernel adds in order.
+      if (plan.splits > 1 && row < place.row_end) {
+        store_part(static_cast<float*>(workspace), weight_group, row, products);
+      }
+    }
+  }
+
+  // --- results
+
+  template <typename Number>
+  __device__ void store_part(Number* parts, int index, int row, const Number (&values)[8]) const {
+    const int col = first_col + lane % 4 * 8, pitch = part_pitch(args.weight.out_features);
+    if (col >= pitch) return;
+    Number* const to = parts + (int64_t{index} * args.a.rows + row) * pitch + col;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const auto word = [&](int k) { return __builtin_bit_cast(uint32_t, values[i + k]); };
+      store_vector(to + i, Words4{{word(0), word(1), word(2), word(3)}});
+    }
+  }
+
+  // The warps that share units leave their sums in the scratch, and the first adds them in order.
+  __device__ void add_warps() {
+    constexpr int kNumbers = kTilesM * 16, kOthers = Shape::kWarpsM * Shape::kWarpsN;
+    static_assert((Shape::kWarpsK - 1) * kOthers * kNumbers * kWarp * 4 <= sizeof(Scratch));
+    uint32_t* const room = reinterpret_cast<uint32_t*>(&scratch);
+    const int warp = warp_n * Shape::kWarpsM + warp_m;
+    const auto place_of = [&](int k, int number) {
+      return (((k - 1) * kOthers + warp) * kNumbers + number) * kWarp + lane;
+    };
+    if (warp_k > 0) {
+      each_number([&](int number, auto& value) {
+        room[place_of(warp_k, number)] = __builtin_bit_cast(uint32_t, value);
+      });
+    }
+    sync_block();
+    if (warp_k == 0) {
+      for (int k = 1; k < Shape::kWarpsK; ++k) {
+        each_number([&](int number, auto& value) {
+          if constexpr (__is_same(Part, IntSums)) {
+            value += static_cast<int32_t>(room[place_of(k, number)]);
+          } else {
+            value = add_rn(value, float_of(room[place_of(k, number)]));
+          }
+        });
+      }
+    }
+    sync_block();
+  }
+
+  template <typename Function>
+  __device__ void each_number(Function f) {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Weight::kScaling == Scaling::kRows) {
+            f((m * 4 + j) * 4 + i, part[m][j].v[i]);
+          } else {
+            f((m * 4 + j) * 4 + i, sums[m][j].v[i]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void finish() {
+    const int col = first_col + lane % 4 * 8;
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = place.row + (warp_m * kTilesM + m) * 16 + lane / 4 + half * 8;
+        if (row >= place.row_end || col >= args.weight.out_features) continue;
+        using Number = SumOf<Weight>;
+        Number values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if constexpr (Weight::kScaling == Scaling::kRows) {
+            values[i] = part[m][i % 4].v[half * 2 + i / 4];
+          } else {
+            values[i] = sums[m][i % 4].v[half * 2 + i / 4];
+          }
+        }
+        if (plan.splits == 1) {
+          finish_chunk<Weight>(args, place.expert, row, col, values);
+        } else if constexpr (Weight::kScaling != Scaling::kIntGroups) {
+          store_part(static_cast<Number*>(workspace), place.split, row, values);
+        }
+      }
+    }
+  }
+
+  const GemmArgs& args;
+  const GemmPlan& plan;
+  void* const workspace;
+  Scratch& scratch;
+  const int lane, warp_m, warp_n, warp_k;
+  TilePlace place;
+  int first_col;  // of the warp
+  Part part[kTilesM][4];
+  Sums sums[kGrouped ? kTilesM : 1][4];
+  int group_begin, group_end;  // units
+  int weight_group, input_group;
+  float factor[8];
+  Offset offset[4];
+};
+
+template <typename Weight, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ GemmPlan plan,
+                void* workspace) {
+  TileGemm<Weight, Shape> tile(args, plan, workspace);
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.panel_tiles * plan.splits;
+  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) tile.run(index);
+}
+
+// Adds the parts of a split in order.
+template <typename Weight>
+__global__ void __launch_bounds__(kThreads)
+    join_kernel(const __grid_constant__ GemmArgs args, int parts, const void* workspace) {
+  using Number = SumOf<Weight>;
+  const int pitch = part_pitch(args.weight.out_features), chunks = pitch / kChunk;
+  const int64_t count = int64_t{args.a.rows} * chunks;
+  for (int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x; index < count;
+       index += int64_t{gridDim.x} * kThreads) {
+    const int row = static_cast<int>(index / chunks);
+    const int col = static_cast<int>(index - int64_t{row} * chunks) * kChunk;
+    Number values[8] = {};
+    for (int part = 0; part < parts; ++part) {
+      const auto* const from =
+          static_cast<const Number*>(workspace) + (int64_t{part} * args.a.rows + row) * pitch + col;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Words4 four = load_vector<Words4>(from + half * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Number& value = values[half * 4 + i];
+          if constexpr (__is_same(Number, int32_t)) {
+            value += static_cast<int32_t>(four.w[i]);
+          } else {
+            value = add_rn(value, float_of(four.w[i]));
+          }
+        }
+      }
+    }
+    finish_chunk<Weight>(args, expert_of(args.experts, row), row, col, values);
+  }
+}
+
+template <typename Weight, typename Shape>
+cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* workspace,
+                        cudaStream_t stream) {
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.panel_tiles * plan.splits;
+  const cudaError_t status =
+      launch(gemm_kernel<Weight, Shape>, dim3(grid_extent(tiles)), dim3(Shape::kThreads),
+             sizeof(GemmScratch<Weight, Shape>), stream, args, plan, workspace);
+  if (status != cudaSuccess || plan.splits == 1) return status;
+  const int parts = Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
+  const int64_t chunks = int64_t{args.a.rows} * (part_pitch(args.weight.out_features) / kChunk);
+  return launch(join_kernel<Weight>, dim3(grid_extent(ceil_div(chunks, kThreads))), dim3(kThreads),
+                0, stream, args, parts, static_cast<const void*>(workspace));
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,88 @@
+// Which tiles a product gets and into how many parts K is split; and the way to its kernel.
+#include "cuda/common/gemm_shapes.h"
+
+namespace qk::cuda {
+namespace {
+
+// Blocks that keep a large device busy: two for each of its multiprocessors, of tiles of few rows.
+constexpr int kBusyFew = 264, kBusy = 132;
+constexpr int kMostSplits = 16;
+constexpr int kLeastStages = 4;  // of a part
+
+// Calls f with the weight of the kind.
+template <typename Function>
+auto with_weight(WeightKind kind, DType dtype, Function f) {
+  const bool half = dtype == DType::kFloat16;
+  switch (kind) {
+    case WeightKind::kInt8:
+      return f(WeightInt8{});
+    case WeightKind::kInt4ByInt8:
+      return f(WeightInt4ByInt8{});
+    case WeightKind::kInt4:
+      return half ? f(WeightInt4<Float16>{}) : f(WeightInt4<BFloat16>{});
+    case WeightKind::kByte:
+      return half ? f(WeightByte<Float16>{}) : f(WeightByte<BFloat16>{});
+    case WeightKind::kFloat8:
+      return half ? f(WeightFloat8<Float16>{}) : f(WeightFloat8<BFloat16>{});
+    default:
+      return f(WeightBFloat16{});
+  }
+}
+
+template <typename Weight, typename Shape>
+GemmPlan plan_of(const GemmArgs& args, int shape) {
+  const int rows = args.a.rows, experts = args.experts.count;
+  GemmPlan plan = {};
+  plan.shape = shape;
+  // Each expert may have a tile that is not full.
+  plan.row_tiles = experts == 0 ? static_cast<int>(ceil_div(rows, Shape::kRows))
+                                : rows / Shape::kRows + (experts < rows ? experts : rows);
+  plan.panel_tiles = static_cast<int>(ceil_div(args.weight.out_features, Shape::kCols));
+  const int64_t units = ceil_div(args.a.depth, Weight::kUnit);
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.panel_tiles;
+  int64_t splits = (shape == 0 ? kBusyFew : kBusy) / tiles;
+  const int64_t most = units / (Shape::kUnits * kLeastStages);
+  splits = splits < most ? splits : most;
+  splits = splits < kMostSplits ? splits : kMostSplits;
+  const bool whole = Weight::kScaling == Scaling::kIntGroups && args.groups.segment == 0;
+  if (splits < 2 || whole) splits = 1;
+  // Parts are whole stages, and whole segments where their order counts.
+  int64_t step = Shape::kUnits;
+  if (splits > 1 && Weight::kScaling == Scaling::kIntGroups)
+    step = args.groups.segment / Weight::kUnit;
+  const int64_t length = ceil_div(ceil_div(units, splits), step) * step;
+  plan.split_units = static_cast<int>(length > 0 ? length : 1);
+  plan.splits = static_cast<int>(units > 0 ? ceil_div(units, plan.split_units) : 1);
+  if (plan.splits > 1) {
+    const int64_t parts =
+        Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
+    plan.workspace = parts * rows * part_pitch(args.weight.out_features);
+  }
+  return plan;
+}
+
+}  // namespace
+
+GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
+  const int experts = args.experts.count;
+  const int64_t rows = experts == 0 ? args.a.rows : ceil_div(args.a.rows, experts);
+  const int shape = rows <= 16 ? 0 : rows <= 32 ? 1 : rows <= 64 ? 2 : 3;
+  return with_weight(kind, DType::kBFloat16, [&](auto weight) {
+    using Weight = decltype(weight);
+    return with_tiles<Weight>(
+        shape, [&](auto tiles) { return plan_of<Weight, decltype(tiles)>(args, shape); });
+  });
+}
+
+cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
+                 void* workspace, cudaStream_t stream) {
+  return with_weight(kind, dtype, [&](auto weight) {
+    return gemm_of<decltype(weight)>(args, plan, workspace, stream);
+  });
+}
+
+int gemm_unit(WeightKind kind) {
+  return with_weight(kind, DType::kBFloat16, [](auto weight) { return decltype(weight)::kUnit; });
+}
+
+}  // namespace qk::cuda

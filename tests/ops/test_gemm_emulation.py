@@ -1,0 +1,93 @@
+"""The CUDA GEMMs, kernels and torch boundary, run on the CPU: integers bit for bit, floats within derived bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import quantkit.ops as ops
+
+from . import emulated_cuda
+from .gemm_cases import DEEP, OPS, SHAPES, check, codes, int8_cases, int8_expert_cases, scales, tokens
+
+pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *DEEP), ids=str)
+def test_int8(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, int8_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 64, 3), (40, 70, 132, 5), (200, 66, 40, 34), (150, 64, 64, 2)], ids=str)
+def test_int8_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
+    check(emulated, int8_expert_cases(*shape))
+
+
+def test_int8_without_depth(emulated: Any) -> None:
+    packed = ops.pack_w8a8(torch.empty(9, 0, dtype=torch.int8))
+    x, bias = torch.empty(3, 0), torch.arange(9.0)
+    assert torch.equal(emulated("w8a8_gemm", (x, packed, scales(9), 9, None, None, True, bias)), bias.expand(3, 9))
+    assert not emulated("int8_gemm", (torch.empty(3, 0, dtype=torch.int8), packed, 9)).any()
+
+
+def test_int8_at_its_limits(emulated: Any) -> None:
+    """Sums next to 2^31, and codes of -128 on both sides."""
+    a = torch.full((2, 2048), -128, dtype=torch.int8)
+    w = torch.full((3, 2048), -128, dtype=torch.int8)
+    w[1] = 127
+    assert emulated("int8_gemm", (a, ops.pack_w8a8(w), 3))[0].tolist() == [2048 * 16384, -2048 * 16256, 2048 * 16384]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 8), (4, 0), (0, 0)])
+def test_empty(emulated: Any, rows: int, cols: int) -> None:
+    packed = ops.pack_w8a8(codes(cols, 16))
+    x = tokens(rows, 16, torch.bfloat16)
+    for op, args in (
+        ("int8_gemm", (codes(rows, 16), packed, cols)),
+        ("w8a8_gemm", (x, packed, scales(cols), cols, None, None, True, None)),
+        ("int8_mixed_gemm", (x, packed, scales(cols), cols, 6.0, None)),
+    ):
+        assert emulated(op, args).shape == (rows, cols)
+
+
+def test_every_gemm_is_here() -> None:
+    assert {op for op in ops._library.compiled_ops("CUDA") if op.endswith("_gemm")} == OPS
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "words"),
+    [
+        ("int8_gemm", (torch.ones(2, 4), torch.zeros(1, 512, dtype=torch.int8), 4), r"a must be torch.int8 \[M, K\]"),
+        ("int8_gemm", (codes(2, 8), ops.pack_w8a8(codes(4, 4)), 4), "packed must be what pack_w8a8 makes of int8"),
+        (
+            "w8a8_gemm",
+            (torch.ones(2, 4), ops.pack_w8a8(codes(4, 4)), scales(3), 4, None, None, True, None),
+            r"weight_scale must be torch.float32 \[4\] or \[1\]",
+        ),
+        (
+            "w8a8_gemm",
+            (torch.ones(4, 4).t()[:, ::2], ops.pack_w8a8(codes(4, 2)), scales(4), 4, None, None, True, None),
+            "x must have its last dimension contiguous",
+        ),
+        (
+            "int8_mixed_gemm",
+            (torch.ones(2, 4), ops.pack_w8a8(codes(4, 4)), scales(4), 4, 0.0, None),
+            "threshold must be positive",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals(emulated: Any, op: str, args: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(RuntimeError, match=f"quantkit::{op}: .*{words}"):
+        emulated(op, args)
