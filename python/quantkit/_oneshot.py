@@ -19,6 +19,7 @@ from .config.recipe_file import recipe_of
 from .config.run_config import (
     DTYPES,
     FORWARDS,
+    CalibrationConfig,
     CompressionConfig,
     DatasetConfig,
     GlobalConfig,
@@ -74,6 +75,7 @@ def oneshot(
     tokenizer: Any = None,
     processor: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     recipe_args: Mapping[str, Any] | None = None,
     stage: str | None = None,
     num_calibration_samples: int | None = 512,
@@ -110,6 +112,7 @@ def oneshot(
             {"text"}, {"messages"} or {"input_ids"}, of id lists, a tensor of ids [rows, tokens], a DataLoader, a path.
         tokenizer: for text only; an object or a path; that of the model's folder if not given. `processor` likewise.
         output_dir: where to write the result; with a model object it is saved there too.
+        statistics: a folder of `quantkit calibrate` in the place of data; the model is not run (docs/scale.md).
         recipe_args: values for `{{ name }}` in YAML, or for arguments of modifiers by name.
         num_calibration_samples: rows at most; None: all. `max_seq_length`: tokens of a row at most.
         min_tokens_per_module: of GPTQ's experts; below 1 a share of all tokens. See GPTQModifier.
@@ -148,7 +151,9 @@ def oneshot(
     idle += read.idle
     output = _folder("output_dir", output_dir)
     data = _data(dataset, dataset_path)
-    if read.needs_data and data is None:
+    seen = _folder("statistics", statistics)
+    runs_model = read.needs_data and seen is None
+    if runs_model and data is None:
         raise ConfigError(f"dataset: is missing, and {read.name} looks at activations; give calibration data")
     target = _opened_model(model, model_revision)
     if not isinstance(target, Path) and model_revision not in (None, "main"):
@@ -159,22 +164,26 @@ def oneshot(
         tokenizer = getattr(processor, "tokenizer", processor)
     if not read.needs_data and data is not None:
         _say(f"{read.name} needs no data: dataset is ignored")
+    elif read.needs_data and seen is not None and data is not None:
+        _say("statistics stand in for data: dataset is ignored")
+    if not read.needs_data and seen is not None:
+        idle.append("statistics")
     if idle:
         _say(f"accepted, without effect: {', '.join(idle)}")
     where, vocab_size = _identity(target)
     if output is not None:
         _require_free(output, where, overwrite)
     rows: list[list[int]] | None = None
-    if read.needs_data:
+    if runs_model:
         lazy = _lazy(tokenizer, where, trust_remote_code_model)
         rows = gather_rows(data, lazy, options.rows(splits, preprocessing_func), vocab_size)
         _say(f"calibrating with {len(rows)} rows, {sum(map(len, rows))} tokens")
     read = options.adjusted(read, rows)
     if isinstance(target, Path) and output is not None and save_compressed:
-        return _stream(options.run_config(where, output, read, rows), rows, progress)
+        return _stream(options.run_config(where, output, read, rows, seen), rows, progress)
     if isinstance(target, Path):
         target = _loaded(target, precision, trust_remote_code_model)
-    config = options.run_config(_public(where), output, read, rows)
+    config = options.run_config(_public(where), output, read, rows, seen)
     _quantize(target, config, rows, progress)
     if output is not None:
         target.save_pretrained(output, save_compressed=save_compressed)
@@ -261,7 +270,12 @@ class _Options:
         return Recipe(tuple(adjusted(modifier) for modifier in recipe.modifiers))
 
     def run_config(
-        self, model: str, output: Path | None, recipe: Recipe, rows: Sequence[Sequence[int]] | None
+        self,
+        model: str,
+        output: Path | None,
+        recipe: Recipe,
+        rows: Sequence[Sequence[int]] | None,
+        statistics: Path | None,
     ) -> RunConfig:
         """The same as a YAML file would say it. Names of folders stand in for what has none."""
         folder = output or Path(f"{Path(model).name}-quantized").absolute()
@@ -281,6 +295,7 @@ class _Options:
             dataset,
             source=Path(_IN_MEMORY),
             stem=folder.name,
+            calibration=CalibrationConfig(statistics=None if statistics is None else str(statistics)),
         )
 
 
@@ -426,6 +441,7 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
     """In place, once everything is computed."""
     from . import engine
     from .data_free import data_free
+    from .from_statistics import from_statistics, opened
     from .live_output import LiveOutput, LiveSink
     from .models.live import LiveCheckpoint
     from .models.skeleton import Skeleton
@@ -437,10 +453,15 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
         _say(f"warning: {warning}")
     sink = LiveSink()
     report = None
-    if rows is None:
+    if not plan.recipe.needs_data:
         data_free(plan, checkpoint, sink, progress=progress)
     else:
         skeleton = Skeleton(checkpoint.folder, checkpoint.names(), dtype=engine.forward_dtype(config), like=model)
-        report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)
+        if rows is not None:
+            report = engine.calibrate(plan, skeleton, checkpoint, rows, sink, progress=progress)
+        else:
+            with opened(plan) as plan:
+                assert plan.statistics is not None
+                report = from_statistics(plan, skeleton, checkpoint, plan.statistics, sink, progress=progress)
         _tell(report, progress)
     LiveOutput(checkpoint, config, sink, report).install(plan)

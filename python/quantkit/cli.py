@@ -26,7 +26,27 @@ def _config(args: argparse.Namespace) -> RunConfig:
         model_path=args.model_path,
         save_path=args.save_path,
         overwrite=getattr(args, "overwrite", False),
+        statistics=args.statistics,
     )
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from .calibrate import calibrate
+    from .config.yaml_file import load_run_config
+
+    config = load_run_config(
+        args.config, overrides=args.set, model_path=args.model_path, save_path=args.save_path, calibrate=True
+    )
+    output = None if args.output is None else Path(args.output)
+    print(f"written to {calibrate(config, output, overwrite=args.overwrite)}")
+    return 0
+
+
+def _merge_statistics(args: argparse.Namespace) -> int:
+    from .merge_statistics import merge_statistics
+
+    print(f"written to {merge_statistics(args.folders, args.output, overwrite=args.overwrite)}")
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -199,8 +219,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key: dataset.num_samples=64"
         )
+        sub.add_argument(
+            "--statistics",
+            metavar="DIR",
+            help="do not run the model: take what quantkit calibrate saved (replaces calibration.statistics)",
+        )
         if name == "run":
             sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
+
+    sub = add("calibrate", _calibrate, "run the model once and save what its inputs are like, for many runs")
+    sub.add_argument("-c", "--config", required=True, metavar="FILE", help="the YAML file: its model and its data")
+    sub.add_argument("-o", "--output", metavar="DIR", help="where to (default: <output of a run>-statistics)")
+    sub.add_argument("--model-path", metavar="PATH", help="replaces model.model_path: a folder or a hub id")
+    sub.add_argument("--save-path", metavar="DIR", help="replaces global.save_path")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key: dataset.num_samples=64"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace finished statistics of the same name")
+
+    sub = add("merge-statistics", _merge_statistics, "add up statistics of one model from several machines' data")
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="what quantkit calibrate wrote, each of other data")
+    sub.add_argument("-o", "--output", required=True, metavar="DIR", help="where to")
+    sub.add_argument("--overwrite", action="store_true", help="replace finished statistics of the same name")
 
     sub = add("audit", _audit, "compare a quantized folder with its source, tensor by tensor")
     sub.add_argument("output", help="the quantized folder")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,27 @@ def open_plan(config: RunConfig) -> Iterator[Plan]:
     """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end."""
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     with open_source(folder) as checkpoint:
-        yield build_plan(config, checkpoint)
+        plan = build_plan(config, checkpoint)
+        if config.calibration.statistics is None or not plan.recipe.needs_data:
+            yield plan
+            return
+        from .from_statistics import opened
+
+        with opened(plan) as plan:
+            yield plan
 
 
 def run(
     config: RunConfig,
     *,
     rows: Sequence[Sequence[int]] | None = None,
+    statistics: Path | str | None = None,
     show: Callable[[Plan], None] | None = None,
     progress: bool = True,
 ) -> RunResult:
     """Quantize as `config` says: plan, write, audit. `show` is called with the plan before work starts; `rows` of token
-    ids take the place of the dataset section.
+    ids take the place of the dataset section, and `statistics`, a folder that `quantkit calibrate` made, that of
+    running the model.
 
     Raises a QuantkitError when something does not fit, before anything is written; the output folder appears
     only when it is complete.
@@ -83,6 +92,8 @@ def run(
         import torch
 
         torch.set_num_threads(config.global_.num_threads)
+    if statistics is not None:
+        config = replace(config, calibration=replace(config.calibration, statistics=str(statistics)))
     report: CalibrationReport | None = None
     with open_plan(config) as plan:
         if show is not None:
@@ -216,17 +227,21 @@ def _calibrated(
     config, checkpoint = plan.config, plan.checkpoint
     remote = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
-    if rows is None:
+    if rows is None and plan.statistics is None:
         assert config.dataset is not None
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)
         rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
     copy = _copier(plan, writer)
     for name in plan.carried:
         copy(name)
-    sink = WrittenOutput(plan, writer)
-    return calibrate(
-        plan, skeleton, WeightSource(checkpoint), rows, sink, progress=progress, scratch=writer.working_folder
-    )
+    source, sink = WeightSource(checkpoint), WrittenOutput(plan, writer)
+    if plan.statistics is not None:
+        from .from_statistics import from_statistics
+
+        return from_statistics(plan, skeleton, source, plan.statistics, sink, progress=progress)
+    assert rows is not None
+    scratch = writer.working_folder
+    return calibrate(plan, skeleton, source, rows, sink, progress=progress, scratch=scratch)
 
 
 def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
@@ -264,6 +279,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": sys.platform,
         "scheme": plan.recipe.name,
+        **({} if plan.statistics is None else {"statistics": plan.statistics.contents.record()}),
         **plan.record(),
         "config": options,
     }

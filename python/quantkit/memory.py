@@ -23,6 +23,8 @@ class Means:
 def means(config: RunConfig) -> Means:
     """As the configuration has it; `low_memory` takes the tightest of what is not said."""
     forwards, offload = config.global_.calibration_forwards, config.calibration.offload
+    if config.calibration.statistics is not None:
+        return Means(2, "disk")  # there are no hidden states, and nothing waits
     if config.low_memory:
         return Means(2 if forwards == "auto" else forwards, "disk")
     return Means(forwards, offload)

@@ -31,6 +31,8 @@ from .targets import assign, match_ignore, served, served_targets
 if TYPE_CHECKING:
     import torch
 
+    from .calibration.statistics_check import StatisticsFile
+
 FLOATS = ("BF16", "F16", "F32")
 TENSOR_PARALLEL = (2, 4, 8)
 # Linears whose input is split over ranks (their output is summed); all others split their output.
@@ -62,6 +64,7 @@ class Plan:
     `carried`: tensors copied byte for byte. `rewritten`: tensors that keep name, dtype and shape, and whose values a
     transform changes. `attentions`: modules that get KV-cache scales, if `kv_cache` is not None. `ignore`: full names
     of all Linears that stay in full precision; `ignore_matches`: what each of the user's patterns took out.
+    `statistics`: those that stand in for running the model.
     """
 
     config: RunConfig
@@ -83,6 +86,7 @@ class Plan:
     warnings: tuple[str, ...]
     shortages: tuple[str, ...]
     means: Means
+    statistics: StatisticsFile | None = None
 
     @property
     def recipe(self) -> Recipe:

@@ -41,7 +41,8 @@ FLOAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Checkpoint:
-    """A folder with config.json and model.safetensors, or shards and their index.
+    """A folder with config.json and model.safetensors, or shards and their index. Folders of other kinds hold `main`
+    instead of config.json, and weight files whose names begin with `stem`.
 
     Attributes:
         folder: the path as given.
@@ -56,17 +57,19 @@ class Checkpoint:
     Reading is thread-safe.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, main: str = CONFIG, stem: str | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: not a folder; give the folder that holds config.json")
-        if not (self.folder / CONFIG).exists():
-            raise CheckpointError(f"{self.folder}: no {CONFIG}; give the folder of a Transformers model")
-        self.config: dict[str, Any] = read_object(checked_file(self.folder, CONFIG))
-        if "quantization_config" not in self.config and (self.folder / DESCRIPTION).exists():
+            raise CheckpointError(f"{self.folder}: not a folder; give the folder that holds {main}")
+        if not (self.folder / main).exists():
+            what = "the folder of a Transformers model" if main == CONFIG else "another folder"
+            raise CheckpointError(f"{self.folder}: no {main}; give {what}")
+        self.config: dict[str, Any] = read_object(checked_file(self.folder, main))
+        plain = main == CONFIG and "quantization_config" not in self.config
+        if plain and (self.folder / DESCRIPTION).exists():
             described = read_object(checked_file(self.folder, DESCRIPTION))
             self.config["quantization_config"] = {"quant_method": "mindie", **described}
-        stem = stem_of(self.folder)
+        stem = stem or stem_of(self.folder)
         self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         present = weight_files(self.folder)
         weight_map = self._weight_map(present)

@@ -24,10 +24,10 @@ _log = logging.getLogger("quantkit")
 
 
 class StagingFolder:
-    """Claims `<output>.partial`; then either `publish` or `discard`."""
+    """Claims `<output>.partial`; then either `publish` or `discard`. `main`: a file that every finished output has."""
 
-    def __init__(self, output: Path, overwrite: bool) -> None:
-        self.output = output
+    def __init__(self, output: Path, overwrite: bool, *, main: str = CONFIG) -> None:
+        self.output, self._main = output, main
         self.path = output.with_name(output.name + ".partial")
         self._replaced = output.with_name(output.name + ".replaced")
         self._overwrite = overwrite
@@ -73,9 +73,9 @@ class StagingFolder:
             raise CheckpointError(
                 f"{self.output}: exists already; choose another save_path, or allow it to be replaced (--overwrite)"
             )
-        if not (self.output / CONFIG).is_file():
+        if not (self.output / self._main).is_file():
             raise CheckpointError(
-                f"{self.output}: has no {CONFIG}, so it is no earlier output and is not deleted; remove it yourself"
+                f"{self.output}: has no {self._main}, so it is no earlier output and is not deleted; remove it yourself"
             )
 
     def publish(self) -> None:

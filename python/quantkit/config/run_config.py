@@ -26,6 +26,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_SOURCE = "fp8"
 FORWARDS = ("auto", 1, 2)
 OFFLOADS = ("memory", "disk")
+# What `quantkit calibrate` saves of an input besides its ranges, and of the KV cache.
+GATHERED = ("gram", "histogram", "kv_cache")
 TEXT_DATASET = "TextDataset"
 _EXAMPLE = "  dataset:\n    name: TextDataset\n    data_path: ./examples/data/calibration.jsonl\n    num_samples: 64"
 
@@ -218,14 +220,23 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`calibration`: how activations are looked at. `offload`: where hidden states of all rows lie."""
+    """`calibration`: how activations are looked at. `offload`: where hidden states of all rows lie. `statistics`: a
+    folder of `quantkit calibrate`, instead of running the model; `gather`: what that command saves besides ranges.
+    """
 
     offload: str = "memory"
+    statistics: str | None = None
+    gather: tuple[str, ...] = GATHERED
 
     def __post_init__(self) -> None:
         where = self.offload
         problem = f"no such place: '{where}'{nearest(where, OFFLOADS)}; hidden states lie in memory or on disk"
         require(where in OFFLOADS, "offload", problem)
+        found = self.statistics
+        require(found is None or bool(found.strip()), "statistics", "is empty; give a folder of quantkit calibrate")
+        for i, kind in enumerate(self.gather):
+            problem = f"no such kind: '{kind}'{nearest(kind, GATHERED)}; there are {', '.join(GATHERED)}"
+            require(kind in GATHERED and kind not in self.gather[:i], f"gather[{i}]", problem)
 
 
 # The sections of a file by their key there.
@@ -252,10 +263,15 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        if self.recipe.needs_data and self.dataset is None:
+        if self.runs_model and self.dataset is None:
             raise FieldError(
                 "dataset", f"{self.algorithm} looks at activations, and there is no such section; add:\n{_EXAMPLE}"
             )
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a run needs data: the recipe looks at activations, and no statistics stand in for them."""
+        return self.recipe.needs_data and self.calibration.statistics is None
 
     @property
     def output_dir(self) -> Path:

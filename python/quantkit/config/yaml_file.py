@@ -13,7 +13,7 @@ from .document import Document, parse
 from .fields import FieldError, check, describe
 from .recipe import Recipe
 from .recipe_file import recipe_of
-from .run_config import SECTIONS, DatasetConfig, ModelConfig, RunConfig
+from .run_config import SECTIONS, CalibrationConfig, DatasetConfig, ModelConfig, RunConfig
 
 _SERVED_GROUP_SIZES = (32, 64, 128)
 
@@ -24,21 +24,29 @@ def load_run_config(
     model_path: str | None = None,
     save_path: str | None = None,
     overwrite: bool = False,
+    statistics: str | None = None,
+    calibrate: bool = False,
 ) -> RunConfig:
     """Read `path`, put the overrides (`a.b=value`, value in YAML) over it, and check every key and value.
 
-    `model_path`, `save_path` and `overwrite` go over both. `dataset.data_path`, and `model.model_path` where it is
-    a folder, are looked for in the current folder, then beside the YAML file. ConfigError names file, line and key.
+    `model_path`, `save_path`, `overwrite` and `statistics` go over both. `dataset.data_path`,
+    `calibration.statistics`, and `model.model_path` where it is a folder, are looked for in the current folder, then
+    beside the YAML file. `calibrate`: for that command, which needs data whatever the recipe. ConfigError names file,
+    line and key.
     """
     file = Path(path).expanduser()
     document = parse(_read(file), str(path))
     if not isinstance(document.values, dict):
         what = "is empty" if document.values is None else f"holds {describe(document.values)}, not sections"
         raise ConfigError(f"{path}: {what}; a configuration has sections: {', '.join(SECTIONS)}")
-    reader = _Reader(document)
+    reader = _Reader(document, calibrate)
     for override in overrides:
         reader.set(override, "--set")
-    for key, value in (("model.model_path", model_path), ("global.save_path", save_path)):
+    for key, value in (
+        ("model.model_path", model_path),
+        ("global.save_path", save_path),
+        ("calibration.statistics", statistics),
+    ):
         if value is not None:
             reader.put(key, value, f"--{key.partition('.')[2].replace('_', '-')}")
     if overwrite:
@@ -75,6 +83,7 @@ class _Reader:
     """Builds the sections, and knows of each key where it comes from and whether it does anything."""
 
     document: Document
+    calibrate: bool = False
     overridden: dict[str, str] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
@@ -133,6 +142,7 @@ class _Reader:
             if key != "dataset" or key in values
         }
         sections["model"] = _beside(sections["model"], file) if beside else sections["model"]
+        sections["calibration"] = self._statistics(sections["calibration"], file)
         try:
             config = RunConfig(
                 sections["global"],
@@ -145,7 +155,7 @@ class _Reader:
             )
         except FieldError as error:
             raise ConfigError(f"{self.document.label}: {error}") from None
-        if config.dataset is not None and config.recipe.needs_data:
+        if config.dataset is not None and (config.runs_model or self.calibrate):
             config = replace(config, dataset=self._found(config.dataset, file))
         return replace(config, notes=tuple(self._notes(config)))
 
@@ -225,8 +235,23 @@ class _Reader:
             "or try examples/data/calibration.jsonl",
         )
 
+    def _statistics(self, calibration: CalibrationConfig, file: Path) -> CalibrationConfig:
+        """With the folder of statistics as a path that exists; `quantkit calibrate` makes them, and uses none."""
+        if calibration.statistics is None or self.calibrate:
+            return replace(calibration, statistics=None)
+        path = Path(calibration.statistics).expanduser()
+        for candidate in [path] if path.is_absolute() else [path, file.parent / path]:
+            if candidate.is_dir():
+                return replace(calibration, statistics=str(candidate))
+        raise self.error(
+            "calibration.statistics",
+            f"no such folder: {calibration.statistics}{_similar(path)}; make it with quantkit calibrate",
+        )
+
     def _notes(self, config: RunConfig) -> Iterator[str]:
         idle = [*self.idle, *(f"compression.recipe: {name}" for name in config.recipe.idle)]
+        if self.calibrate:
+            return
         if not config.recipe.needs_data:
             unread = ("model.torch_dtype", "model.trust_remote_code", "calibration.offload")
             idle += [key for key in unread if key in self.given]
@@ -236,6 +261,10 @@ class _Reader:
             idle.append("compression.quantization.smooth_alpha")
         if idle:
             yield f"accepted, without effect: {', '.join(idle)}"
+        if config.calibration.statistics is not None and not config.recipe.needs_data:
+            yield f"{config.algorithm} looks at no activations: calibration.statistics is ignored"
+        if config.dataset is not None and not config.runs_model and config.recipe.needs_data:
+            yield "the statistics stand in for data: the section dataset is ignored"
         if config.dataset is not None and not config.recipe.needs_data:
             yield f"{config.algorithm} needs no data: the section dataset is ignored"
         for size in {group.scheme.weights.group_size for group in config.recipe.groups} - {None, *_SERVED_GROUP_SIZES}:

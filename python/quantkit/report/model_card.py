@@ -19,7 +19,10 @@ def model_card(plan: Plan) -> str:
     kept = f"{len(plan.ignore)} Linears kept in full precision" if plan.ignore else "none kept in full precision"
     dataset, sizes = plan.config.dataset, plan.estimate
     calibration = ""
-    if dataset is not None and plan.recipe.needs_data:
+    if plan.statistics is not None:
+        data = plan.statistics.contents
+        calibration = f"\n- calibration: {data.rows} rows, {data.tokens} tokens, all through the full-precision model"
+    elif dataset is not None and plan.recipe.needs_data:
         count = "all" if dataset.num_samples < 0 else f"up to {dataset.num_samples}"
         calibration = f"\n- calibration: {count} rows of at most {dataset.max_seq_length} tokens"
     tags = dict.fromkeys(group.scheme.name.lower() for group in plan.groups)

@@ -44,6 +44,8 @@ def render_plan(plan: Plan) -> str:
         + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else ""),
         f"disk     {size(e.output_bytes)} needed, {size(e.disk_available)} free",
     ]
+    if plan.statistics is not None:
+        lines.append(f"inputs   {plan.statistics.told()}")
     lines += [f"note     {note}" for note in plan.config.notes]
     lines += [f"warning  {warning}" for warning in plan.warnings]
     return "\n".join(lines)

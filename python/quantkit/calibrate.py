@@ -1,0 +1,152 @@
+"""`quantkit calibrate`: run the model once, in full precision, and save what the inputs of its Linears are like."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .calibration.batches import batches
+from .calibration.dataset import load_rows, load_tokenizer
+from .calibration.fingerprint import Fingerprint, config_hash, data_of, model_hash
+from .calibration.statistics import Statistics, Wants
+from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, wants
+from .calibration.sweep import Layer, sweep
+from .checkpoint.hub import resolve_model
+from .engine import forward_dtype
+from .errors import ConfigError
+from .formats.fp8_source import open_source
+from .formats.source import WeightSource
+from .memory import means
+from .models.families import Family
+from .models.skeleton import Skeleton
+from .plan import attention_modules, kv_heads
+from .report.progress import Progress
+
+if TYPE_CHECKING:
+    from .calibration.hooks import CacheRecorder
+    from .config.run_config import RunConfig
+
+
+class Gatherer:
+    """A sweep's visitor that changes nothing and writes what it is given; see `calibration.sweep.Visitor`.
+
+    One forward a layer does, but for the Linears in `before`: where experts are to see all tokens, what they give then
+    is not what goes on; and where they come in groups, those of one group are written before the next one comes.
+    """
+
+    pools_below = 0
+
+    def __init__(
+        self,
+        gathered: Mapping[str, Wants],
+        before: Collection[str],
+        caches: Collection[str],
+        writer: StatisticsWriter,
+    ) -> None:
+        self.statistics = {name: wanted for name, wanted in gathered.items() if name in before}
+        self.ranges = {name: wanted for name, wanted in gathered.items() if name not in before}
+        self.caches = caches
+        self._writer = writer
+
+    def across(self, index: int) -> str | None:
+        """Nothing is."""
+        return None
+
+    def norms(self, index: int) -> Mapping[str, Collection[str]]:
+        """None."""
+        return {}
+
+    def prepare(self, layer: Layer) -> None:
+        """Weights stay as they are."""
+
+    def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
+        """Written."""
+        self._writer.add(statistics, {})
+
+    def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
+        """Written."""
+        self._writer.add(ranges, {name: (recorder.key, recorder.value) for name, recorder in caches.items()})
+
+
+def statistics_folder(config: RunConfig) -> Path:
+    """Where statistics go unless said otherwise: beside the output."""
+    return config.output_dir.with_name(f"{config.stem}-statistics")
+
+
+def calibrate(
+    config: RunConfig,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+    rows: Sequence[Sequence[int]] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Save the statistics of `config`'s model and data, of every kind in `calibration.gather`, to the folder `output`,
+    which appears once it is complete; `rows` of token ids take the place of the dataset section.
+
+    Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit.
+    """
+    folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
+    remote, seed, kinds = config.model.trust_remote_code, config.global_.seed, config.calibration.gather
+    if config.global_.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.global_.num_threads)
+    with open_source(folder) as checkpoint:
+        skeleton = Skeleton(folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
+        if rows is None:
+            if config.dataset is None:
+                raise ConfigError(f"{config.source}: the section dataset is missing; it says what to calibrate with")
+            tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+            rows = load_rows(config.dataset, tokenizer, seed=seed, vocab_size=skeleton.vocab_size)
+        family, shapes = skeleton.family, {name: info.shape for name, info in checkpoint.tensors.items()}
+        linears = [
+            name
+            for index in range(skeleton.num_layers)
+            for name in skeleton.linears(index)
+            if family.is_linear(f"{name}.weight", shapes.get(f"{name}.weight", ()))
+        ]
+        caches = attention_modules(family, shapes) if "kv_cache" in kinds else ()
+        fingerprint = Fingerprint(
+            model_hash(checkpoint, family),
+            config_hash(checkpoint.config),
+            str(skeleton.dtype).removeprefix("torch."),
+            config.recipe.all_experts,
+        )
+        contents = Contents(fingerprint, kinds, [data_of(rows, seed)])
+        expected = expected_bytes(family, linears, shapes, kinds)
+        expected += sum(t.nbytes for name in caches for t in cache_tensors(name, kv_heads(checkpoint.config) or 1))
+        with StatisticsWriter(
+            output or statistics_folder(config), contents, overwrite=overwrite, expected=expected
+        ) as writer:
+            every, how = config.recipe.all_experts, means(config)
+            routed = {
+                name
+                for index, experts in enumerate(skeleton.experts)
+                for name in skeleton.linears(index)
+                if experts and (every or how.experts is not None)
+            }
+            visitor = Gatherer(dict.fromkeys(linears, wants(kinds)), routed, caches, writer)
+            with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
+                sweep(
+                    skeleton,
+                    WeightSource(checkpoint),
+                    batches(rows),
+                    visitor,
+                    progress=bar,
+                    all_experts=every,
+                    offload=writer.working_folder if how.offload == "disk" else None,
+                    expert_group=how.experts,
+                )
+            return writer.finish()
+
+
+def expected_bytes(
+    family: Family, linears: Sequence[str], shapes: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...]
+) -> int:
+    """What the statistics of `linears` take on disk, as far as names tell which of them share an input."""
+    shared = {name: group for group in family.fused_sets(linears) for name in group}
+    inputs = {shared.get(name, (name,)) for name in linears}
+    entries = (Input(group, shapes[f"{group[0]}.weight"][1], 1, 1) for group in inputs)
+    return sum(tensor.nbytes for entry in entries for tensor in entry.tensors(kinds))
