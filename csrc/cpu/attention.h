@@ -1,6 +1,6 @@
-// Attention with INT8 products of queries and keys (SageAttention): keys and values are packed once
-// per head of theirs, in blocks of kKeyBlock; a block of queries then goes over them with an online
-// softmax.
+// Attention with INT8 products of queries and keys (SageAttention), or with 16-bit ones: keys and
+// values are packed once per head of theirs, in blocks of kKeyBlock; a block of queries then goes
+// over them with an online softmax.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ struct AttentionKeys {
   uint8_t* bad;
 };
 
-// The same as `attend` reads them. Of null `value_scale`, values are in 16 bit.
+// The same as `attend` reads them. Of null `key_scale` keys, and queries, are in 16 bit, and so are
+// values; of null `value_scale`, values are.
 struct AttentionPacked {
   void* keys;
   float* key_scale;
@@ -54,7 +55,7 @@ struct AttentionQueries {
 };
 
 struct AttentionKernels {
-  int key_depth;       // head-size elements in a word (32 bits) of packed keys
+  int key_depth[2];    // head-size elements in a word (32 bits) of packed keys, int8 and 16 bit
   int value_depth[2];  // keys in a word of packed values, in 16 bit and in int8
   // Marks the bad ones among keys [first, last), which are valid, and gives their number. sums
   // [size]: the sum of the others; amax [size]: the largest magnitudes of their values.

@@ -17,7 +17,11 @@ void pack(const AttentionKeys& keys, int64_t block, const float* mean, bool per_
   const int64_t first = block * kKeyBlock;
   visit_float(keys.dtype, [&]<class T>(T) {
     for (int64_t j = first; j < first + kKeyBlock; j += kScaleBlock) {
-      pack_keys<T>(keys, j, mean, per_token, packed, static_cast<float*>(scratch));
+      if (packed.key_scale) {
+        pack_keys<T>(keys, j, mean, per_token, packed, static_cast<float*>(scratch));
+      } else {
+        pack_keys_16<T>(keys, j, packed, static_cast<float*>(scratch));
+      }
     }
     if (packed.value_scale) {
       pack_values<Values8, T>(keys, first, packed);
@@ -36,7 +40,7 @@ void attend(const AttentionQueries& queries, const AttentionPacked& packed, int6
     at += (n + 15) / 16 * 16;
     return part;
   };
-  s.codes = take(kQueryBlock * Scratch::kQueryStride);
+  s.queries = take(kQueryBlock * kMaxHeadSize);
   s.sums = take(kQueryBlock * queries.size);
   s.logits = take(kRows * kKeyBlock);
   s.weights = take(kRows * kKeyBlock);
@@ -46,10 +50,12 @@ void attend(const AttentionQueries& queries, const AttentionPacked& packed, int6
   s.code_sum = reinterpret_cast<int32_t*>(take(kQueryBlock));
   s.bad = reinterpret_cast<uint8_t*>(take(kQueryBlock));
   visit_float(queries.dtype, [&]<class T>(T) {
-    if (packed.value_scale) {
-      attend_block<Values8, T>(queries, packed, first, s);
+    if (!packed.key_scale) {
+      attend_block<Keys16, Values16, T>(queries, packed, first, s);
+    } else if (packed.value_scale) {
+      attend_block<Keys8, Values8, T>(queries, packed, first, s);
     } else {
-      attend_block<Values16, T>(queries, packed, first, s);
+      attend_block<Keys8, Values16, T>(queries, packed, first, s);
     }
   });
 }
@@ -58,6 +64,6 @@ void attend(const AttentionQueries& queries, const AttentionPacked& packed, int6
 
 extern const AttentionKernels attention;
 const AttentionKernels attention = {
-    Keys8::kDepth, {Values16::kDepth, Values8::kDepth}, statistics, pack, attend};
+    {Keys8::kDepth, Keys16::kDepth}, {Values16::kDepth, Values8::kDepth}, statistics, pack, attend};
 
 }  // namespace qk::QK_ISA

@@ -26,6 +26,7 @@ struct PairSums {
 };
 
 struct Keys8 : PairSums {
+  static constexpr bool kScaled = true;
   static constexpr int kOffset = 0;
   static QK_INLINE Sum start(int) { return broadcast(0); }
   static QK_INLINE void store_keys(float* row, int64_t i, I32 codes) {
@@ -36,6 +37,7 @@ struct Keys8 : PairSums {
   }
 };
 
+using Keys16 = FloatKeys16;
 using Values16 = FloatValues<RoundToBFloat16>;
 
 struct Values8 : PairSums {

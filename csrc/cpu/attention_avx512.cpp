@@ -25,6 +25,7 @@ QK_INLINE I32 add_products(I32 sum, __m512i unsigned_bytes, __m512i signed_bytes
 // are, which the sums start without.
 struct Keys8 {
   using Sum = I32;
+  static constexpr bool kScaled = true;
   static constexpr int kDepth = 4, kOffset = 128;
   static QK_INLINE Sum start(int codes) { return broadcast(-kOffset * codes); }
   static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
@@ -39,15 +40,26 @@ struct Keys8 {
   }
 };
 
-struct Values16 {
+struct BFloat16Sums {
   using Sum = F32;
   static constexpr int kDepth = 2;
-  static constexpr float kShift = 0.0f;
-  static QK_INLINE Sum zero() { return broadcast(0.0f); }
   static QK_INLINE Sum add(Sum sum, const float* a, I32 b) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)four_bytes(a), (__m512bh)b.v)};
   }
   static QK_INLINE F32 number(Sum sum) { return sum; }
+};
+
+struct Keys16 : BFloat16Sums {
+  static constexpr bool kScaled = false;
+  static QK_INLINE Sum start(int) { return broadcast(0.0f); }
+  static QK_INLINE void store(float* row, int64_t i, F32 x) {
+    avx512::store(reinterpret_cast<BFloat16*>(row) + i, x, Full{});
+  }
+};
+
+struct Values16 : BFloat16Sums {
+  static constexpr float kShift = 0.0f;
+  static QK_INLINE Sum zero() { return broadcast(0.0f); }
   static QK_INLINE I32 word(const F32* tokens) {
     const I32 low = bits(round_to(tokens[0], BFloat16{})),
               high = bits(round_to(tokens[1], BFloat16{}));

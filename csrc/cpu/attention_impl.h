@@ -1,5 +1,5 @@
 // See attention.h. An ISA's file says what a tile in registers is, kRows rows of kVectors vectors,
-// and which words it multiplies: Keys8, Values16 and Values8 (attention_words.h).
+// and which words it multiplies: Keys8, Keys16, Values16 and Values8 (attention_words.h).
 #pragma once
 
 #include "cpu/attention_pack_impl.h"
@@ -31,8 +31,7 @@ QK_INLINE void multiply(const float* a, const float* b, int64_t vector_stride, i
 
 // ---- one head's block of queries ----
 struct Scratch {
-  static constexpr int kQueryStride = kMaxHeadSize / Keys8::kDepth;
-  float* codes;                  // [kQueryBlock][kQueryStride], words
+  float* queries;                // [kQueryBlock][kQueryStride of the keys], words
   float* sums;                   // [kQueryBlock][size]
   float* logits;                 // [kRows][kKeyBlock], without the queries' scale
   float* weights;                // [kRows][kKeyBlock], words
@@ -41,6 +40,10 @@ struct Scratch {
   uint8_t* bad;                  // [kQueryBlock]
 };
 
+template <class Keys>
+constexpr int kQueryStride = kMaxHeadSize / Keys::kDepth;
+
+// Queries as codes, with scales of their own.
 template <class T>
 void quantize_queries(const AttentionQueries& queries, int64_t first, int64_t rows,
                       const Scratch& s) {
@@ -71,34 +74,48 @@ void quantize_queries(const AttentionQueries& queries, int64_t first, int64_t ro
     I32 sum = broadcast(0);
     for (int64_t i = 0; i < size; i += kLanes) {
       const I32 code = counted ? code_of(load(row(r) + i, Full{}), inverse) : broadcast(0);
-      Keys8::store_queries(s.codes + r * Scratch::kQueryStride, i, code);
+      Keys8::store_queries(s.queries + r * kQueryStride<Keys8>, i, code);
       sum = sum + code;
     }
     s.code_sum[r] = static_cast<int32_t>(sum_of(to_float(sum)));  // at most 127 * 512: exact
     s.factor[r] = scale * queries.scale;
-    s.peak[r] = -kInfinity;
-    s.total[r] = 0.0f;
+  }
+}
+
+// Queries in 16 bit.
+template <class T>
+void round_queries(const AttentionQueries& queries, int64_t first, int64_t rows, const Scratch& s) {
+  for (int64_t r = 0; r < (rows + kRows - 1) / kRows * kRows; ++r) {
+    const T* const row = static_cast<const T*>(queries.q) + (first + r) * queries.q_stride;
+    s.bad[r] = r < rows && !is_finite(row, queries.size);
+    const bool counted = r < rows && !s.bad[r];
+    for (int64_t i = 0; i < queries.size; i += kLanes) {
+      Keys16::store(s.queries + r * kQueryStride<Keys16>, i,
+                    counted ? load(row + i, Full{}) : broadcast(0.0f));
+    }
+    s.code_sum[r] = 0;
+    s.factor[r] = queries.scale;
   }
 }
 
 // Logits of kCols vectors of keys; `most` takes in the rows' largest.
-template <int kCols>
+template <class Keys, int kCols>
 QK_INLINE void logits_tile(const Scratch& s, int64_t row, const float* keys, const float* key_scale,
                            int64_t words, int64_t first, F32 (&most)[kRows]) {
-  Keys8::Sum sum[kRows][kCols];
+  typename Keys::Sum sum[kRows][kCols];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kCols; ++v) sum[r][v] = Keys8::start(s.code_sum[row + r]);
+    for (int v = 0; v < kCols; ++v) sum[r][v] = Keys::start(s.code_sum[row + r]);
   }
-  multiply<Keys8, Scratch::kQueryStride, kCols>(s.codes + row * Scratch::kQueryStride, keys,
-                                                words * kLanes, kLanes, words, sum);
+  multiply<Keys, kQueryStride<Keys>, kCols>(s.queries + row * kQueryStride<Keys>, keys,
+                                            words * kLanes, kLanes, words, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < kCols; ++v) {
-    const F32 scale = load(key_scale + v * kLanes, Full{});
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F32 logit = Keys8::number(sum[r][v]) * scale;
+      F32 logit = Keys::number(sum[r][v]);
+      if constexpr (Keys::kScaled) logit = logit * load(key_scale + v * kLanes, Full{});
       store(s.logits + r * kKeyBlock + first + v * kLanes, logit, Full{});
       most[r] = max(most[r], logit);
     }
@@ -169,7 +186,7 @@ inline Seen seen_keys(const AttentionQueries& queries, int64_t t, int64_t base, 
 }
 
 // Rows [row, row + kRows) of the block of queries from `first` on go over one block of keys.
-template <class Values>
+template <class Keys, class Values>
 void attend_tile(const AttentionQueries& queries, const AttentionPacked& packed, int64_t first,
                  int64_t row, int64_t rows, int64_t base, const Scratch& s) {
   const int64_t last = std::min(row + kRows, rows) - 1, size = queries.size;
@@ -177,20 +194,20 @@ void attend_tile(const AttentionQueries& queries, const AttentionPacked& packed,
   const Seen high = seen_keys(queries, first + last, base, kKeyBlock);
   if (low.begin >= high.end) return;
   const int64_t keys = (high.end + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  const int64_t words = size / Keys8::kDepth;
+  const int64_t words = size / Keys::kDepth;
   const float* const packed_keys = static_cast<const float*>(packed.keys) + base * words;
-  const float* const key_scale = packed.key_scale + base;
+  const float* const key_scale = Keys::kScaled ? packed.key_scale + base : nullptr;
 
   F32 most[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) most[r] = broadcast(-kInfinity);
   for (int64_t j = 0; j < keys;) {
     if (kVectors >= 4 && j + 4 * kLanes <= keys) {
-      logits_tile<kVectors>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
+      logits_tile<Keys, kVectors>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
       j += kVectors * kLanes;
     } else {
       constexpr int kFew = kVectors >= 2 ? 2 : 1;
-      logits_tile<kFew>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
+      logits_tile<Keys, kFew>(s, row, packed_keys + j * words, key_scale + j, words, j, most);
       j += kFew * kLanes;
     }
   }
@@ -252,17 +269,23 @@ void finish_row(const AttentionQueries& queries, const AttentionPacked& packed, 
   }
 }
 
-template <class Values, class T>
+template <class Keys, class Values, class T>
 void attend_block(const AttentionQueries& queries, const AttentionPacked& packed, int64_t first,
                   const Scratch& s) {
   const int64_t rows = std::min(kQueryBlock, queries.tokens - first);
-  quantize_queries<T>(queries, first, rows, s);
+  if constexpr (Keys::kScaled) {
+    quantize_queries<T>(queries, first, rows, s);
+  } else {
+    round_queries<T>(queries, first, rows, s);
+  }
+  std::fill(s.peak, s.peak + kQueryBlock, -kInfinity);
+  std::fill(s.total, s.total + kQueryBlock, 0.0f);
   std::fill(s.sums, s.sums + (rows + kRows - 1) / kRows * kRows * queries.size, 0.0f);
   const int64_t begin = seen_keys(queries, first, 0, queries.end).begin;
   const int64_t end = seen_keys(queries, first + rows - 1, 0, queries.end).end;
   for (int64_t base = begin / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      attend_tile<Values>(queries, packed, first, row, rows, base, s);
+      attend_tile<Keys, Values>(queries, packed, first, row, rows, base, s);
     }
   }
   for (int64_t r = 0; r < rows; ++r) finish_row<T>(queries, packed, first + r, r, s);

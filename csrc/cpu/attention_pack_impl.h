@@ -112,6 +112,23 @@ void pack_keys(const AttentionKeys& keys, int64_t first, const float* mean, bool
   }
 }
 
+template <class T>
+void pack_keys_16(const AttentionKeys& keys, int64_t first, const AttentionPacked& packed,
+                  float* rows) {
+  const int64_t size = keys.size, words = size / Keys16::kDepth;
+  for (int64_t j = first; j < first + kScaleBlock; ++j) {
+    const bool counted = j >= keys.begin && j < keys.end && !(packed.bad && packed.bad[j]);
+    const T* const k = counted ? static_cast<const T*>(keys.k) + j * keys.k_stride : nullptr;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      Keys16::store(rows + j % kLanes * kMaxHeadSize, i,
+                    counted ? load(k + i, Full{}) : broadcast(0.0f));
+    }
+    if ((j + 1) % kLanes == 0) {
+      turn_words(rows, words, static_cast<float*>(packed.keys) + (j + 1 - kLanes) * words);
+    }
+  }
+}
+
 template <class Values, class T>
 void pack_values(const AttentionKeys& keys, int64_t first, const AttentionPacked& packed) {
   const int64_t size = keys.size;

@@ -3,7 +3,8 @@
 //
 // A family of words says how many elements of the summed dimension a word of 32 bits holds
 // (kDepth), how words are made, and how they are multiplied:
-//   Keys    words of queries and of keys, from int8 codes; kOffset is what is added to keys' codes
+//   Keys    words of queries and of keys, from int8 codes with scales (kScaled) or from numbers in
+//           16 bit; kOffset is what is added to keys' codes
 //   Values  words of weights and of values, from numbers; 2^kShift is the weight 1
 #pragma once
 
@@ -33,6 +34,7 @@ struct FloatSums {
 };
 
 struct FloatKeys : FloatSums {
+  static constexpr bool kScaled = true;
   static constexpr int kDepth = 1, kOffset = 0;
   static QK_INLINE Sum start(int) { return broadcast(0.0f); }
   static QK_INLINE void store_keys(float* row, int64_t i, I32 codes) {
@@ -40,6 +42,15 @@ struct FloatKeys : FloatSums {
   }
   static QK_INLINE void store_queries(float* row, int64_t i, I32 codes) {
     store(row + i, to_float(codes), Full{});
+  }
+};
+
+struct FloatKeys16 : FloatSums {
+  static constexpr bool kScaled = false;
+  static constexpr int kDepth = 1;
+  static QK_INLINE Sum start(int) { return broadcast(0.0f); }
+  static QK_INLINE void store(float* row, int64_t i, F32 x) {
+    QK_ISA::store(row + i, round_to(x, BFloat16{}), Full{});
   }
 };
 

@@ -11,6 +11,7 @@
 #include "cpu/kv_cache.h"
 #include "cpu/moe.h"
 #include "cpu/pack.h"
+#include "cpu/pointwise.h"
 #include "cpu/quantize.h"
 #include "cpu/reduce.h"
 #include "cpu/rtn.h"
@@ -61,6 +62,7 @@ QK_FAMILY(ReduceKernels, reduce)
 QK_FAMILY(ScaleKernels, scale)
 QK_FAMILY(QuantizeKernels, quantize)
 QK_FAMILY(PackKernels, pack)
+QK_FAMILY(PointwiseKernels, pointwise)
 QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
 QK_FAMILY(FactorKernels, factor)

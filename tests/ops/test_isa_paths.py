@@ -20,6 +20,7 @@ FAMILIES = (
     "pack",
     "rtn",
     "per_token",
+    "pointwise",
     "error",
     "gptq",
     "gram",

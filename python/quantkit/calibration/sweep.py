@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..checkpoint.native import kept_memory
 from ..errors import CalibrationError
 from ..estimate import HELD_BYTES
+from ..models.fused_block import fused_blocks
 from ..models.fused_norm import fused
 from ..models.packed_linear import packed
 from ..models.skeleton import LayerCall, Skeleton, WeightSource
@@ -432,7 +433,8 @@ def faster(skeleton: Skeleton, index: int, batches: Sequence[Batch]) -> Iterator
     """Within the block, layer `index` runs `batches` by the fastest means."""
     dense = [m for n, m in skeleton.linears(index).items() if not skeleton.family.is_expert(n)]
     # Packing a weight costs about what it saves in one call.
-    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(skeleton.layers[index]):
+    layer = skeleton.layers[index]
+    with packed(dense if len(batches) > 2 else [], batches[0].input_ids.numel()), fused(layer), fused_blocks(layer):
         yield
 
 

@@ -1,10 +1,11 @@
-"""Causal attention on the CPU: matrix products over blocks of queries, for calibration and for the loaded model.
+"""Causal attention on the CPU for calibration and for the loaded model, where PyTorch's fused one is slow: it reaches
+80 GFLOP/s on rows of a few hundred tokens.
 
-PyTorch's fused CPU attention reaches 80 GFLOP/s on rows of a few hundred tokens, its bf16 matrix product 900. So
-the scores of 128 queries at a time are made against the keys up to the last of them, which skips most of what
-causality masks out, with grouped heads folded into the rows. Scores and probabilities are rounded to the model's
-dtype, as Transformers' own `eager` attention does. One query at a time, as in decoding, is two such products as well:
-PyTorch's fused attention takes ten times as long there. Whatever is not plain causal attention goes to `sdpa`.
+In bf16 it is `ops.attention`. In fp16, and where heads have sizes that it does not take, the scores of 128 queries at
+a time are made by matrix products against the keys up to the last of them, which skips most of what causality masks
+out, with grouped heads folded into the rows; scores and probabilities are rounded to the model's dtype, as
+Transformers' own `eager` attention does. One query at a time, as in decoding, is two such products as well: PyTorch's
+fused attention takes ten times as long there. Whatever is not plain causal attention goes to `sdpa`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .. import ops
 
 NAME = "quantkit_causal"
 BLOCK = 128
@@ -55,7 +58,14 @@ def causal_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    if query.dtype == torch.bfloat16 and value.shape == key.shape and fits(query.shape[-1]):
+        return ops.attention(query, key, value, causal=True, scale=scale).transpose(1, 2), None
     return blockwise(query, key, value, scale), None
+
+
+def fits(size: int) -> bool:
+    """Whether `ops.attention` takes heads of this size."""
+    return size % 16 == 0 and 0 < size <= 512
 
 
 def single(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .fused_block import is_silu, silu_mul
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -61,6 +62,8 @@ class Experts(nn.ModuleList):
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """What enters the down projection."""
         fused: Any = self._fused[0]
+        if not self._own_gate and is_silu(fused.act_fn):
+            return silu_mul(gate, up)
         combined: Tensor = (
             fused._apply_gate(torch.cat((gate, up), dim=-1)) if self._own_gate else fused.act_fn(gate) * up
         )

@@ -1,7 +1,7 @@
 """quantkit's ops: `torch.ops.quantkit.*` with documented Python wrappers. Imports nothing else of quantkit."""
 
 from . import _load
-from .attention import sage_attention
+from .attention import attention, sage_attention
 from .awq import awq_search
 from .bf16_gemm import bf16_gemm, pack_bf16
 from .error import quantization_error
@@ -14,6 +14,7 @@ from .int8_mixed import int8_mixed_gemm
 from .kv_cache import kv_append, kv_attention, kv_read
 from .moe import combine_experts, moe_gemm, sort_by_expert
 from .pack import pack_int32, pack_zero_points, unpack_int32, unpack_zero_points
+from .pointwise import add_rms_norm, rms_norm, rms_norm_quant, rotary_embedding, silu_mul, silu_mul_quant
 from .quantize import FP8_MAX, dequantize, fp8_quant_per_token, int8_quant_per_token, quantize_fp8, quantize_int
 from .reduce import absmax, minmax
 from .rtn import rtn_fp8, rtn_int
@@ -31,7 +32,9 @@ __all__ = [
     "HISTOGRAM_BINS",
     "MIN_SCALE",
     "absmax",
+    "add_rms_norm",
     "asymmetric_scale",
+    "attention",
     "awq_search",
     "bf16_gemm",
     "combine_experts",
@@ -66,9 +69,14 @@ __all__ = [
     "quantization_error",
     "quantize_fp8",
     "quantize_int",
+    "rms_norm",
+    "rms_norm_quant",
+    "rotary_embedding",
     "rtn_fp8",
     "rtn_int",
     "sage_attention",
+    "silu_mul",
+    "silu_mul_quant",
     "smoothquant_scales",
     "sort_by_expert",
     "symmetric_scale",

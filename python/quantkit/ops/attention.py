@@ -1,5 +1,6 @@
-"""Attention with INT8 products, after SageAttention (arXiv:2410.02367): keys smoothed, queries and keys in int8, an
-online softmax in fp32, and the product with the values in bf16 or int8.
+"""Attention in blocks of keys with an online softmax in fp32: with INT8 products, after SageAttention
+(arXiv:2410.02367; keys smoothed, queries and keys in int8, the product with the values in bf16 or int8), or with all
+products in bf16 (FlashAttention, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def visible_keys(
 
 
 def _check(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,9 +95,8 @@ def _check(
     starts: Tensor | None,
     lengths: Tensor | None,
     window: int,
-    pv: int,
+    pv: int = 0,
 ) -> None:
-    op = "sage_attention"
     check_heads(op, q, k, v, ("k", "v"))
     for name, x in (("k", k), ("v", v)):
         torch._check(
@@ -133,7 +134,7 @@ def _fake(
     per_token: bool,
     pv: int,
 ) -> Tensor:
-    _check(q, k, v, causal, scale, starts, lengths, window, pv)
+    _check("sage_attention", q, k, v, causal, scale, starts, lengths, window, pv)
     return empty_output(q)
 
 
@@ -167,7 +168,24 @@ def _reference(
     per_token: bool,
     pv: int,
 ) -> Tensor:
-    _check(q, k, v, causal, scale, starts, lengths, window, pv)
+    _check("sage_attention", q, k, v, causal, scale, starts, lengths, window, pv)
+    return _attend(q, k, v, causal, scale, starts, lengths, window, smooth_k, per_token, pv)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+    smooth_k: bool,
+    per_token: bool | None,
+    pv: int,
+) -> Tensor:
+    """`per_token` None: queries and keys in bf16."""
     batch, heads, tokens, size = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     out = empty_output(q)
@@ -190,8 +208,12 @@ def _reference(
     if smooth_k:
         mean = keys32.sum(2, keepdim=True) / counts.sum(2).clamp(min=1)[..., None, None]
         keys32 = (keys32 - mean).masked_fill(~counts[..., None], 0.0)
-    k_codes, k_scale = _token_codes(keys32, per_token)
-    q_codes, q_scale = _token_codes(wide, per_token)
+    if per_token is None:
+        k_codes, q_codes = keys32.bfloat16().float(), wide.bfloat16().float()
+        k_scale, q_scale = torch.ones_like(keys32[..., :1]), torch.ones_like(wide[..., :1])
+    else:
+        k_codes, k_scale = _token_codes(keys32, per_token)
+        q_codes, q_scale = _token_codes(wide, per_token)
     if pv:
         values, v_scale = _codes(values, values.abs().amax(2, keepdim=True))
     else:
@@ -231,6 +253,61 @@ _sage = declare(
     reference=_reference,
     kernels=("CPU",),
 )
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+) -> Tensor:
+    _check("attention", q, k, v, causal, scale, starts, lengths, window)
+    return empty_output(q)
+
+
+def _attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+) -> Tensor:
+    _check("attention", q, k, v, causal, scale, starts, lengths, window)
+    return _attend(q, k, v, causal, scale, starts, lengths, window, False, None, 0)
+
+
+_attention = declare(
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? starts, Tensor? lengths, int window)"
+    " -> Tensor",
+    fake=_attention_fake,
+    reference=_attention_reference,
+    kernels=("CPU",),
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
+    """softmax(scale q k^T) v without quantization: q, k, v and the softmax's numerators rounded to bf16, sums and all
+    else in fp32. Arguments and what is seen are those of `sage_attention`, and so is what NaN and infinities do.
+    """
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return _attention(q, k, v, causal, factor, starts, lengths, window)
 
 
 def sage_attention(

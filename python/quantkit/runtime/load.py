@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats.source import CACHE_PARTS, WeightSource
 from ..live_hooks import CacheQuantizer
 from ..models.experts import Expert, Experts
+from ..models.fused_block import fuse_blocks
 from ..models.fused_norm import replace_norms
 from ..models.skeleton import Skeleton
 from .check import check_device, check_tensors, require_quantized
@@ -52,7 +53,7 @@ def load(
     llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16; config.json's unless
     given) is that of all that is not quantized, and of activations between Linears. `attn_implementation`: as
     Transformers takes it ("sdpa", "eager"), or "quantkit_sage" (`quantkit.register_attention`); without one, quantkit's
-    own for the CPU where the architecture allows, which rounds scores to the model's dtype as "eager" does. With a
+    own for the CPU where the architecture allows (`ops.attention` in bf16). With a
     `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read one input (q, k and v; gate and up)
     are computed together; the results are the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code`
     runs modelling code that the folder brings along.
@@ -149,6 +150,7 @@ class _Filler:
         sets = self.skeleton.family.fused_sets(linears) if self.merge else []
         sets += [(name,) for name in linears.keys() - {name for names in sets for name in names}]
         replace_norms(self.model)
+        fuse_blocks(self.model)
         for attention in self.source.cache_quantizers:
             self._quantize_cache(attention)
         for names in sets:

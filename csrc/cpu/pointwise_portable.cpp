@@ -1,0 +1,3 @@
+// The kernels of pointwise.h for any CPU.
+#include "cpu/simd_portable.h"
+#include "cpu/pointwise.inl"
