@@ -4,6 +4,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/error.h"
 #include "cpu/factor.h"
+#include "cpu/fp4.h"
 #include "cpu/fp8_gemm.h"
 #include "cpu/gptq.h"
 #include "cpu/gram.h"
@@ -63,6 +64,7 @@ QK_FAMILY(ScaleKernels, scale)
 QK_FAMILY(QuantizeKernels, quantize)
 QK_FAMILY(PackKernels, pack)
 QK_FAMILY(PointwiseKernels, pointwise)
+QK_FAMILY(Fp4Kernels, fp4)
 QK_FAMILY(RtnKernels, rtn)
 QK_FAMILY(ErrorKernels, error)
 QK_FAMILY(FactorKernels, factor)

@@ -32,5 +32,13 @@ struct Float8E5M2 {
   static constexpr float kMax = 57344.0f;
   static constexpr int kNan = 0x7f;
 };
+// FP4 e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign; no NaN. As FP8's, in the lowest three bits.
+struct Float4E2M1 {
+  uint8_t bits;
+  static constexpr int kMantissa = 1;
+  static constexpr int kMinExponent = 0;
+  static constexpr float kMax = 6.0f;
+  static constexpr int kNan = 0;
+};
 
 }  // namespace qk

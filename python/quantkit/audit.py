@@ -39,7 +39,7 @@ FP8_E4M3_MAX = 448
 HALF_STEP = {"int": 0.5, "float": 16.0}
 # Half an ulp, relative: a scale stored rounded down makes the largest weight that much more than its last code. In
 # fp32 the slack also covers the rounding of 1/scale, of the product and of the dequantized value.
-HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 2.0**-22}
+HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 2.0**-22, "U8": 2.0**-22, "F8_E4M3": 2.0**-4}
 # Least signal to noise in dB, by bits, of a weight that is not just rounded; rounding gives about 19 and 40.
 LEAST_SQNR = {4: 3.0, 8: 15.0}
 # A row of one that has more noise than this for each unit of signal holds other values than its source.
@@ -236,8 +236,9 @@ def _check_weight(
         _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
     else:
         _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
-    if f"{module}.input_scale" in quantized.checkpoint.tensors:
-        _check_scale(f"{module}.input_scale", quantized.checkpoint, result)
+    for part in ("input_scale", "input_global_scale", "weight_global_scale"):
+        if f"{module}.{part}" in quantized.checkpoint.tensors:
+            _check_scale(f"{module}.{part}", quantized.checkpoint, result)
     source.release(f"{module}.weight")
     quantized.release(f"{module}.weight")
 
@@ -357,6 +358,8 @@ def _usable(scale: Tensor, negative: bool = False) -> bool:
 
 
 def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str) -> float:
+    if args.fp4:  # the last step is 2, and MX cuts off what is up to 7
+        return largest_scale * (1.0 + 2 * 6 * HALF_ULP[scale_dtype])
     # How many steps the furthest value is from where the scale was measured: zero, or the other end of the range.
     codes = FP8_E4M3_MAX if args.type == "float" else 1 << (args.num_bits - args.symmetric)
     return largest_scale * (HALF_STEP[args.type] + 2 * codes * HALF_ULP[scale_dtype])

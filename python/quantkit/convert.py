@@ -152,12 +152,14 @@ def _outputs(
 
 
 def _activations(read: WeightSource, fmt: Format, module: str) -> dict[str, Any]:
-    tensors, name = read.checkpoint.tensors, f"{module}.input_scale"
+    args = read.schemes[module].input_activations
+    part = "input_global_scale" if args is not None and args.dynamic == "local" else "input_scale"
+    tensors, name = read.checkpoint.tensors, f"{module}.{part}"
     if name not in tensors:
         return {}
     zero = f"{module}.input_zero_point"
     zero_point = read.checkpoint.tensor(zero).clone() if zero in tensors else None
-    return fmt.pack_activations(module, read.checkpoint.tensor(name).float().clone(), zero_point)
+    return fmt.pack_activations(module, read.checkpoint.tensor(name).float().clone(), zero_point, args=args)
 
 
 def _config(read: WeightSource, fmt: Format, schemes: Mapping[str, QuantizationScheme]) -> dict[str, Any]:

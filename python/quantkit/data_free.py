@@ -29,7 +29,9 @@ def data_free(
     that stay as they are.
     """
     from .modifiers.rtn import quantize_weight
+    from .modifiers.shared import GlobalScales
 
+    shared = GlobalScales(plan)
     total = plan.checkpoint.total_bytes
     with Progress("quantize", total=total, unit="B", enabled=progress) as bar:
         for name, info in plan.checkpoint.tensors.items():
@@ -37,7 +39,9 @@ def data_free(
             if module != name and module in plan.modules:
                 weight, args = source.tensor(name), plan.modules[module].scheme.weights
                 dtype, pack = plan.scale_dtype(module), plan.packs(module)
-                sink.weight(module, quantize_weight(module, weight, args, scale_dtype=dtype, pack=pack))
+                common = shared.of(module, lambda member: source.tensor(f"{member}.weight"))
+                quantized = quantize_weight(module, weight, args, scale_dtype=dtype, pack=pack, global_scale=common)
+                sink.weight(module, quantized)
                 source.release(name)
                 host().release_free_memory()
             elif copy is not None:

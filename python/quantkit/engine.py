@@ -137,7 +137,8 @@ class WrittenOutput:
         folded = self._folded.pop(module, None)
         if folded is not None:
             folded.bias = self._bias(module)
-        for name, tensor in self.plan.format.pack_activations(module, scale, zero_point, folded).items():
+        args = self.plan.modules[module].scheme.input_activations
+        for name, tensor in self.plan.format.pack_activations(module, scale, zero_point, folded, args).items():
             self.writer.write(name, tensor)
 
     def _bias(self, module: str) -> Tensor | None:

@@ -19,7 +19,7 @@ from .report.table import size, table
 if TYPE_CHECKING:
     from .formats.source import WeightSource
 
-FP8_MAX = 448.0
+FP8_MAX, FP4_MAX = 448.0, 6.0
 OUTLIER = 20.0  # a row whose scale is so many times the median of its Linear's stands out
 
 
@@ -152,7 +152,9 @@ def _facts(module: str, scheme: str, read: WeightSource) -> LinearFacts:
     weight = read.quantized(module)
     nbytes = sum(read.checkpoint.tensors[name].nbytes for name in read.stored(module))
     scale, codes = weight.scale.abs(), weight.unpacked()
-    if weight.args.type == "float":
+    if weight.args.fp4:
+        ends = codes.float().abs() == FP4_MAX
+    elif weight.args.type == "float":
         ends = codes.float().abs() == FP8_MAX
     else:
         q_min, q_max = weight.args.q_range

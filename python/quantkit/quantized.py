@@ -1,4 +1,4 @@
-"""What a modifier hands to a format: a Linear's weight as integer or FP8 codes with their scales."""
+"""What a modifier hands to a format: a Linear's weight as integer, FP8 or FP4 codes with their scales."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """codes: int8 or FP8 [rows, cols], or int32 words when `packed`; scale fp32 [grid rows, grid cols]; zero_point
-    int8 of the scale's shape, None if symmetric. `args` says what the codes mean. `g_idx`: int32 [cols], the group of
-    each column, where groups are not runs of neighbours (actorder "group").
+    """codes: int8 or FP8 [rows, cols], or, when `packed`, int32 words (FP4: bytes of two); scale fp32 [grid rows, grid
+    cols]; zero_point int8 of the scale's shape, None if symmetric. `args` says what the codes mean. `g_idx`: int32
+    [cols], the group of each column, where groups are not runs of neighbours (actorder "group"). `global_scale`: fp32
+    [1], what NVFP4's stored scales are divided by; `scale` is the quotient.
     """
 
     codes: Tensor
@@ -27,11 +28,14 @@ class QuantizedTensor:
     cols: int
     packed: bool = False
     g_idx: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def unpacked(self) -> Tensor:
-        """The codes as int8 or FP8 [rows, cols]."""
+        """The codes as int8 or FP8 [rows, cols]; FP4's values are FP8's too."""
         from . import ops
 
+        if self.packed and self.args.fp4:
+            return ops.unpack_fp4(self.codes)
         return ops.unpack_int32(self.codes, self.args.num_bits, self.cols) if self.packed else self.codes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

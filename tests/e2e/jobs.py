@@ -28,6 +28,13 @@ SCHEMES = {
     "W8A8_ASYM": "scheme: W8A8_ASYM",
     "W4A16_CHANNEL_ASYM": "scheme: W4A16_CHANNEL_ASYM",
     "W8A16_ASYM": "scheme: W8A16_ASYM",
+    "W4AFP8": "scheme: W4AFP8",
+    "MXFP8": "scheme: MXFP8",
+    "MXFP8A16": "scheme: MXFP8A16",
+    "MXFP4": "scheme: MXFP4",
+    "MXFP4A16": "scheme: MXFP4A16",
+    "NVFP4": "scheme: NVFP4",
+    "NVFP4A16": "scheme: NVFP4A16",
 }
 
 # name -> modifiers of a recipe with several schemes, or with a KV cache

@@ -189,7 +189,8 @@ def test_loaded_model_is_what_the_codes_say(scheme: str, outputs: Any, ids: Tens
 
 # What Transformers cannot load is among them: int8 and asymmetric int4 experts.
 @pytest.mark.parametrize(
-    "scheme", ["W8A8", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "FP8", "FP8_DYNAMIC", "int8_static"]
+    "scheme",
+    ["W8A8", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "FP8", "FP8_DYNAMIC", "int8_static", "NVFP4A16"],
 )
 def test_experts(scheme: str, outputs: Any, ids: Tensor) -> None:
     source, output = EXAMPLES / "models" / "tiny-moe", outputs("tiny-moe", scheme)

@@ -30,12 +30,14 @@ WEIGHT_ONLY, WITH_ACTIVATIONS = 1e-6, 1e-3
 def logits(model: torch.nn.Module, cache: object = None) -> torch.Tensor:
     ids = torch.arange(3, 131).reshape(2, 64)
     with torch.inference_mode():
-        return model(input_ids=ids, past_key_values=cache).logits
+        return model(input_ids=ids, past_key_values=cache).logits.float()
 
 
 def rounded(x: torch.Tensor, args: QuantizationArgs, stored: dict[str, torch.Tensor]) -> torch.Tensor:
     """What compressed-tensors makes of a Linear's input: 127.5 steps to a dynamic symmetric range, codes to -128."""
-    blocks = x.reshape(-1, args.group_size) if args.strategy == "group" else x.reshape(-1, x.shape[-1])
+    blocks = x.reshape(-1, args.group_size or x.shape[-1])
+    if args.scales != "float":
+        return micro(blocks, args, stored).to(x.dtype).reshape(x.shape)
     zero = stored.get("input_zero_point", torch.zeros(())).float()
     if args.dynamic and not args.symmetric:
         low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
@@ -51,6 +53,24 @@ def rounded(x: torch.Tensor, args: QuantizationArgs, stored: dict[str, torch.Ten
     else:
         codes = torch.round((blocks / scale + zero).clamp(-128, 127))
     return ((codes - zero) * scale).reshape(x.shape)
+
+
+def micro(blocks: torch.Tensor, args: QuantizationArgs, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same of MX and NVFP4, in numbers: to the nearest of all that a code can be, ties to an even one."""
+    largest = 6.0 if args.fp4 else 448.0
+    amax = blocks.abs().amax(-1, keepdim=True)
+    if args.scales == "nvfp4":
+        divisor = stored["input_global_scale"]
+        local = (amax / 6.0 * divisor).clamp(max=448).to(torch.float8_e4m3fn).float()
+        scale = torch.where(local == 0, 0.125, local) / divisor
+    else:
+        # A power of two: amax gets below 7 or 448, and to no less than half of it.
+        scale = 2.0 ** torch.log2(amax.float() / (7.0 if args.fp4 else 448.0)).floor().add(1)
+    values = (blocks / scale).float().clamp(-largest, largest)
+    if not args.fp4:
+        return values.to(torch.float8_e4m3fn).float() * scale
+    grid = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.5, 1.5, 3.0, 6.0])  # even ones first: argmin takes the first of equals
+    return grid[(values.abs().unsqueeze(-1) - grid).abs().argmin(-1)] * values.sign() * scale.float()
 
 
 class RoundedCache(transformers.DynamicCache):
@@ -73,20 +93,20 @@ class RoundedCache(transformers.DynamicCache):
         return torch.round((x / scale).clamp(-128, 127)) * scale
 
 
-def oracle(source: Path, output: Path) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+def oracle(source: Path, output: Path, dtype: torch.dtype) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     with Checkpoint(output) as checkpoint:
         weights = WeightSource(checkpoint)
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):  # smoothing changes them
-                parameter.data = checkpoint.tensor(name).float()
+                parameter.data = checkpoint.tensor(name).to(dtype)
         for name in weights.modules:
             activations = weights.schemes[name].input_activations
             linear = model.get_submodule(name)
-            linear.weight.data = weights.get(f"{name}.weight").clone()
+            linear.weight.data = weights.get(f"{name}.weight").to(dtype, copy=True)
             stored = {
                 part: checkpoint.tensor(f"{name}.{part}").clone()
-                for part in ("input_scale", "input_zero_point")
+                for part in ("input_scale", "input_zero_point", "input_global_scale")
                 if f"{name}.{part}" in checkpoint.tensors
             }
             if activations is not None:
@@ -110,16 +130,18 @@ def test_transformers_computes_what_the_codes_say(scheme: str, tmp_path: Path) -
     else:
         output = quantize_by("tiny-llama", RECIPES[scheme], tmp_path)
     assert check_folder(output, "transformers", hardware="cpu").ok
-    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
-    got, expected = logits(model), oracle(source, output)
+    # The client dequantizes MX and NVFP4 to bf16, whatever the rest of the model is in.
+    dtype = torch.bfloat16 if scheme.startswith(("MXFP", "NVFP")) else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval()
+    got, expected = logits(model), oracle(source, output, dtype)
     spread = expected.std()
     error = float((got - expected).abs().mean() / spread)
     with Checkpoint(output) as checkpoint:
         weights = WeightSource(checkpoint)
-        scales = [checkpoint.tensor(f"{name}.weight_scale") for name in weights.modules]
+        scales = [checkpoint.tensor(f"{name}.weight_scale").float() for name in weights.modules]
         assert all(bool((scale < 0).any()) == (scheme == "negative scales") for scale in scales)
         limit = WITH_ACTIVATIONS if weights.input_quantizers or weights.kv_cache is not None else WEIGHT_ONLY
     assert error < limit, f"{error:.2e} of the logits' spread"
-    plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     assert (got - logits(plain)).abs().mean() > 10 * limit * spread, "the output is not quantized at all"
     print(f"{scheme}: {error:.2e}")

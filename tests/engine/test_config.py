@@ -406,7 +406,7 @@ def test_no_model_says_how_to_give_one() -> None:
         (f"{Q}.name=int8_dinamic", "no such algorithm: 'int8_dinamic' (did you mean 'int8_dynamic'?)"),
         (f"{Q}.name=w4a17", "no such algorithm: 'w4a17' (did you mean 'W4A16'?)"),
         (f"{Q}.name=nvfp4_gptq", "'nvfp4_gptq' is not supported by quantkit"),
-        (f"{Q}.name=MXFP4", "'MXFP4' is not supported by quantkit"),
+        (f"{Q}.name=MXFP6", "'MXFP6' is not supported by quantkit"),
         (f"{Q}.name=INT8", "'INT8' is ambiguous: write name: int8, or scheme: INT8, which differ"),
         (f"{Q}.scheme=W8A8", "say the same thing twice"),
     ],
@@ -420,8 +420,8 @@ def test_schemes_that_are_none() -> None:
     assert f"{Q}.scheme: no such scheme: 'W8A9' (did you mean 'W8A8'?); there are W8A8" in refused(
         quantization("scheme: W8A9")
     )
-    message = refused(quantization("scheme: NVFP4"))
-    assert "'NVFP4' is one of llm-compressor's schemes that quantkit does not support" in message
+    message = refused(quantization("scheme: MXFP6"))
+    assert "'MXFP6' is one of llm-compressor's schemes that quantkit does not support" in message
     assert "did you mean" not in message
 
 

@@ -26,9 +26,18 @@ def every(preset: str) -> SchemeGroup:
 
 def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, cols: int) -> np.ndarray:
     """The weight that the stored tensors of module `m` mean, by the format's description alone."""
-    scale = tensors["m.weight_scale"].float().numpy().astype(np.float64)
     bits = args.num_bits
-    if "m.weight_packed" in tensors:
+    if args.scales == "e8m0":
+        scale = 2.0 ** (tensors["m.weight_scale"].numpy().astype(np.float64) - 127)
+    elif args.scales == "nvfp4":
+        local = np.vectorize(e4m3)(tensors["m.weight_scale"].view(torch.uint8).numpy()).astype(np.float32)
+        scale = (local / tensors["m.weight_global_scale"].numpy()).astype(np.float64)
+    else:
+        scale = tensors["m.weight_scale"].float().numpy().astype(np.float64)
+    if args.fp4:
+        pairs = tensors["m.weight_packed"].numpy()
+        codes = np.array([[E2M1[int(pairs[r, c // 2]) >> c % 2 * 4 & 15] for c in range(cols)] for r in range(rows)])
+    elif "m.weight_packed" in tensors:
         words = tensors["m.weight_packed"].numpy().view(np.uint32)
         codes = np.array(
             [[(int(words[r, c * bits // 32]) >> (c * bits % 32)) % 2**bits for c in range(cols)] for r in range(rows)]
@@ -59,12 +68,15 @@ def decode(tensors: dict[str, torch.Tensor], args: QuantizationArgs, rows: int, 
                 at = (r, 0)
             elif "m.weight_g_idx" in tensors:
                 at = (r, int(tensors["m.weight_g_idx"][c]))
-            elif args.strategy == "group":
+            elif args.strategy in ("group", "tensor_group"):
                 at = (r, c // (args.group_size or 1))
             else:
                 at = (r // args.block_structure[0], c // args.block_structure[1])  # type: ignore[index]
             result[r, c] = (codes[r, c] - zero[at]) * scale[at]
     return result
+
+
+E2M1 = [sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 
 
 def e4m3(byte: int) -> float:
@@ -81,7 +93,7 @@ def test_stored_bytes_mean_the_quantized_weight(preset: str, dtype: str) -> None
     weight = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)) * 0.05).to(TORCH[dtype])
     weight[3] = 0
     stored = {t.name: t for t in ct.stored_tensors("m", scheme, rows, cols, dtype)}
-    scale_dtype = TORCH[ct.scale_dtype(scheme, dtype)]
+    scale_dtype = TORCH.get(ct.scale_dtype(scheme, dtype), torch.float32)
     quantized = quantize_weight("m", weight, scheme.weights, scale_dtype=scale_dtype, pack=ct.packs(scheme))
     tensors = ct.pack_weight("m", quantized, scale_dtype)
     assert set(tensors) == {name for name in stored if "input" not in name}
@@ -91,10 +103,10 @@ def test_stored_bytes_mean_the_quantized_weight(preset: str, dtype: str) -> None
     meaning = decode(tensors, scheme.weights, rows, cols)
     again = ct.load_weight("m", scheme, tensors.__getitem__, rows, cols).dequantize()
     assert np.array_equal(meaning.astype(np.float32), again.numpy())
-    limit = 0.5 if scheme.weights.type == "int" else 16
+    limit = 0.5 if scheme.weights.type == "int" else 1 if scheme.weights.fp4 else 16
     # A scale that its dtype rounds down leaves the extremes of 8 bit asymmetric codes that much further away.
     limit += 2**scheme.weights.num_bits * torch.finfo(scale_dtype).eps / 4
-    assert np.abs(meaning - weight.double().numpy()).max() <= limit * float(tensors["m.weight_scale"].float().max())
+    assert np.abs(meaning - weight.double().numpy()).max() <= limit * float(quantized.scale.max())
 
 
 @pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM"])
@@ -139,7 +151,9 @@ def test_config_block_is_the_librarys(preset: str) -> None:
     assert group.weights.num_bits == PRESETS[preset].weights.num_bits
     assert str(group.weights.strategy) == PRESETS[preset].weights.strategy
     assert parsed.ignore == ["lm_head"]
-    assert "scale_dtype" not in str(block) and "zp_dtype" not in str(block)
+    kind = {"float": None, "e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}[PRESETS[preset].weights.scales]
+    assert group.weights.scale_dtype == kind and ("scale_dtype" in str(block)) == (kind is not None)
+    assert "zp_dtype" not in str(block)
     again = ct.read_schemes(block)("model.layers.0.mlp.up_proj")
     assert again.weights == PRESETS[preset].weights
     assert again.input_activations == PRESETS[preset].input_activations

@@ -23,7 +23,7 @@ Q, K, UP = (f"model.layers.0.{part}" for part in ("self_attn.q_proj", "self_attn
 NOT_ON_CPU = {
     *("fp8_dynamic", "fp8_static", "FP8", "FP8_BLOCK", "FP8_PER_TENSOR_DYNAMIC"),
     *("W8A16", "int8", "W8A16_ASYM", "W8A16_CHANNEL", "W8A16_CHANNEL_ASYM", "one layer in W8A16"),
-    "W4A8",
+    *("W4A8", "W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16"),
 }
 # What a client does not take on a GPU.
 REFUSED = {"int8 cache": ("vllm", "sglang"), "W4A8": ("sglang",)}
@@ -183,6 +183,85 @@ BREACHES: dict[str, tuple[str, str, Change, str, str]] = {
         lambda t, c: group(c)["input_activations"].update(dynamic=False),
         "refused",
         "strategy token is always dynamic",
+    ),
+    "NVFP4 without its divisor": (
+        "NVFP4",
+        "vllm",
+        lambda t, c: t.pop(f"{Q}.weight_global_scale"),
+        "wrong",
+        f"{Q}.weight_global_scale is not there",
+    ),
+    "NVFP4 without that of inputs": (
+        "NVFP4",
+        "vllm",
+        lambda t, c: t.pop(f"{Q}.input_global_scale"),
+        "wrong",
+        f"{Q}.input_global_scale is not there",
+    ),
+    "NVFP4 divisors differ": (
+        "NVFP4A16",
+        "vllm",
+        lambda t, c: t.update({f"{K}.weight_global_scale": t[f"{K}.weight_global_scale"] * 2}),
+        "wrong",
+        "weight_global_scale differs among q_proj, k_proj, v_proj",
+    ),
+    "NVFP4 with a NaN scale": (
+        "NVFP4A16",
+        "vllm",
+        lambda t, c: t[f"{Q}.weight_scale"].view(torch.uint8)[0, 0].fill_(0x7F),
+        "wrong",
+        "e4m3 code of NaN",
+    ),
+    "NVFP4 with integer inputs": (
+        "NVFP4",
+        "vllm",
+        lambda t, c: group(c).update(
+            input_activations={"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+        ),
+        "refused",
+        "are no scheme",
+    ),
+    "codes of half the columns": (
+        "MXFP4",
+        "vllm",
+        lambda t, c: t.update({f"{Q}.weight_packed": t[f"{Q}.weight_packed"][:, ::2].clone()}),
+        "refused",
+        "weight_scale is [256, 8]; its Linear needs [256, 4]",
+    ),
+    "MX with a NaN scale": (
+        "MXFP8",
+        "vllm",
+        lambda t, c: t[f"{Q}.weight_scale"][0, 0].fill_(255),
+        "wrong",
+        "e8m0 code of NaN",
+    ),
+    "MXFP8 that does not say so": (
+        "MXFP8",
+        "vllm",
+        lambda t, c: group(c)["weights"].pop("scale_dtype"),
+        "refused",
+        "weights.scale_dtype is None; FP8 in groups of 32 needs 'torch.uint8'",
+    ),
+    "MXFP4 with e4m3 scales": (
+        "MXFP4",
+        "vllm",
+        lambda t, c: group(c)["weights"].update(scale_dtype="torch.float8_e4m3fn"),
+        "refused",
+        "FP4 in groups of 32 needs 'torch.uint8'",
+    ),
+    "MXFP4 as NVFP4": (
+        "MXFP4",
+        "vllm",
+        lambda t, c: (group(c).update(format="nvfp4-pack-quantized"), block(c).update(format="nvfp4-pack-quantized")),
+        "refused",
+        "MXFP4 is stored as mxfp4-pack-quantized",
+    ),
+    "local without a tensor's scale": (
+        "MXFP4",
+        "vllm",
+        lambda t, c: group(c)["input_activations"].update(dynamic="local"),
+        "refused",
+        "is 'local', which goes with tensor_group",
     ),
 }
 

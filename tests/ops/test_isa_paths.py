@@ -33,6 +33,7 @@ FAMILIES = (
     "int8_mixed",
     "w4a8",
     "wna16",
+    "fp4",
     "fp8_gemm",
     "moe",
     "bf16_gemm",

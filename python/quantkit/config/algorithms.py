@@ -20,7 +20,9 @@ STRATEGY_OF = {
     "per-block": "block",
     "per-token": "token",
 }
-GRANULARITY_OF = {strategy: granularity for granularity, strategy in STRATEGY_OF.items()}
+GRANULARITY_OF = {strategy: granularity for granularity, strategy in STRATEGY_OF.items()} | {
+    "tensor_group": "per-group"
+}
 GROUP_SIZE = 128
 # quant_method.kv_cache; AngelSlim's per-channel is read by no server.
 KV_STRATEGY_OF: dict[str, Strategy] = {"per-tensor": "tensor", "per-head": "attn_head"}
@@ -87,6 +89,8 @@ class Algorithm:
 
     def resolve(self, method: QuantMethod) -> tuple[QuantMethod, QuantizationScheme]:
         """`method` with every default filled in, and the scheme that it means. FieldError for what does not fit."""
+        if self.scheme.weights.scales != "float":
+            return self._as_it_is(method), self.scheme
         weight = self._pick("weight", method.weight, self.weights)
         activation = self._pick("activation", method.activation, self.activations)
         zero_point = self.zero_point[0] if method.zero_point is None else method.zero_point
@@ -117,6 +121,19 @@ class Algorithm:
         if inputs is not None and activation != GRANULARITY_OF[inputs.strategy]:
             inputs = replace(inputs, strategy=STRATEGY_OF[str(activation)])  # type: ignore[arg-type]
         return resolved, QuantizationScheme(self.name, weights, inputs)
+
+    def _as_it_is(self, method: QuantMethod) -> QuantMethod:
+        """`method` for MX and NVFP4, whose groups are part of the format; AngelSlim calls them blocks."""
+        size = self.scheme.weights.group_size
+        for key in ("weight", "activation"):
+            value = getattr(method, key)
+            if self._pick(key, None if value == "per-block" else value, getattr(self, f"{key}s")) is None:
+                require(value is None, key, f"'{value}', but {self.name} keeps activations in 16 bit; leave it out")
+        require(method.group_size in (None, -1, size), "group_size", f"{method.group_size}: {self.name} has {size}")
+        for key in ("zero_point", "block_size", "actorder", "mse_range"):
+            require(not getattr(method, key), key, f"{self.name} does not have it; leave it out")
+        activation = self.activations[0] if self.activations else None
+        return replace(method, weight="per-group", activation=activation, group_size=size, zero_point=False)
 
     def is_weight_only(self, zero_point: bool) -> bool:
         """Whether it keeps activations in 16 bit, and can have such weights."""
@@ -226,13 +243,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
     )
 }
-ALIASES = {"int4_rtn": "int4", "int8_rtn": "int8"}
+ALIASES = {"int4_rtn": "int4", "int8_rtn": "int8", "nvfp4_weight_only": "nvfp4a16"}
 PRESETS: dict[str, Algorithm] = {
     name: _algorithm(name, scheme.weights, scheme.input_activations) for name, scheme in presets.PRESETS.items()
 }
 
 # AngelSlim has these; users who come with its files should read more than "unknown".
-NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8_fp8|w4a8i8|int4_gptaq|nvfp4(_\w+)?|mxfp8")
+NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8_fp8|w4a8i8|int4_gptaq|nvfp4_\w+")
 
 
 def algorithm_of(name: str | None, scheme: str | None) -> Algorithm:
@@ -248,6 +265,7 @@ def algorithm_of(name: str | None, scheme: str | None) -> Algorithm:
         raise FieldError("name", f"is required, or scheme instead of it; {known}")
     lower, upper = name.strip().lower(), name.strip().upper()
     lower = ALIASES.get(lower, lower)
+    upper = lower.upper() if lower in ALIASES.values() else upper
     if lower in ALGORITHMS:
         # `INT8` and `FP8_DYNAMIC` are presets that differ from the algorithms of that name.
         if upper in PRESETS and name != lower:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, nearest
 from .fields import FieldError, require
-from .schemes import ACTORDER_ALIASES, QuantizationArgs, QuantizationScheme
+from .schemes import ACTORDER_ALIASES, SCALE_DTYPES, QuantizationArgs, QuantizationScheme
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def args_of(key: str, value: MappingType[str, Any]) -> QuantizationArgs:
         accepted = name in known or name in ("scale_dtype", "zp_dtype")
         require(accepted, f"{key}.{name}", f"unknown{nearest(name, known)}; QuantizationArgs has {', '.join(known)}")
     given = {k: v for k, v in value.items() if k in known and v is not None}
+    wanted = value.get("scale_dtype")
     if isinstance(given.get("block_structure"), list):
         given["block_structure"] = tuple(given["block_structure"])
     if "actorder" in given:
@@ -64,9 +65,13 @@ def args_of(key: str, value: MappingType[str, Any]) -> QuantizationArgs:
     if given.get("group_size") == -1:
         given.pop("group_size")
     try:
-        return QuantizationArgs(**given)
+        args = QuantizationArgs(**given)
     except (ConfigError, TypeError) as error:
         raise FieldError(key, str(error)) from None
+    has = SCALE_DTYPES[args.scales]
+    fits = wanted is None or has is None or str(wanted).rpartition(".")[2] == has.rpartition(".")[2]
+    require(fits, f"{key}.scale_dtype", f"'{wanted}', and scales of this kind are {has}; leave it out")
+    return args
 
 
 def config_group(key: str, group: Any) -> SchemeGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from ..errors import ConfigError, nearest
 from .schemes import QuantizationArgs, QuantizationScheme
@@ -30,6 +31,10 @@ FP8_TOKEN = QuantizationArgs(8, "float", strategy="token", dynamic=True)
 FP8_TENSOR = QuantizationArgs(8, "float", strategy="tensor", dynamic=True)
 FP8_STATIC = QuantizationArgs(8, "float", strategy="tensor", observer=STATIC)
 FP8_GROUP = QuantizationArgs(8, "float", strategy="group", group_size=128, dynamic=True)
+MXFP8 = QuantizationArgs(8, "float", strategy="group", group_size=32)
+MXFP4 = QuantizationArgs(4, "float", strategy="group", group_size=32)
+NVFP4 = QuantizationArgs(4, "float", strategy="tensor_group", group_size=16)
+NVFP4_LOCAL = replace(NVFP4, dynamic="local", observer=STATIC)
 
 PRESETS: dict[str, QuantizationScheme] = {
     scheme.name: scheme
@@ -43,6 +48,13 @@ PRESETS: dict[str, QuantizationScheme] = {
         QuantizationScheme("FP8", FP8_TENSOR_WEIGHTS, FP8_STATIC),
         QuantizationScheme("FP8_DYNAMIC", FP8_CHANNEL_WEIGHTS, FP8_TOKEN),
         QuantizationScheme("FP8_BLOCK", FP8_BLOCK_WEIGHTS, FP8_GROUP),
+        QuantizationScheme("W4AFP8", int_weights(4, 128), FP8_TOKEN),
+        QuantizationScheme("MXFP8", replace(MXFP8, observer=WEIGHTS), replace(MXFP8, dynamic=True)),
+        QuantizationScheme("MXFP8A16", replace(MXFP8, observer=WEIGHTS)),
+        QuantizationScheme("MXFP4", replace(MXFP4, observer=WEIGHTS), replace(MXFP4, dynamic=True)),
+        QuantizationScheme("MXFP4A16", replace(MXFP4, observer=WEIGHTS)),
+        QuantizationScheme("NVFP4", replace(NVFP4, observer=WEIGHTS), NVFP4_LOCAL),
+        QuantizationScheme("NVFP4A16", replace(NVFP4, observer=WEIGHTS)),
         # Not in llm-compressor, where these have to be spelled out as config groups.
         QuantizationScheme("W8A8_ASYM", int_weights(8), INT8_TOKEN_ASYM),
         QuantizationScheme("W8A8_STATIC", int_weights(8), INT8_STATIC),
@@ -56,10 +68,13 @@ PRESETS: dict[str, QuantizationScheme] = {
     )
 }
 
-LLM_COMPRESSOR = ("W8A8", "INT8", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")
+LLM_COMPRESSOR = (
+    *("W8A8", "INT8", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
+    *("MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16"),
+)
 
 # llm-compressor has these; a did-you-mean would send their users to something else.
-NOT_SUPPORTED = re.compile(r"NVFP4(A16)?|MXFP[468](A8|A16|XFP8)?|W4AFP8|W[2-8]A(4|8|16)|UNQUANTIZED")
+NOT_SUPPORTED = re.compile(r"MXFP[468](A8|A16|XFP8)?|W[2-8]A(4|8|16)|UNQUANTIZED")
 
 
 def preset(name: str) -> QuantizationScheme:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inventory import FLOATS, Inventory, Stored
-from .rules import divides, expect, fused_alike, same_in_fused, sound_scales, whole_blocks
+from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
 
 Args = Mapping[str, Any]
@@ -31,12 +31,23 @@ RUNS_ON = {
     "MXFP4": ("cuda",),
     "MXFP8": ("cuda",),
     "WNA8Int": ("cuda",),
+    "W4A8 FP8": ("cuda",),
     "WNA16": ("cuda", "cpu"),
     "FP8 W8A8": ("cuda", "cpu"),
     "FP8 W8A16": ("cuda",),
     "int8 W8A8, static": ("cuda", "cpu"),
     "int8 W8A8, dynamic": ("cuda", "cpu"),
     "W4A8Int": ("cpu",),
+}
+
+# What runs otherwise than it says on some GPUs: by vLLM's choice of kernels (0.32).
+ON_GPUS = {
+    "NVFP4": "multiplies FP4 by FP4 from SM100 on; older GPUs (from SM75) keep activations in 16 bit",
+    "MXFP4": "multiplies FP4 by FP4 from SM100 on, also where the scheme keeps activations in 16 bit; older GPUs (from "
+    "SM80) keep them",
+    "MXFP8": "quantizes activations from SM100 on, also where the scheme keeps them in 16 bit; older GPUs (from SM75) "
+    "keep them",
+    "W4A8 FP8": "has a kernel on SM90 alone; any other GPU refuses it",
 }
 
 
@@ -95,7 +106,7 @@ def check(found: Inventory, verdict: Verdict) -> None:
     fused_alike(found, verdict, lambda stored: getattr(assigned[stored.name], "key", None))
     if verdict.client in ("vllm", "sglang"):
         why = "the fused layer keeps one of them"
-        same_in_fused(found, verdict, ("weight_g_idx",), why)
+        same_in_fused(found, verdict, ("weight_g_idx", "weight_global_scale", "input_global_scale"), why)
         static_int = [g for g in groups if schemes[g.key] == "int8 W8A8, static"]
         if static_int:
             same_in_fused(found, verdict, ("input_scale", "input_zero_point"), why)
@@ -150,8 +161,9 @@ def _args(where: str, args: Args, role: str, verdict: Verdict) -> None:
         verdict.add(
             "refused", f"{where}.{unknown[0]}", "is a key that the readers' strict parser does not know", "drop it"
         )
+    micro = args.get("type") == "float" and args.get("group_size") in (16, 32)
     for key in ("scale_dtype", "zp_dtype"):
-        if args.get(key) is not None and not (args.get("group_size") == 32 and args.get("num_bits") == 8):
+        if args.get(key) is not None and not (micro and key == "scale_dtype"):
             verdict.add(
                 "limited", f"{where}.{key}", "is a key that releases before compressed-tensors 0.13 refuse", "drop it"
             )
@@ -172,8 +184,27 @@ def _args(where: str, args: Args, role: str, verdict: Verdict) -> None:
         verdict.add("refused", f"{where}.actorder", f"is '{args['actorder']}', which needs groups")
     if role != "weights" and (strategy in ("channel", "block") or args.get("actorder")):
         verdict.add("refused", f"{where}.strategy", f"is {strategy}, which activations cannot have")
+    if dynamic == "local" and strategy != "tensor_group":
+        verdict.add("refused", f"{where}.dynamic", f"is 'local', which goes with tensor_group, not with {strategy}")
+    _scale_dtype(where, args, strategy, verdict)
     if role == "weights" and dynamic:
         verdict.add("refused", f"{where}.dynamic", "is true, and weights are quantized once")
+
+
+def _scale_dtype(where: str, args: Args, strategy: str, verdict: Verdict) -> None:
+    """MX and NVFP4 are told by it, to some readers."""
+    size, bits = args.get("group_size"), args.get("num_bits", 8)
+    if args.get("type") != "float" or (strategy, size) not in (("group", 32), ("tensor_group", 16)):
+        return
+    wanted, told = "torch.uint8" if size == 32 else "torch.float8_e4m3fn", args.get("scale_dtype")
+    if told == wanted:
+        return
+    if told is not None or bits == 8:
+        verdict.add("refused", f"{where}.scale_dtype", f"is {told!r}; FP{bits} in groups of {size} needs '{wanted}'")
+    elif verdict.client == "transformers" and args.get("dynamic"):
+        verdict.add(
+            "wrong", f"{where}.scale_dtype", f"is not there, so activations get scales of another kind than '{wanted}'"
+        )
 
 
 def _block(block: Mapping[str, Any], groups: list[Group], verdict: Verdict) -> None:
@@ -228,7 +259,8 @@ def scheme_of(group: Group) -> str | None:
     bits, kind, size = w.get("num_bits", 8), w.get("type", "int"), w.get("group_size")
     symmetric, strategy = bool(w.get("symmetric", True)), _strategy(w)
     if (strategy, kind, bits, size, symmetric) == ("tensor_group", "float", 4, 16, True):
-        return "NVFP4"
+        alike = i is None or all(i.get(key) == w.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
+        return "NVFP4" if alike else None
     if (strategy, kind, size, symmetric) == ("group", "float", 32, True):
         if bits == 4:
             return "MXFP4"
@@ -239,6 +271,9 @@ def scheme_of(group: Group) -> str | None:
     if i is not None and packed and kind == i.get("type", "int") == "int" and grouped and o is None:
         by_token = i.get("dynamic") is True and _strategy(i) in ("token", "group") and i.get("symmetric", True)
         return "WNA8Int" if by_token and i.get("num_bits") == 8 else None
+    if i is not None and packed and (kind, bits, strategy, symmetric) == ("int", 4, "group", True):
+        told = (i.get("type"), i.get("num_bits", 8), _strategy(i), i.get("dynamic"), bool(i.get("symmetric", True)))
+        return "W4A8 FP8" if told == ("float", 8, "token", True, True) else None
     if i is None and packed and grouped and kind == "int":
         known = bits in (4, 8) or (symmetric and 2 <= bits <= 8)
         return "WNA16" if known and (strategy == "group" or size in (None, -1)) else None
@@ -292,6 +327,9 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
     w, i = group.weights, group.inputs
     bits, strategy, size = int(w.get("num_bits", 8)), _strategy(w), w.get("group_size")
     packed = group.format == "pack-quantized"
+    if scheme in ("NVFP4", "MXFP4", "MXFP8"):
+        _micro(stored, group, scheme, found, verdict)
+        return
     shape = _shape(stored, packed, found)
     if shape is None:
         part = "weight_packed and weight_shape" if packed else "weight"
@@ -308,8 +346,6 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
         "block": tuple(-(-n // int(b)) for n, b in zip(shape, w.get("block_structure") or (1, 1), strict=True)),
     }.get(strategy)
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...] | None]] = {"weight_scale": (FLOATS, scale)}
-    if scheme in ("NVFP4", "MXFP4", "MXFP8"):
-        return  # their tensors are not checked yet: quantkit writes none of them
     if packed:
         wanted["weight_packed"] = (("I32",), (rows, -(-cols * bits // 32)))
         wanted["weight_shape"] = (("I64",), (2,))
@@ -331,6 +367,50 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
         _sglang(stored, shape, group, scheme, verdict)
     elif verdict.client == "transformers":
         _transformers(stored, group, scheme, verdict)
+
+
+def _micro(stored: Stored, group: Group, scheme: str, found: Inventory, verdict: Verdict) -> None:
+    """MX and NVFP4: codes and scales of one or two kinds."""
+    fp4, size = scheme != "MXFP8", 16 if scheme == "NVFP4" else 32
+    wanted_format = {"NVFP4": "nvfp4-pack-quantized", "MXFP4": "mxfp4-pack-quantized", "MXFP8": "mxfp8-quantized"}
+    if group.format != wanted_format[scheme]:
+        where = f"config_groups.{group.key}.format"
+        verdict.add("refused", where, f"is {group.format}; {scheme} is stored as {wanted_format[scheme]}")
+        return
+    part = "weight_packed" if fp4 else "weight"
+    info = stored.parts.get(part)
+    if info is None or len(info.shape) != 2:
+        verdict.add("wrong", f"{stored.name}.{part}", "is not there, or no matrix", "quantize again")
+        return
+    rows, cols = info.shape[0], info.shape[1] * (2 if fp4 else 1)
+    if cols % size:
+        verdict.add("refused", stored.name, f"{cols} inputs are no multiple of group_size {size}")
+        return
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...] | None]] = {
+        part: (("U8",) if fp4 else ("F8_E4M3",), tuple(info.shape)),
+        "weight_scale": (("F8_E4M3",) if scheme == "NVFP4" else ("U8",), (rows, cols // size)),
+    }
+    if scheme == "NVFP4":
+        wanted["weight_global_scale"] = (("F32",), (1,))
+        if group.inputs is not None:
+            wanted["input_global_scale"] = (("F32",), (1,))
+    expect(verdict, stored, wanted)
+    sound_bytes(found, verdict, stored)
+    if verdict.client == "transformers":
+        if stored.expert and scheme == "NVFP4":
+            verdict.add(
+                "wrong", stored.name, "Transformers leaves an expert's global scale out; its numbers are garbage"
+            )
+        if (found.config.get("dtype") or found.config.get("torch_dtype")) != "bfloat16":
+            action = "load it with dtype=torch.bfloat16"
+            verdict.add("limited", f"config_groups.{group.key}", f"{scheme} is dequantized to bfloat16 alone", action)
+        return
+    if verdict.client == "vllm" and verdict.hardware not in RUNS_ON[scheme]:
+        verdict.add("refused", stored.name, f"{scheme} has no kernel on {verdict.hardware}", "serve it elsewhere")
+        return
+    if verdict.client == "vllm":
+        verdict.add("limited", f"config_groups.{group.key}", f"{scheme} {ON_GPUS[scheme]}")
+    divides(verdict, stored, rows, cols, col_unit=size, what=" (groups)")
 
 
 def _shape(stored: Stored, packed: bool, found: Inventory) -> tuple[int, int] | None:
@@ -355,6 +435,8 @@ def _vllm(
     size = w.get("group_size") if strategy == "group" else None
     if stored.expert and cpu and not (scheme == "WNA16" or scheme.startswith("int8")):
         verdict.add("refused", stored.name, f"{scheme} experts have no kernel on cpu")
+    if scheme == "W4A8 FP8":
+        verdict.add("limited", f"config_groups.{group.key}", f"{scheme} {ON_GPUS[scheme]}")
     if scheme == "WNA16":
         unit = 32 // bits if not w.get("symmetric", True) else 1
         divides(verdict, stored, rows, cols, row_unit=unit, col_unit=size or 1, what=" (zero points per word, groups)")
@@ -381,6 +463,8 @@ def _sglang(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, v
     divides(verdict, stored, *shape, col_unit=size or 1, what=" (groups)")
     if scheme == "int8 W8A8, static":
         verdict.add("limited", stored.name, "inputs are quantized per token at run time; input_scale is not used")
+    elif scheme == "W4A8 FP8":
+        verdict.add("limited", f"config_groups.{group.key}", "activations are kept in 16 bit")
     elif scheme == "WNA8Int":
         verdict.add("refused", stored.name, "int4 weights with int8 inputs are not served")
 

@@ -41,7 +41,7 @@ def sound_scales(found: Inventory, verdict: Verdict, negative: Callable[[Stored]
     import torch
 
     for stored in found.quantized:
-        for part in (*SCALES, "input_scale"):
+        for part in (*SCALES, "input_scale", "weight_global_scale", "input_global_scale"):
             info = stored.parts.get(part)
             if info is None or info.dtype not in ("F32", "F16", "BF16"):
                 continue
@@ -53,6 +53,26 @@ def sound_scales(found: Inventory, verdict: Verdict, negative: Callable[[Stored]
             elif bool((value < 0).any()) and not negative(stored):
                 verdict.add("wrong", info.name, "has negative numbers, and the kernel takes scales for positive")
             found.checkpoint.release(info.name)
+
+
+def sound_bytes(found: Inventory, verdict: Verdict, stored: Stored) -> None:
+    """Scales of one byte are numbers: none is NaN, and e4m3 ones are positive."""
+    info = stored.parts.get("weight_scale")
+    if info is None or info.dtype not in ("U8", "F8_E4M3"):
+        return
+    import torch
+
+    value = found.checkpoint.tensor(info.name).view(torch.uint8)
+    if info.dtype == "U8" and bool((value == 255).any()):
+        verdict.add("wrong", info.name, "has the e8m0 code of NaN", "quantize again")
+    elif info.dtype == "F8_E4M3":
+        if bool(((value & 127) == 127).any()):
+            verdict.add("wrong", info.name, "has the e4m3 code of NaN", "quantize again")
+        elif bool(((value & 127) == 0).any()):
+            verdict.add("limited", info.name, "has zeros, which turn groups of weights into nothing")
+        elif bool((value > 127).any()):
+            verdict.add("wrong", info.name, "has negative numbers, and the kernel takes scales for positive")
+    found.checkpoint.release(info.name)
 
 
 def expect(

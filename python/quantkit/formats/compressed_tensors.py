@@ -1,8 +1,10 @@
 """compressed-tensors: which tensors a quantized Linear becomes, and the block that config.json gets.
 
 Names, shapes and dtypes are those that vLLM, SGLang and Transformers read (int-quantized, float-quantized,
-naive-quantized, pack-quantized). Scales of int8 and FP8 codes are fp32; those of packed integers have the model's
-dtype, because readers hold them in it. A tensor-wide scale has shape [1], a per-channel one [rows, 1].
+naive-quantized, pack-quantized, mxfp8-quantized, mxfp4-pack-quantized, nvfp4-pack-quantized). Scales of int8 and FP8
+codes are fp32; those of packed integers have the model's dtype, because readers hold them in it. A tensor-wide scale
+has shape [1], a per-channel one [rows, 1]. FP4 codes lie two in a byte, the even column in the lower nibble; scales of
+MX are exponents + 127 in a byte, those of NVFP4 e4m3, divided by `weight_global_scale` fp32 [1].
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.layout import OutputTensor
-from ..config.schemes import ACTORDER_ALIASES, QuantizationArgs, QuantizationScheme
+from ..config.schemes import ACTORDER_ALIASES, SCALE_DTYPES, QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -31,11 +33,14 @@ IN_CONFIG, FOLDS = True, False
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    *("input_scale", "input_zero_point"),
+    *("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale"),
 )
 # The top-level format where groups have different ones.
 MIXED = "mixed-precision"
-ON_DISK = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
+ON_DISK = (
+    *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized"),
+    *("mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"),
+)
 
 
 def format_of(scheme: QuantizationScheme) -> str:
@@ -44,6 +49,10 @@ def format_of(scheme: QuantizationScheme) -> str:
     """
     if scheme.name in ON_DISK:
         return scheme.name
+    if scheme.weights.scales == "nvfp4":
+        return "nvfp4-pack-quantized"
+    if scheme.weights.scales == "e8m0":
+        return "mxfp4-pack-quantized" if scheme.weights.fp4 else "mxfp8-quantized"
     if scheme.weights.type == "float":
         return "float-quantized" if scheme.input_activations else "naive-quantized"
     if scheme.input_activations is None or scheme.weights.num_bits == 4:
@@ -59,6 +68,11 @@ def check(scheme: QuantizationScheme) -> None:
             f"scheme {scheme.name}: asymmetric integer weights together with quantized activations are read by no "
             "server; make the weights symmetric, or keep the activations in 16 bit"
         )
+    inputs = scheme.input_activations
+    if inputs is not None and inputs.scales != "float" and (inputs.scales, inputs.fp4) != (weights.scales, weights.fp4):
+        raise ConfigError(
+            f"scheme {scheme.name}: activations in MX or NVFP4 go with weights of the same kind; no server reads others"
+        )
     if weights.actorder == "group" and (weights.strategy != "group" or not packs(scheme)):
         raise ConfigError(
             f"scheme {scheme.name}: actorder 'group' goes with packed integers per group; use actorder 'weight'"
@@ -70,8 +84,8 @@ def check(scheme: QuantizationScheme) -> None:
 
 
 def packs(scheme: QuantizationScheme) -> bool:
-    """Whether integer codes go into int32 words."""
-    return format_of(scheme) == "pack-quantized"
+    """Whether several codes share a word: integers int32 ones, FP4 bytes."""
+    return format_of(scheme).endswith("pack-quantized")
 
 
 def scale_name(scheme: QuantizationScheme) -> str:
@@ -86,6 +100,8 @@ def stem(schemes: Iterable[QuantizationScheme]) -> str:
 
 def scale_dtype(scheme: QuantizationScheme, model_dtype: str) -> str:
     """The dtype of `weight_scale` on disk, as a safetensors name; codes must be made with scales rounded to it."""
+    if scheme.weights.scales != "float":
+        return {"e8m0": "U8", "nvfp4": "F8_E4M3"}[scheme.weights.scales]
     return model_dtype if packs(scheme) else "F32"
 
 
@@ -102,7 +118,11 @@ def stored_tensors(
     """What `module`'s weight becomes on disk, bias aside. `model_dtype` is the source weight's safetensors dtype."""
     args, tensors = scheme.weights, []
     scale = _scale_shape(args, rows, cols)
-    if packs(scheme):
+    if args.fp4:
+        tensors.append(OutputTensor(f"{module}.weight_packed", "U8", (rows, cols // 2)))
+        if args.scales == "nvfp4":
+            tensors.append(OutputTensor(f"{module}.weight_global_scale", "F32", (1,)))
+    elif packs(scheme):
         words = (cols * args.num_bits + 31) // 32
         tensors.append(OutputTensor(f"{module}.weight_packed", "I32", (rows, words)))
         tensors.append(OutputTensor(f"{module}.weight_shape", "I64", (2,)))
@@ -116,7 +136,9 @@ def stored_tensors(
         tensors.append(OutputTensor(f"{module}.weight", dtype, (rows, cols)))
     tensors.append(OutputTensor(f"{module}.weight_scale", scale_dtype(scheme, model_dtype), scale))
     activations = scheme.input_activations
-    if activations is not None and not activations.dynamic:
+    if activations is not None and activations.dynamic == "local":
+        tensors.append(OutputTensor(f"{module}.input_global_scale", "F32", (1,)))
+    elif activations is not None and not activations.dynamic:
         tensors.append(OutputTensor(f"{module}.input_scale", "F32", (1,)))
         if not activations.symmetric:
             tensors.append(OutputTensor(f"{module}.input_zero_point", "I8", (1,)))
@@ -142,6 +164,8 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
     from .. import ops
 
     args = quantized.args
+    if args.scales != "float":
+        return _pack_micro(module, quantized)
     scale = quantized.scale.to(scale_dtype)
     tensors = {f"{module}.weight_scale": scale.reshape(1) if args.strategy == "tensor" else scale}
     if not quantized.packed:
@@ -156,10 +180,32 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
     return tensors
 
 
+def _pack_micro(module: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """`pack_weight` of MX and NVFP4."""
+    from .. import ops
+
+    codes = "weight_packed" if quantized.args.fp4 else "weight"
+    if quantized.global_scale is None:
+        return {f"{module}.{codes}": quantized.codes, f"{module}.weight_scale": ops.e8m0_encode(quantized.scale)}
+    return {
+        f"{module}.{codes}": quantized.codes,
+        f"{module}.weight_scale": ops.nvfp4_local(quantized.scale, quantized.global_scale),
+        f"{module}.weight_global_scale": quantized.global_scale.reshape(1),
+    }
+
+
 def pack_activations(
-    module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+    module: str,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    folded: Folded | None = None,
+    args: QuantizationArgs | None = None,
 ) -> dict[str, Tensor]:
-    """The named tensors of a static input quantization: fp32 scale and int8 zero point, both of shape [1]."""
+    """The named tensors of a static input quantization: fp32 scale and int8 zero point, both of shape [1]. Of NVFP4
+    (`args`) the scale is the global one.
+    """
+    if args is not None and args.dynamic == "local":
+        return {f"{module}.input_global_scale": scale.reshape(1)}
     tensors = {f"{module}.input_scale": scale.reshape(1)}
     if zero_point is not None:
         tensors[f"{module}.input_zero_point"] = zero_point.reshape(1)
@@ -202,20 +248,22 @@ def config_block(
 
 
 def _entry(args: QuantizationArgs) -> dict[str, Any]:
-    """The args object of config.json. Never scale_dtype or zp_dtype, which older vLLM refuses. Readers clear the
-    observer of dynamic activations.
+    """The args object of config.json. scale_dtype only where it tells MX and NVFP4, since older vLLM refuses the key;
+    never zp_dtype. Readers clear the observer of dynamic activations.
     """
+    told = SCALE_DTYPES[args.scales]
     return {
         "block_structure": list(args.block_structure) if args.block_structure else None,
         "dynamic": args.dynamic,
         "group_size": args.group_size,
         "num_bits": args.num_bits,
-        "observer": "memoryless" if args.dynamic else args.observer,
+        "observer": "memoryless" if args.dynamic is True else args.observer,
         "observer_kwargs": {},
         "strategy": args.strategy,
         "symmetric": args.symmetric,
         "type": args.type,
         **({"actorder": args.actorder} if args.actorder == "group" else {}),
+        **({"scale_dtype": told} if told else {}),
     }
 
 
@@ -251,14 +299,21 @@ def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
     known = {k: v for k, v in entry.items() if k in fields and v is not None}
     if "block_structure" in known:
         known["block_structure"] = tuple(known["block_structure"])
-    if known.get("dynamic"):
+    if known.get("dynamic") is True:
         known.pop("observer", None)
     if "actorder" in known:
         known["actorder"] = ACTORDER_ALIASES.get(known["actorder"], known["actorder"])
     try:
-        return QuantizationArgs(**known)
+        args = QuantizationArgs(**known)
     except ConfigError as error:
         raise CheckpointError(f"quantization_config: {key}: {error}") from None
+    has, told = SCALE_DTYPES[args.scales], entry.get("scale_dtype")
+    # FP8 in groups of 32 is MX only if it says so; FP4 always was what it is.
+    if has is not None and (told != has if args.num_bits == 8 else told not in (None, has)):
+        raise CheckpointError(
+            f"quantization_config: {key}.scale_dtype is {told!r}; read are groups of {args.group_size} with {has!r}"
+        )
+    return args
 
 
 class Schemes:
@@ -291,7 +346,10 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
 
 def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
     """[rows, cols] of the weight behind `module`'s tensors."""
-    if packs(scheme):
+    if scheme.weights.fp4:
+        rows, half = get(f"{module}.weight_packed").shape
+        cols = 2 * half
+    elif packs(scheme):
         rows, cols = get(f"{module}.weight_shape").tolist()
     else:
         rows, cols = get(f"{module}.weight").shape
@@ -307,6 +365,13 @@ def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, co
 
     args = scheme.weights
     packed = packs(scheme)
+    if args.scales != "float":
+        codes, stored = get(f"{module}.weight_packed" if packed else f"{module}.weight"), get(f"{module}.weight_scale")
+        if args.scales == "e8m0":
+            return QuantizedTensor(codes, ops.e8m0_decode(stored), None, args, rows, cols, packed)
+        divisor = get(f"{module}.weight_global_scale").float().reshape(1)
+        scale = stored.float() / divisor
+        return QuantizedTensor(codes, scale, None, args, rows, cols, packed, global_scale=divisor)
     codes = get(f"{module}.weight_packed" if packed else f"{module}.weight")
     scale = get(f"{module}.weight_scale").to(torch.float32)
     scale = scale.reshape(1, 1) if args.strategy == "tensor" else scale

@@ -135,7 +135,11 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
 
 
 def pack_activations(
-    module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+    module: str,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    folded: Folded | None = None,
+    args: QuantizationArgs | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a static input (scale fp32, zero point int8), with what its weight makes of them. CheckpointError
     for a bias that int32 cannot hold in units of the products.

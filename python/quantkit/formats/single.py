@@ -32,7 +32,11 @@ def weight_only(name: str) -> tuple[Callable[..., Any], Callable[..., Any], Call
     """`pack_activations`, `kv_tensors` and `kv_scales` of a format that has none of these: errors that say so."""
 
     def pack_activations(
-        module: str, scale: Tensor, zero_point: Tensor | None, folded: Folded | None = None
+        module: str,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        folded: Folded | None = None,
+        args: QuantizationArgs | None = None,
     ) -> dict[str, Tensor]:
         raise ConfigError(f"{module}: save_name '{name}' holds no activation scales")
 

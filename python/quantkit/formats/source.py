@@ -15,6 +15,7 @@ from .. import ops
 from ..checkpoint.reader import Checkpoint
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
+from ..microscale import rounded
 from . import format_of_checkpoint
 
 if TYPE_CHECKING:
@@ -122,8 +123,11 @@ class WeightSource:
         return self.checkpoint.tensor(f"{module}.{self.format.ZERO_POINT}").reshape(1, 1).to(torch.int8, copy=True)
 
     def _input_quantizer(self, module: str, args: QuantizationArgs) -> Quantizer:
-        if args.dynamic:
+        if args.dynamic is True:
             return lambda x: fake_quantize(x, args)
+        if args.dynamic == "local":
+            divisor = self.checkpoint.tensor(f"{module}.input_global_scale").float().reshape(1).clone()
+            return lambda x: fake_quantize(x, args, divisor)
         scale = self.checkpoint.tensor(f"{module}.input_scale").float().reshape(1, 1).clone()
         zero_point = None
         if not args.symmetric:
@@ -150,8 +154,12 @@ def cache_quantizer(args: QuantizationArgs, scale: Tensor) -> Quantizer:
 def fake_quantize(
     x: Tensor, args: QuantizationArgs, scale: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Tensor:
-    """x [..., channels] rounded to what its codes can hold, in x's dtype; scales from x itself unless given."""
+    """x [..., channels] rounded to what its codes can hold, in x's dtype; scales from x itself unless given. Of NVFP4,
+    `scale` is the global one.
+    """
     rows = x.reshape(-1, x.shape[-1])
+    if args.scales != "float":
+        return rounded(rows, args, scale).reshape(x.shape)
     block = args.block
     if args.type == "float":
         codes, scale = (

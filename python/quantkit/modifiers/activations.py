@@ -27,6 +27,9 @@ def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor
     statistics, and so the same scale, which servers rely on where they fuse them.
     """
     name = INPUT_OBSERVERS[args.observer or "minmax"]
+    if args.dynamic == "local":  # NVFP4's global scale; those of groups are computed at run time
+        largest = torch.maximum(statistics.tensor_min.abs(), statistics.tensor_max.abs())
+        return ops.nvfp4_global_scale(largest).reshape(1, 1), None
     low, high = statistics.tensor_min, statistics.tensor_max
     if name in SEARCHES and args.type == "int":
         assert statistics.histogram is not None

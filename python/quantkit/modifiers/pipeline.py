@@ -21,6 +21,7 @@ from ..report.calibration import CalibrationReport, ModuleReport
 from . import awq, gptq, smoothquant
 from .activations import static_scale, wants
 from .rtn import quantize_weight
+from .shared import GlobalScales
 from .sink import Sink
 from .working import Working
 
@@ -40,6 +41,7 @@ class Pipeline:
         self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
         self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
+        self.shared = GlobalScales(plan)
         pooling = [m for m in plan.recipe.modifiers if isinstance(m, GPTQModifier) and m.low_data == "all_tokens"]
         self.pools_below = max((m.min_tokens_per_module for m in pooling), default=0)
         self.statistics = self._statistics()
@@ -59,7 +61,7 @@ class Pipeline:
         found = {}
         for name, planned in self.modules.items():
             inputs = planned.scheme.input_activations
-            if inputs is not None and not inputs.dynamic:
+            if inputs is not None and planned.scheme.needs_calibration:
                 found[name] = wants(inputs)
         return found
 
@@ -84,7 +86,8 @@ class Pipeline:
         """Codes that wait for nothing."""
         for name in layer.linears:
             if name in self.modules and name not in self.statistics:
-                self._keep(layer, name, self._round(name, layer.linears[name].weight.data))
+                common = self.shared.of(name, lambda member: layer.linears[member].weight.data)
+                self._keep(layer, name, self._round(name, layer.linears[name].weight.data, common=common))
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
         """Every modifier in turn, on the readers of the inputs that there are statistics of."""
@@ -115,13 +118,18 @@ class Pipeline:
         if isinstance(modifier, GPTQModifier):
             outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs)
         else:
-            outcomes = {name: self._round(name, working.weight(name), working) for name in names}
+            outcomes = {
+                name: self._round(name, working.weight(name), working, self.shared.of(name, working.weight))
+                for name in names
+            }
         each = (time.perf_counter() - started) / len(names)
         for name, outcome in outcomes.items():
             self._keep(working.layer, name, outcome, each)
 
-    def _round(self, name: str, weight: torch.Tensor, working: Working | None = None) -> gptq.Outcome:
-        """To nearest; with a Gram matrix the loss is told."""
+    def _round(
+        self, name: str, weight: torch.Tensor, working: Working | None = None, common: torch.Tensor | None = None
+    ) -> gptq.Outcome:
+        """To nearest; with a Gram matrix the loss is told. `common`: NVFP4's global scale."""
         args: QuantizationArgs = self.modules[name].scheme.weights
         seen = working.statistics.get(name) if working is not None else None
         gram = seen.gram if seen is not None else None
@@ -135,6 +143,7 @@ class Pipeline:
             scale_dtype=self.scale_dtypes[name],
             pack=self.packs[name],
             importance=gram.diagonal().contiguous() if clip and gram is not None else None,
+            global_scale=common,
         )
         if gram is None or seen is None:
             return gptq.Outcome(quantized, "rtn", seen.count if seen is not None else 0)
@@ -147,7 +156,7 @@ class Pipeline:
         linear = layer.linears[name]
         linear.weight = torch.nn.Parameter(outcome.quantized.dequantize(linear.weight.dtype), requires_grad=False)
         self.sink.weight(name, outcome.quantized)
-        floor = ops.MIN_SCALE[self.scale_dtypes[name]]
+        floor = ops.MIN_SCALE.get(self.scale_dtypes[name], 0.0)
         self.report.add(
             ModuleReport(
                 name,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..config.schemes import QuantizationArgs
 from ..errors import CheckpointError
+from ..microscale import fit
 from ..quantized import QuantizedTensor
 
 FP8 = torch.float8_e4m3fn
@@ -23,15 +24,22 @@ def quantize_weight(
     scale_dtype: torch.dtype,
     pack: bool,
     importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize `weight` [rows, cols] (fp32, fp16, bf16) as `args` say.
 
     `scale_dtype` is what the format stores scales in; they are rounded to it before codes are computed. `pack` gives
-    int32 words instead of int8 codes. `importance` (fp32 [cols]) weighs columns where the observer searches. Raises
-    CheckpointError naming the rows if the weight has NaN or Inf.
+    int32 words instead of int8 codes. `importance` (fp32 [cols]) weighs columns where the observer searches.
+    `global_scale` (fp32 [1]): NVFP4's, where others share it; the weight's own unless given. Raises CheckpointError
+    naming the rows if the weight has NaN or Inf.
     """
     rows, cols = weight.shape
     zero_point: Tensor | None = None
+    if args.scales != "float":
+        amax = ops.absmax(weight, args.block)
+        check_finite(name, weight, amax)
+        codes, scale, global_scale = fit(weight, amax, args, global_scale)
+        return QuantizedTensor(codes, scale, None, args, rows, cols, args.fp4, global_scale=global_scale)
     if args.type == "float":
         codes, scale = ops.rtn_fp8(weight, args.block, FP8)
     elif args.observer in ("mse", "percentile"):

@@ -5,6 +5,16 @@ from .attention import attention, sage_attention
 from .awq import awq_search
 from .bf16_gemm import bf16_gemm, pack_bf16
 from .error import quantization_error
+from .fp4 import (
+    e8m0_decode,
+    e8m0_encode,
+    e8m0_scale,
+    nvfp4_global_scale,
+    nvfp4_local,
+    nvfp4_scale,
+    quantize_fp4,
+    unpack_fp4,
+)
 from .fp8_gemm import fp8_gemm, pack_fp8
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
 from .gram import gram_accumulate
@@ -39,6 +49,9 @@ __all__ = [
     "bf16_gemm",
     "combine_experts",
     "dequantize",
+    "e8m0_decode",
+    "e8m0_encode",
+    "e8m0_scale",
     "factor_with_retry",
     "fp8_gemm",
     "fp8_quant_per_token",
@@ -57,6 +70,9 @@ __all__ = [
     "minmax",
     "moe_gemm",
     "mse_scale",
+    "nvfp4_global_scale",
+    "nvfp4_local",
+    "nvfp4_scale",
     "pack_bf16",
     "pack_fp8",
     "pack_int32",
@@ -67,6 +83,7 @@ __all__ = [
     "pack_zero_points",
     "percentile_scale",
     "quantization_error",
+    "quantize_fp4",
     "quantize_fp8",
     "quantize_int",
     "rms_norm",
@@ -80,6 +97,7 @@ __all__ = [
     "smoothquant_scales",
     "sort_by_expert",
     "symmetric_scale",
+    "unpack_fp4",
     "unpack_int32",
     "unpack_zero_points",
     "w4a8_gemm",

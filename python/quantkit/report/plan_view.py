@@ -90,12 +90,16 @@ def kinds_of(names: Iterable[str]) -> str:
 def describe(args: QuantizationArgs) -> str:
     """`int4 group 128, symmetric` and the like."""
     kind = f"int{args.num_bits}" if args.type == "int" else "FP8 e4m3"
+    if args.scales != "float":
+        kind = "NVFP4" if args.scales == "nvfp4" else f"MXFP{args.num_bits}"
     where = f"group {args.group_size}" if args.group_size else f"per {args.strategy}"
     if args.block_structure:
         where = f"block {args.block_structure[0]}x{args.block_structure[1]}"
     words = [kind, where]
     if args.type == "int":
         words.append("symmetric" if args.symmetric else "asymmetric")
-    if args.dynamic:
+    if args.dynamic == "local":
+        words.append("dynamic in a static range")
+    elif args.dynamic:
         words.append("dynamic")
     return " ".join(words[:2]) + "".join(f", {word}" for word in words[2:])

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
 # Stored by writers in whatever float dtype the model had; read as fp32.
-SCALES = ("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_offset", *CACHE_PARTS)
+SCALES = (
+    *("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_offset", "weight_global_scale"),
+    *("input_global_scale", *CACHE_PARTS),
+)
 SUPPORTED = (
-    "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block; activations in 16 bit, int8 "
-    "or fp8 per token or tensor"
+    "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block, MXFP8, MXFP4 and NVFP4; "
+    "activations in 16 bit, int8 or fp8 per token or tensor, or as the weights"
 )
 
 
@@ -82,7 +85,7 @@ def _of_module(source: WeightSource, module: str) -> Iterator[str]:
     if kind_of(scheme) is None:
         yield f"{module}: no kernel runs {what}; there are kernels for {SUPPORTED}"
     codes = "qweight" if "qweight" in parts else "weight_packed" if source.format.packs(scheme) else "weight"
-    needed = [codes, "weight_shape"] if codes == "weight_packed" else [codes]
+    needed = [codes, "weight_shape"] if codes == "weight_packed" and not scheme.weights.fp4 else [codes]
     for part in needed:
         if f"{module}.{part}" not in tensors:
             yield f"tensor '{module}.{part}' is missing: {module} has {what}"
@@ -97,7 +100,7 @@ def _of_module(source: WeightSource, module: str) -> Iterator[str]:
             yield f"tensor '{name}' is missing: {module} has {what}"
         got = tensors[name]
         scale = name.rpartition(".")[2] in SCALES
-        if got.dtype != want.dtype and not (scale and got.dtype in FLOATS):
+        if got.dtype != want.dtype and not (scale and got.dtype in FLOATS and want.dtype in FLOATS):
             yield f"tensor '{name}' has dtype {got.dtype}, {what} need {want.dtype}"
         one = scale and want.shape in ((1,), (1, 1)) and got.shape in ((), (1,), (1, 1))
         if got.shape != want.shape and not one:

@@ -144,7 +144,7 @@ def suits(source: WeightSource, names: list[list[str]]) -> bool:
     for scheme in first:
         kind = kind_of(scheme)
         # Activations that no integer kernel takes would be rounded for all experts together; orders differ by expert.
-        if kind is None or (kind is IntLinear and scheme.input_activations is not None):
+        if kind not in _KINDS or (kind is IntLinear and scheme.input_activations is not None):
             return False
         if scheme.weights.actorder == "group":
             return False

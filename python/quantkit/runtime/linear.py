@@ -25,7 +25,8 @@ DEVICES = ("cpu",)
 @dataclass(frozen=True)
 class Parts:
     """What a QuantLinear is made from: the weight's codes, and the input's quantization: `inputs` None for 16 bit;
-    `input_scale` fp32 [1] and `input_zero_point` int8 [1] where it is static. `bias` [rows] or None.
+    `input_scale` fp32 [1] and `input_zero_point` int8 [1] where it is static (NVFP4's `input_scale` is the global one).
+    `bias` [rows] or None.
     """
 
     weight: QuantizedTensor
@@ -208,11 +209,13 @@ class IntLinear(PackedLinear):
 
 
 class FP8Linear(PackedLinear):
-    """e4m3 weights per tensor, channel or block; activations in 16 bit or e4m3."""
+    """e4m3 weights per tensor, channel or block; activations in 16 bit or e4m3. FP4 values are e4m3's too, and take as
+    much memory here.
+    """
 
     def _pack(self, weight: QuantizedTensor) -> None:
         self.weight_block = list(weight.args.block)
-        self.register_buffer("packed", ops.pack_fp8(weight.codes), persistent=False)
+        self.register_buffer("packed", ops.pack_fp8(weight.unpacked()), persistent=False)
         self._hold("weight_scale", weight.scale.float())
         self.input_block = None if self.inputs is None else list(self.inputs.block)
 
@@ -225,6 +228,21 @@ class FP8Linear(PackedLinear):
             self.out_features,
             input_scale=self.input_scale,
             input_block=self.input_block,
+            bias=self.bias,
+        )
+
+
+class MicroLinear(FP8Linear):
+    """Weights in MX or NVFP4, activations rounded to what such codes hold and multiplied as they then are."""
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        assert self.inputs is not None
+        return ops.fp8_gemm(
+            fake_quantize(x, self.inputs, self.input_scale),
+            self.packed,
+            self.weight_scale,
+            self.weight_block,
+            self.out_features,
             bias=self.bias,
         )
 
@@ -242,6 +260,8 @@ def kind_of(scheme: QuantizationScheme) -> type[PackedLinear] | None:
     """The class that runs `scheme`, None if no kernel does."""
     weights, inputs = scheme.weights, scheme.input_activations
     if weights.type == "float":
+        if inputs is not None and (inputs.scales != "float" or weights.scales != "float"):
+            return MicroLinear
         exact = inputs is None or (inputs.type == "float" and inputs.group_size in (None, 128))
         return FP8Linear if exact else None
     per_row = weights.strategy in ("channel", "tensor")
@@ -267,7 +287,9 @@ def quant_linear(parts: Parts) -> PackedLinear:
 
 def describe(args: QuantizationArgs) -> str:
     """`args` in a few words: int8 per token, asymmetric."""
-    kind = "fp8" if args.type == "float" else f"int{args.num_bits}"
+    kind = {"e8m0": f"mxfp{args.num_bits}", "nvfp4": "nvfp4"}.get(
+        args.scales, "fp8" if args.type == "float" else f"int{args.num_bits}"
+    )
     size = args.group_size or args.block_structure
     words = f"{kind} per {args.strategy}" + (f" of {size}" if size else "")
     return words + ("" if args.symmetric else ", asymmetric") + (", at run time" if args.dynamic else "")

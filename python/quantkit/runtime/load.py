@@ -49,14 +49,14 @@ def load(
     """The model in folder `path` (or of that hub id) as Transformers' causal language model; `generate` and all else of
     it works. Its quantized Linears run on quantkit's kernels; weights are never expanded.
 
-    `path`: a checkpoint in compressed-tensors' int-, float-, naive- or pack-quantized format, as quantkit and
-    llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16; config.json's unless
-    given) is that of all that is not quantized, and of activations between Linears. `attn_implementation`: as
-    Transformers takes it ("sdpa", "eager"), or "quantkit_sage" (`quantkit.register_attention`); without one, quantkit's
-    own for the CPU where the architecture allows (`ops.attention` in bf16). With a
-    `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read one input (q, k and v; gate and up)
-    are computed together; the results are the same. `cache_dir` and `revision` are for hub ids; `trust_remote_code`
-    runs modelling code that the folder brings along.
+    `path`: a checkpoint in compressed-tensors' int-, float-, naive-, pack-, mxfp8-, mxfp4- or nvfp4-quantized format,
+    as quantkit and llm-compressor write them, or of quant_method fp8, gptq or awq. `dtype` (fp32, fp16, bf16;
+    config.json's unless given) is that of all that is not quantized, and of activations between Linears.
+    `attn_implementation`: as Transformers takes it ("sdpa", "eager"), or "quantkit_sage"
+    (`quantkit.register_attention`); without one, quantkit's own for the CPU where the architecture allows
+    (`ops.attention` in bf16). With a `kv_cache_scheme` the cache holds what its codes can. `merge`: Linears that read
+    one input (q, k and v; gate and up) are computed together; the results are the same. `cache_dir` and `revision` are
+    for hub ids; `trust_remote_code` runs modelling code that the folder brings along.
 
     Raises CheckpointError, naming the tensor, for a checkpoint that is not quantized, has tensors missing, left over or
     of a wrong shape, or a scheme without a kernel; ConfigError for a device without kernels.
@@ -229,11 +229,14 @@ class _Filler:
             )
         weight, inputs = source.quantized(name), source.schemes[name].input_activations
         static = inputs is not None and not inputs.dynamic
-        scale = checkpoint.tensor(f"{name}.input_scale").float().reshape(1) if static else None
+        part = "input_global_scale" if inputs is not None and inputs.dynamic == "local" else "input_scale"
+        scale = None
+        if static or part == "input_global_scale":
+            scale = checkpoint.tensor(f"{name}.{part}").float().reshape(1)
         zero_point = None
         if static and inputs is not None and not inputs.symmetric:
             zero_point = source.zero_point(name).reshape(1)
-        for tensor, values in ((source.scale_name(name), weight.scale), (f"{name}.input_scale", scale)):
+        for tensor, values in ((source.scale_name(name), weight.scale), (f"{name}.{part}", scale)):
             if values is not None and not bool(values.isfinite().all()):
                 raise CheckpointError(f"{self.skeleton.folder}: tensor '{tensor}' has NaN or Inf in it")
         if weight.g_idx is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import ops
 from ..config.presets import preset
 from ..config.schemes import QuantizationScheme
 from ..errors import ConfigError, PlanError
@@ -44,7 +45,8 @@ def swap_linears(
     for name in chosen:
         _check(name, linears[name], scheme)
     for names in _sets(chosen, merge):
-        parts = [_quantized(name, linears[name], scheme) for name in names]
+        common = _common_scale([linears[name].weight for name in names], scheme)
+        parts = [_quantized(name, linears[name], scheme, common) for name in names]
         modules: Sequence[QuantLinear] = merged(parts) or [quant_linear(p) for p in parts]
         for name, module in zip(names, modules, strict=True):
             model.set_submodule(name, module.train(linears.pop(name).training))
@@ -125,11 +127,21 @@ def _sets(names: Sequence[str], merge: bool) -> list[tuple[str, ...]]:
     return [tuple(members) for members in by_parent.values()]
 
 
-def _quantized(name: str, linear: nn.Linear, scheme: QuantizationScheme) -> Parts:
+def _common_scale(weights: Sequence[torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor | None:
+    """NVFP4's global scale, one for Linears that servers fuse."""
+    if scheme.weights.scales != "nvfp4":
+        return None
+    largest = [ops.absmax(weight.detach(), [-1, -1]).amax() for weight in weights]
+    return ops.nvfp4_global_scale(torch.stack(largest).amax())
+
+
+def _quantized(name: str, linear: nn.Linear, scheme: QuantizationScheme, global_scale: torch.Tensor | None) -> Parts:
     args = scheme.weights
     # Scales are rounded to what a checkpoint would store, so that both compute the same.
     packs = args.type == "int" and (scheme.input_activations is None or args.num_bits == 4)
     scale_dtype = linear.weight.dtype if packs else torch.float32
-    weight = quantize_weight(name, linear.weight.detach(), args, scale_dtype=scale_dtype, pack=packs)
+    weight = quantize_weight(
+        name, linear.weight.detach(), args, scale_dtype=scale_dtype, pack=packs, global_scale=global_scale
+    )
     bias = None if linear.bias is None else linear.bias.detach()
     return Parts(weight, scheme.input_activations, bias=bias)
