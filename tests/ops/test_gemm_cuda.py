@@ -11,7 +11,20 @@ from torch import Tensor
 import quantkit.ops as ops
 
 from .cuda_cases import Case, assert_same, relocate
-from .gemm_cases import DEEP, OPS, SHAPES, check, int8_cases, int8_expert_cases
+from .gemm_cases import (
+    DEEP,
+    GROUPED,
+    OPS,
+    SHAPES,
+    bf16_cases,
+    check,
+    expert_cases,
+    fp8_cases,
+    int8_cases,
+    int8_expert_cases,
+    w4a8_cases,
+    wna16_cases,
+)
 
 pytestmark = pytest.mark.cuda
 LARGE = ((1, 4096, 4096), (16, 4096, 4096), (64, 2048, 8192), (300, 1000, 4096))
@@ -40,8 +53,21 @@ def test_int8_experts(shape: tuple[int, int, int, int]) -> None:
     check(call, int8_expert_cases(*shape))
 
 
+@pytest.mark.parametrize("shape", (*GROUPED, *LARGE), ids=str)
+def test_groups(shape: tuple[int, int, int]) -> None:
+    for cases in (wna16_cases, w4a8_cases, fp8_cases, bf16_cases):
+        check(call, cases(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 128, 3), (200, 66, 256, 34), (512, 1024, 2048, 16)], ids=str)
+def test_experts(shape: tuple[int, int, int, int]) -> None:
+    check(call, expert_cases(*shape))
+
+
 def all_ops() -> list[Case]:
-    found = [*int8_cases(20, 200, 520), *int8_expert_cases(30, 72, 136, 4)]
+    shape = (20, 200, 384)
+    found = [*int8_cases(*shape), *int8_expert_cases(30, 72, 136, 4), *expert_cases(30, 72, 256, 4)]
+    found += [case for cases in (wna16_cases, w4a8_cases, fp8_cases, bf16_cases) for case in cases(*shape)]
     assert {op for op, _ in found} == OPS
     return found
 

@@ -11,7 +11,23 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
-from .gemm_cases import DEEP, OPS, SHAPES, check, codes, int8_cases, int8_expert_cases, scales, tokens
+from .gemm_cases import (
+    DEEP,
+    GROUPED,
+    OPS,
+    SHAPES,
+    bf16_cases,
+    check,
+    codes,
+    expert_cases,
+    fp8_cases,
+    int8_cases,
+    int8_expert_cases,
+    scales,
+    tokens,
+    w4a8_cases,
+    wna16_cases,
+)
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
 
@@ -32,6 +48,31 @@ def test_int8(emulated: Any, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(1, 40, 64, 3), (40, 70, 132, 5), (200, 66, 40, 34), (150, 64, 64, 2)], ids=str)
 def test_int8_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
     check(emulated, int8_expert_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_wna16(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, wna16_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *DEEP), ids=str)
+def test_bf16(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, bf16_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_w4a8(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, w4a8_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *GROUPED), ids=str)
+def test_fp8(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, fp8_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 128, 3), (40, 70, 256, 5), (150, 66, 128, 34)], ids=str)
+def test_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
+    check(emulated, expert_cases(*shape))
 
 
 def test_int8_without_depth(emulated: Any) -> None:
@@ -91,3 +132,21 @@ def test_every_gemm_is_here() -> None:
 def test_refusals(emulated: Any, op: str, args: tuple[Any, ...], words: str) -> None:
     with pytest.raises(RuntimeError, match=f"quantkit::{op}: .*{words}"):
         emulated(op, args)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 3, 400], [-5, 2, 2, 2], [7, 7, 7, 7]], ids=str)
+def test_offsets_that_are_none_touch_nothing_else(emulated: Any, offsets: list[int]) -> None:
+    """The host does not look at them; the guarded buffers would show an access beyond their ends."""
+    packed = torch.stack([ops.pack_w8a8(codes(40, 64))] * 3)
+    x = tokens(20, 64, torch.bfloat16)
+    for dtype in (torch.int32, torch.int64):
+        args = (x, torch.tensor(offsets, dtype=dtype), packed, scales(3, 40), 40, None, None, True, None, None)
+        assert emulated("moe_w8a8_gemm", args).shape == (20, 40)
+
+
+def test_a_column_that_x_does_not_have(emulated: Any) -> None:
+    packed = ops.pack_wna16(ops.pack_int32(codes(8, 64, 4), 4), 4, 64)
+    perm = torch.arange(64, dtype=torch.int32)
+    perm[5] = 64
+    y = emulated("wna16_gemm", (torch.ones(3, 64), packed, scales(8, 1), None, perm, None, 4, 8, -1))
+    assert y.isnan().all()

@@ -37,7 +37,8 @@ struct PackedWeight {
 
 // Scales of the weight, [out_features / rows][groups] of each expert, and of its activations,
 // [rows][input_groups], or null. K is cut into segments within which neither changes; their product
-// multiplies a segment's sum. Segments are whole units of the kernel, or all of K.
+// multiplies a segment's sum. Segments that are no whole units of the kernel (32 columns, 64 of
+// codes) go to a slower one.
 struct GroupScales {
   const void* data;  // null: ones
   DType dtype;
@@ -90,8 +91,9 @@ struct GemmArgs {
 
 // How a product is spread over blocks of threads. Decided by the shapes alone, so that sums are
 // taken in the same order on every device.
+constexpr int kOddGroups = -1;
 struct GemmPlan {
-  int shape;   // of the kernel's tiles
+  int shape;   // of the kernel's tiles; kOddGroups: those of gemm_odd.cu
   int splits;  // of K; more than one leaves sums in the workspace for a second kernel to join
   int split_units;
   int row_tiles, panel_tiles;
@@ -105,7 +107,7 @@ GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args);
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
                  void* workspace, cudaStream_t stream);
 
-// Columns of a unit: what segments are multiples of.
-int gemm_unit(WeightKind kind);
+cudaError_t gemm_of_odd_groups(WeightKind kind, DType dtype, const GemmArgs& args,
+                               cudaStream_t stream);
 
 }  // namespace qk::cuda

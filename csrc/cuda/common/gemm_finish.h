@@ -53,6 +53,13 @@ __device__ inline int expert_of(const Experts& experts, int row) {
   return low;
 }
 
+// Where the scale of a channel lies among those of its expert.
+__device__ inline int64_t scale_index(const GroupScales& scales, int col, int group) {
+  if (scales.by_panels)
+    return (int64_t{col / kPanel} * scales.groups + group) * kPanel + col % kPanel;
+  return int64_t{col / scales.rows} * scales.groups + group;
+}
+
 // Words of the channels col to col + 7 in a word row of the weight.
 __device__ inline void load_words(const PackedWeight& weight, int expert, int col, int word_row,
                                   uint32_t (&words)[kChunk]) {

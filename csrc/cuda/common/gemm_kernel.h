@@ -63,8 +63,12 @@ __device__ inline TilePlace rows_of_tile(const Experts& experts, int rows, int t
   int before = 0;  // tiles of the experts before
   for (int first = 0; first < experts.count; first += kWarp) {
     const int e = first + lane;
-    const int begin = e < experts.count ? static_cast<int>(offset_of(experts, e)) : 0;
-    const int end = e < experts.count ? static_cast<int>(offset_of(experts, e + 1)) : 0;
+    // Nobody has looked at the offsets: whatever they are, no row beyond the last is touched.
+    const auto bound = [&](int of) {
+      return static_cast<int>(max(min(offset_of(experts, of), int64_t{rows}), int64_t{0}));
+    };
+    const int begin = e < experts.count ? bound(e) : 0;
+    const int end = e < experts.count ? max(bound(e + 1), begin) : 0;
     int until = (end - begin + tile_rows - 1) / tile_rows;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -249,13 +253,6 @@ class TileGemm {
 
   // --- groups: runs of K with scales of their own, weight and activations taken together
 
-  __device__ int64_t scale_index(int col, int weight_group) const {
-    if (args.groups.by_panels) {
-      return (int64_t{col / kPanel} * args.groups.groups + weight_group) * kPanel + col % kPanel;
-    }
-    return int64_t{col / args.groups.rows} * args.groups.groups + weight_group;
-  }
-
   __device__ void begin_group(int unit) {
     const GroupScales& scales = args.groups;
     const int units = scales.segment / Weight::kUnit;  // 0: all of K
@@ -268,16 +265,18 @@ class TileGemm {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
-        factor[i] = load_number(scales.data, scales.dtype, base + scale_index(col, weight_group));
+        factor[i] =
+            load_number(scales.data, scales.dtype, base + scale_index(scales, col, weight_group));
       }
     }
     if constexpr (Weight::kScaling == Scaling::kGroups) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int col = min(first_col + lane / 4 * 4 + j, args.weight.out_features - 1);
-        offset[j] = Weight::offset(scales.zero_point == nullptr
-                                       ? 0
-                                       : scales.zero_point[base + scale_index(col, weight_group)]);
+        offset[j] =
+            Weight::offset(scales.zero_point == nullptr
+                               ? 0
+                               : scales.zero_point[base + scale_index(scales, col, weight_group)]);
       }
     }
   }
@@ -329,9 +328,8 @@ class TileGemm {
         int32_t dot = of_group >> 4;
         if (corrected) {
           const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
-          const int zero =
-              scales
-                  .zero_point[place.expert * scales.expert_scales + scale_index(col, weight_group)];
+          const int zero = scales.zero_point[place.expert * scales.expert_scales +
+                                             scale_index(scales, col, weight_group)];
           dot -= zero * input;
         }
         of_group = 0;

@@ -69,6 +69,11 @@ GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
   const int shape = rows <= 16 ? 0 : rows <= 32 ? 1 : rows <= 64 ? 2 : 3;
   return with_weight(kind, DType::kBFloat16, [&](auto weight) {
     using Weight = decltype(weight);
+    if (args.groups.segment % Weight::kUnit != 0) {
+      GemmPlan odd = {};
+      odd.shape = kOddGroups;
+      return odd;
+    }
     return with_tiles<Weight>(
         shape, [&](auto tiles) { return plan_of<Weight, decltype(tiles)>(args, shape); });
   });
@@ -76,13 +81,10 @@ GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
 
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
                  void* workspace, cudaStream_t stream) {
+  if (plan.shape == kOddGroups) return gemm_of_odd_groups(kind, dtype, args, stream);
   return with_weight(kind, dtype, [&](auto weight) {
     return gemm_of<decltype(weight)>(args, plan, workspace, stream);
   });
-}
-
-int gemm_unit(WeightKind kind) {
-  return with_weight(kind, DType::kBFloat16, [](auto weight) { return decltype(weight)::kUnit; });
 }
 
 }  // namespace qk::cuda

@@ -19,6 +19,8 @@ constexpr int kUnitBytes = 64;
 // How sums become results.
 enum class Scaling { kRows, kGroups, kIntGroups };
 
+// `value` is a code of a word, of kPerWord, less half its range: for the kernel of odd groups.
+//
 // What decode takes off the codes of a channel in a group, as each kind needs it.
 struct Offset {
   uint32_t w;
@@ -49,6 +51,11 @@ struct WeightInt4ByInt8 {
       b[2 * i] = logic3<(0xF0 & 0xCC) ^ 0xAA>(words[i] << 4, 0xF0F0F0F0u, 0x80808080u);
       b[2 * i + 1] = logic3<(0xF0 & 0xCC) ^ 0xAA>(words[i], 0xF0F0F0F0u, 0x80808080u);
     }
+  }
+
+  static constexpr int kPerWord = 8;
+  __device__ static int value(uint32_t word, int k) {
+    return static_cast<int>(word >> (k % 4 * 8 + k / 4 * 4) & 15u) - 8;
   }
 };
 
@@ -100,6 +107,7 @@ struct WeightInt4 {
     }
   }
 
+  static constexpr int kPerWord = 8;
   __device__ static float value(uint32_t word, int k) {
     return static_cast<float>(static_cast<int>(word >> (k % 2 * 16 + k / 2 * 4) & 15u) - 8);
   }
@@ -142,6 +150,7 @@ struct WeightByte {
     }
   }
 
+  static constexpr int kPerWord = 4;
   __device__ static float value(uint32_t word, int k) {
     return static_cast<float>(static_cast<int>(word >> (k % 2 * 16 + k / 2 * 8) & 255u) - 128);
   }
@@ -175,6 +184,7 @@ struct WeightFloat8 {
     }
   }
 
+  static constexpr int kPerWord = 4;
   __device__ static float value(uint32_t word, int k) {
     return float8_e4m3_value(word >> (k % 2 * 16 + k / 2 * 8) & 255u);
   }

@@ -83,7 +83,6 @@ _gemm = declare(
     "bf16_gemm(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     fake=_gemm_fake,
     reference=_gemm_reference,
-    kernels=("CPU",),
 )
 
 

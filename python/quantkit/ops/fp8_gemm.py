@@ -217,7 +217,6 @@ _gemm = declare(
     "int[]? input_block, Tensor? bias) -> Tensor",
     fake=_fp8_fake,
     reference=_fp8_reference,
-    kernels=("CPU",),
 )
 
 

@@ -58,7 +58,7 @@ def _check(op: str, values: dict[str, Any]) -> None:
         )
 
 
-def _define(kind: str, how: str, kernels: tuple[str, ...] = ("CPU", "CUDA")) -> torch._ops.OpOverload:
+def _define(kind: str, how: str) -> torch._ops.OpOverload:
     """The op over experts of `kind`_gemm; `how` are its arguments but those that all kinds have."""
     op, single = f"moe_{kind}_gemm", f"{kind}_gemm"
 
@@ -95,17 +95,14 @@ def _define(kind: str, how: str, kernels: tuple[str, ...] = ("CPU", "CUDA")) -> 
         "Tensor? bias=None, Tensor? row_scale=None) -> Tensor",
         fake=fake,
         reference=reference,
-        kernels=kernels,
     )
 
 
 _GEMMS = {
     "w8a8": _define("w8a8", "Tensor? input_scale=None, Tensor? input_zero_point=None, bool symmetric=True"),
-    "w4a8": _define("w4a8", "int group_size, Tensor? weight_zero_point=None", ("CPU",)),
-    "wna16": _define(
-        "wna16", "int num_bits, int group_size, Tensor? weight_zero_point=None, Tensor? perm=None", ("CPU",)
-    ),
-    "fp8": _define("fp8", "int[] weight_block, Tensor? input_scale=None, int[]? input_block=None", ("CPU",)),
+    "w4a8": _define("w4a8", "int group_size, Tensor? weight_zero_point=None"),
+    "wna16": _define("wna16", "int num_bits, int group_size, Tensor? weight_zero_point=None, Tensor? perm=None"),
+    "fp8": _define("fp8", "int[] weight_block, Tensor? input_scale=None, int[]? input_block=None"),
 }
 
 
@@ -124,8 +121,9 @@ def moe_gemm(
     """The Linears of all experts in one call: x [M, K] (fp32, fp16, bf16), sorted by expert -> [M, N] of x's dtype.
 
     kind: "w8a8", "w4a8", "wna16" or "fp8". offsets int64 or int32 [E + 1]: rows offsets[e] to offsets[e + 1] of x are
-    expert e's (`sort_by_expert`). packed [E, ...]: the experts' `pack_w8a8`, `pack_w4a8`, `pack_wna16` or `pack_fp8`,
-    stacked; weight_scale [E, ...] and bias [E, N] likewise. row_scale fp32 [M] multiplies the rows of the result.
+    expert e's (`sort_by_expert`); on CUDA they are taken on trust, the host does not wait for them. packed [E, ...]:
+    the experts' `pack_w8a8`, `pack_w4a8`, `pack_wna16` or `pack_fp8`, stacked; weight_scale [E, ...] and bias [E, N]
+    likewise. row_scale fp32 [M] multiplies the rows of the result.
 
     `how` is what the single op takes besides, with tensors of weights stacked:
       w8a8    input_scale fp32 [E], input_zero_point int8 [E], symmetric

@@ -201,7 +201,6 @@ _w4a8_gemm = declare(
     "Tensor? weight_zero_point, Tensor? bias) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 

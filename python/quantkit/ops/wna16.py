@@ -190,7 +190,6 @@ _gemm = declare(
     "int num_bits, int out_features, int group_size) -> Tensor",
     fake=_gemm_fake,
     reference=_gemm_reference,
-    kernels=("CPU",),
 )
 
 
@@ -225,7 +224,8 @@ def wna16_gemm(
     packed: of `pack_wna16`; num_bits: 4 or 8; out_features: N.
     weight_scale: fp32, bf16 or fp16 [N, G], weight_zero_point: int8 [N, G] in the range of signed codes, with
     G = K / group_size groups of neighbouring columns, or 1 for group_size -1: a scale per channel.
-    perm: what `pack_wna16` got: x's columns are taken in this order.
+    perm: what `pack_wna16` got: x's columns are taken in this order. (On CUDA its numbers are not checked; a column
+    that x does not have reads as NaN.)
     bias: [N], of x's dtype or fp32.
 
     Accuracy: codes are exact, sums fp32; a group's scale multiplies its sum. fp32 and fp16 x are not rounded to bf16.
