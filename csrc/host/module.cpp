@@ -100,9 +100,11 @@ PYBIND11_MODULE(_host, m) {
       .def("drop", &MappedFile::drop, py::arg("begin"), py::arg("end"), Unlocked(),
            "Unmap the pages of [begin, end) so that they no longer count as resident.");
 
-  py::class_<OutputFile>(m, "OutputFile", "A new file of `size` bytes, reserved on disk at once.")
-      .def(py::init<std::filesystem::path, std::size_t>(), py::arg("path"), py::arg("size"),
-           Unlocked())
+  py::class_<OutputFile>(
+      m, "OutputFile",
+      "A file of `size` bytes, reserved on disk at once: a new one, or one that is there already.")
+      .def(py::init<std::filesystem::path, std::size_t, bool>(), py::arg("path"), py::arg("size"),
+           py::arg("reopen") = false, Unlocked())
       .def_property_readonly("path", &OutputFile::path)
       .def_property_readonly("size", &OutputFile::size)
       .def("write", &write_buffer, py::arg("data"), py::arg("offset"),

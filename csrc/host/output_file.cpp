@@ -1,6 +1,7 @@
 #include "output_file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,15 +27,33 @@ bool kernel_copy_unavailable(int error) {
 
 }  // namespace
 
-OutputFile::OutputFile(std::filesystem::path path, std::size_t size)
+OutputFile::OutputFile(std::filesystem::path path, std::size_t size, bool reopen)
     : path_(std::move(path)),
       size_(size),
-      file_(open_file(path_, O_WRONLY | O_CREAT | O_EXCL, "creating the file")) {
+      // O_NONBLOCK: a FIFO would block the open; check_reopened() then refuses it.
+      file_(reopen ? open_file(path_, O_WRONLY | O_NOFOLLOW | O_NONBLOCK, "opening the file again")
+                   : open_file(path_, O_WRONLY | O_CREAT | O_EXCL, "creating the file")) {
+  if (reopen) {
+    check_reopened();
+    reserve();
+    return;
+  }
   try {
     reserve();
   } catch (...) {
     ::unlink(path_.c_str());
     throw;
+  }
+}
+
+void OutputFile::check_reopened() const {
+  struct stat status;
+  if (::fstat(file_.get(), &status) != 0) throw OsError(errno, "asking for its size", path_);
+  // A second name would mean that the bytes are somebody else's, too.
+  if (!S_ISREG(status.st_mode) || status.st_nlink != 1 ||
+      static_cast<std::size_t>(status.st_size) != size_) {
+    throw OsError(EINVAL, "opening again: not a file of " + std::to_string(size_) + " bytes",
+                  path_);
   }
 }
 

@@ -8,12 +8,13 @@
 
 namespace quantkit::host {
 
-// The file must not exist. Its whole size is reserved at once, so a full disk shows before any work
-// is done, and the file is removed again if that fails. Different ranges may be written by
-// different threads at the same time. Offsets are bytes.
+// The file must not exist, or, with `reopen`, be a regular file of just that size, whose bytes
+// stay. Its whole size is reserved at once, so a full disk shows before any work is done, and a new
+// file is removed again if that fails. Different ranges may be written by different threads at the
+// same time. Offsets are bytes.
 class OutputFile {
  public:
-  OutputFile(std::filesystem::path path, std::size_t size);
+  OutputFile(std::filesystem::path path, std::size_t size, bool reopen = false);
 
   const std::filesystem::path& path() const { return path_; }
   std::size_t size() const { return size_; }
@@ -30,6 +31,7 @@ class OutputFile {
 
  private:
   void reserve() const;
+  void check_reopened() const;
   void check_range(std::size_t offset, std::size_t nbytes) const;
 
   std::filesystem::path path_;

@@ -19,9 +19,11 @@ class MappedFile:
     def drop(self, begin: int, end: int) -> None: ...
 
 class OutputFile:
-    """A new file of `size` bytes, reserved on disk at once and written in any order."""
+    """A file of `size` bytes, reserved on disk at once and written in any order: a new one, or with `reopen` one that
+    is there already, whose bytes stay.
+    """
 
-    def __init__(self, path: str | os.PathLike[str], size: int) -> None: ...
+    def __init__(self, path: str | os.PathLike[str], size: int, reopen: bool = False) -> None: ...
     @property
     def path(self) -> Path: ...
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from . import distributed
 from .config.fields import FieldError, check
 from .config.recipe import GPTQModifier, Modifier, QuantizationModifier, Recipe
 from .config.recipe_file import recipe_of
@@ -185,10 +186,11 @@ def oneshot(
         target = _loaded(target, precision, trust_remote_code_model)
     config = options.run_config(_public(where), output, read, rows, seen)
     _quantize(target, config, rows, progress)
-    if output is not None:
+    if output is not None and distributed.ranks().first:
         target.save_pretrained(output, save_compressed=save_compressed)
         _save_tokenizer(tokenizer, where, output, trust_remote_code_model)
         _say(f"written to {output}")
+    distributed.ranks().barrier()
     return target
 
 
@@ -300,6 +302,8 @@ class _Options:
 
 
 def _say(text: str) -> None:
+    if not distributed.ranks().first:
+        return
     print(f"quantkit: {text}", file=sys.stderr, flush=True)
 
 
@@ -452,6 +456,7 @@ def _quantize(model: Any, config: RunConfig, rows: list[list[int]] | None, progr
     for warning in plan.warnings:
         _say(f"warning: {warning}")
     sink = LiveSink()
+    progress = progress and distributed.ranks().first
     report = None
     if not plan.recipe.needs_data:
         data_free(plan, checkpoint, sink, progress=progress)

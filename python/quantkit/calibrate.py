@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import distributed
 from .calibration.batches import batches
 from .calibration.dataset import load_rows, load_tokenizer
 from .calibration.fingerprint import Fingerprint, config_hash, data_of, model_hash
@@ -14,7 +15,7 @@ from .calibration.statistics_file import Contents, Input, StatisticsWriter, cach
 from .calibration.sweep import Layer, sweep
 from .checkpoint.hub import resolve_model
 from .engine import forward_dtype
-from .errors import ConfigError
+from .errors import ConfigError, DistributedError
 from .formats.fp8_source import open_source
 from .formats.source import WeightSource
 from .memory import means
@@ -87,6 +88,11 @@ def calibrate(
 
     Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit.
     """
+    if distributed.ranks().world > 1:
+        raise DistributedError(
+            "quantkit calibrate is one process: start it without torchrun, with part of the data on each machine, and "
+            "join the results by quantkit merge-statistics"
+        )
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     remote, seed, kinds = config.model.trust_remote_code, config.global_.seed, config.calibration.gather
     if config.global_.num_threads is not None:

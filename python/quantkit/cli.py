@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__
+from . import __version__, distributed
 from .errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     from .report.plan_view import render_plan
 
     result = engine.run(_config(args), show=lambda plan: print(render_plan(plan), flush=True))
+    if not distributed.ranks().first:
+        return 0 if result.audit.ok else 1
     if result.report is not None and (told := result.report.render()):
         print(f"\n{told}")
     print(f"\n{result.audit.render()}")
@@ -329,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.function(args)
     except QuantkitError as error:
+        if distributed.told(error):
+            return 2
         print(f"quantkit {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -13,13 +14,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, distributed
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
+from .checkpoint.joined import JoinedWriter
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import FP8_SOURCE, RunConfig
-from .data_free import data_free
+from .data_free import data_free, own_tensors
+from .distributed import ONE, Ranks
+from .errors import DistributedError
 from .formats.folded import Folded
 from .formats.fp8_source import open_source
 from .plan import Plan, build_plan, config_bytes
@@ -50,8 +54,11 @@ class RunResult:
 
 
 @contextmanager
-def open_plan(config: RunConfig) -> Iterator[Plan]:
+def open_plan(config: RunConfig, ranks: Ranks = ONE) -> Iterator[Plan]:
     """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end."""
+    if ranks.first:  # what has to be fetched is fetched once
+        resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
+    ranks.barrier()
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     with open_source(folder) as checkpoint:
         plan = build_plan(config, checkpoint)
@@ -77,8 +84,24 @@ def run(
     running the model.
 
     Raises a QuantkitError when something does not fit, before anything is written; the output folder appears
-    only when it is complete.
+    only when it is complete. Started by torchrun, all processes work on it together; all get the result.
     """
+    ranks = distributed.ranks()
+    try:
+        return _run(config, rows, statistics, show if ranks.first else None, progress and ranks.first, ranks)
+    except BaseException as error:
+        ranks.failed(error)
+        raise
+
+
+def _run(
+    config: RunConfig,
+    rows: Sequence[Sequence[int]] | None,
+    statistics: Path | str | None,
+    show: Callable[[Plan], None] | None,
+    progress: bool,
+    ranks: Ranks,
+) -> RunResult:
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -95,26 +118,49 @@ def run(
     if statistics is not None:
         config = replace(config, calibration=replace(config.calibration, statistics=str(statistics)))
     report: CalibrationReport | None = None
-    with open_plan(config) as plan:
+    with open_plan(config, ranks) as plan:
         if show is not None:
             show(plan)
-        plan.require_room()
-        writer = CheckpointWriter(plan.layout, config.output_dir, overwrite=config.global_.overwrite)
+        writer = _writer(plan, ranks)
         lap("plan")
         with writer:
             if plan.recipe.needs_data:
-                report = _calibrated(plan, writer, rows, progress)
+                report = _calibrated(plan, writer, rows, progress, ranks)
             else:
-                data_free(
-                    plan, plan.checkpoint, WrittenOutput(plan, writer), copy=_copier(plan, writer), progress=progress
-                )
+                sink, copy = WrittenOutput(plan, writer), _copier(plan, writer)
+                data_free(plan, plan.checkpoint, sink, copy=copy, progress=progress, ranks=ranks)
             lap("quantize")
-            side_files(plan, writer, report)
-            output = writer.finish()
+            written = ranks.gather(writer.complete() if isinstance(writer, JoinedWriter) else [])
+            if ranks.first:
+                for names in written:
+                    writer.written_elsewhere(names)
+                side_files(plan, writer, report)
+                output = writer.finish()
             lap("write")
-        result = audit(output, plan.checkpoint, progress=progress)
+        output, result = ranks.broadcast(
+            (output, audit(output, plan.checkpoint, progress=progress)) if ranks.first else None
+        )
         lap("audit")
     return RunResult(output, result, seconds, report)
+
+
+def _writer(plan: Plan, ranks: Ranks) -> CheckpointWriter:
+    """Rank 0 makes the output's files, and the others join; all have to mean the same output."""
+    headers = hashlib.sha256(b"".join(shard.header for shard in plan.layout.shards)).hexdigest()
+    meant = ranks.gather((str(plan.config.output_dir.absolute()), headers))
+    for rank, theirs in enumerate(meant):
+        if theirs != meant[0]:
+            what = f"write {theirs[0]}" if theirs[0] != meant[0][0] else "make tensors of other names or shapes"
+            raise DistributedError(
+                f"rank {rank} was given another job than rank 0: it would {what}; start all with the same "
+                "configuration and model"
+            )
+    writer = None
+    if ranks.first:
+        plan.require_room()
+        writer = CheckpointWriter(plan.layout, plan.config.output_dir, overwrite=plan.config.global_.overwrite)
+    ranks.barrier()
+    return writer or JoinedWriter(plan.layout, plan.config.output_dir)
 
 
 class WrittenOutput:
@@ -167,6 +213,7 @@ def calibrate(
     *,
     progress: bool = True,
     scratch: Path | None = None,
+    ranks: Ranks = ONE,
 ) -> CalibrationReport:
     """A recipe with data: layer by layer, one sweep for everything in it. `rows` of token ids, each of at least two.
     `scratch`: a folder for hidden states, if they go to disk; a temporary one without.
@@ -177,7 +224,7 @@ def calibrate(
     from .report.calibration import CalibrationReport
 
     report = CalibrationReport()
-    pipeline = Pipeline(plan, sink, report)
+    pipeline = Pipeline(plan, sink, report, ranks)
     with ExitStack() as stack:
         if plan.means.offload == "memory":
             scratch = None
@@ -195,14 +242,16 @@ def calibrate(
             forwards=plan.means.forwards,
             offload=scratch,
             expert_group=plan.means.experts,
+            ranks=ranks,
         )
         report.listener = None
-    # Not in the order in which they were done, which depends on how many experts fit into memory.
-    order = {name: i for i, name in enumerate(plan.modules)}
-    report.modules.sort(key=lambda module: order[module.name])
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
     report.once, report.twice = seen.once, seen.twice
     report.silent_experts = seen.silent_experts
+    for theirs in ranks.gather(replace(report)) if ranks.world > 1 else ():
+        report.take_in(theirs)
+    # Not in the order in which they were done, which depends on how many experts fit into memory.
+    report.sort(list(plan.modules), [place.smooth for places in plan.smoothings.values() for place in places])
     return report
 
 
@@ -219,30 +268,36 @@ def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
 
 
 def _calibrated(
-    plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None, progress: bool
+    plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None, progress: bool, ranks: Ranks
 ) -> CalibrationReport:
     from .calibration.dataset import load_rows, load_tokenizer
     from .formats.source import WeightSource
     from .models.skeleton import Skeleton
+    from .modifiers.division import OwnSink
+    from .report.calibration import CalibrationReport
 
     config, checkpoint = plan.config, plan.checkpoint
     remote = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
-    if rows is None and plan.statistics is None:
+    if rows is None and plan.statistics is None and ranks.first:
         assert config.dataset is not None
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)
         rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
+    rows = ranks.broadcast(rows)
     copy = _copier(plan, writer)
-    for name in plan.carried:
+    for name in own_tensors({name: checkpoint.tensors[name] for name in plan.carried}, ranks):
         copy(name)
     source, sink = WeightSource(checkpoint), WrittenOutput(plan, writer)
     if plan.statistics is not None:
         from .from_statistics import from_statistics
 
+        if not ranks.first:  # no model runs, so that there is little to share
+            return CalibrationReport()
         return from_statistics(plan, skeleton, source, plan.statistics, sink, progress=progress)
     assert rows is not None
     scratch = writer.working_folder
-    return calibrate(plan, skeleton, source, rows, sink, progress=progress, scratch=scratch)
+    shared = OwnSink(sink, list(plan.modules), ranks)
+    return calibrate(plan, skeleton, source, rows, shared, progress=progress, scratch=scratch, ranks=ranks)
 
 
 def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:

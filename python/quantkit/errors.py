@@ -26,6 +26,10 @@ class CalibrationError(QuantkitError):
     """Calibration data cannot be used, or statistics are not finite."""
 
 
+class DistributedError(QuantkitError):
+    """The processes of a run cannot work together, or one of them is gone."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `valid`, else the empty string; to append to a message."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

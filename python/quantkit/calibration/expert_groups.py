@@ -33,15 +33,18 @@ Names = Mapping[str, Wants]
 class Given:
     """What the experts are given: hidden states and, for each token, its experts and their weights."""
 
-    def __init__(self, batches: Sequence[int], path: Path | None) -> None:
-        self._sizes, self._path = batches, path
+    def __init__(self, run: _Run, path: Path | None) -> None:
+        self._sizes, self._path, self._within = run.positions, path, run.within
+        self._empty = (run.skeleton.hidden_size, run.skeleton.dtype)
         self._states: BatchBuffer | None = None
         self._routes: list[tuple[Tensor, Tensor]] = []
 
     def put(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Those of the next batch."""
         if self._states is None:
-            self._states = BatchBuffer(self._sizes, hidden_states.shape[1], hidden_states.dtype, self._path)
+            self._states = BatchBuffer(
+                self._sizes, hidden_states.shape[1], hidden_states.dtype, self._path, self._within
+            )
         number = len(self._routes)
         if number == len(self._sizes) or len(hidden_states) != self._sizes[number]:
             raise CalibrationError("the experts are not called once for each batch, so they cannot come in groups")
@@ -51,6 +54,8 @@ class Given:
 
     def states(self) -> BatchBuffer:
         """[tokens, hidden] of every batch."""
+        if self._states is None and not self._sizes:
+            self._states = BatchBuffer((), *self._empty)
         if self._states is None or len(self._routes) != len(self._sizes):
             raise CalibrationError("the experts are not called once for each batch, so they cannot come in groups")
         return self._states
@@ -62,10 +67,12 @@ class Given:
 
     def counts(self, experts: int) -> list[int]:
         """How many real tokens each expert gets."""
-        found = torch.zeros(experts + 1, dtype=torch.int64)
-        for index, _ in self._routes:
-            found += torch.bincount(index.flatten(), minlength=experts + 1)
-        return [int(count) for count in found[:experts]]
+        return [sum(counts) for counts in zip(*self.table(experts), strict=True)] or [0] * experts
+
+    def table(self, experts: int) -> list[list[int]]:
+        """For each batch how many real tokens each expert gets."""
+        counts = (torch.bincount(index.flatten(), minlength=experts + 1) for index, _ in self._routes)
+        return [found[:experts].tolist() for found in counts]
 
     def remove(self) -> None:
         if self._states is not None:
@@ -82,6 +89,9 @@ class ExpertGroups:
     size: int
     folder: Path | None
 
+    entering: Given | None = None
+    leaving: Given | None = None
+
     def visit(
         self,
         whole: Layer,
@@ -96,46 +106,58 @@ class ExpertGroups:
         """Everything that is done to the layer `whole`, whose experts are not there; see `sweep`."""
         outer = self._part(whole, None)
         visitor.prepare(outer)
-        entering = leaving = outputs = None
+        outputs = None
         pools: dict[str, Statistics] = {}
         if first:
-            entering = Given(self._rows, self._path("experts-before"))
-            seen = self._outer(entering, _of(first, outer), None)
+            self.entering = Given(self.run, self._path("experts-before"))
+            seen = self._outer(self.entering, _of(first, outer), None)
             if _of(first, outer):
                 visitor.finish(outer, self.run.complete(outer, list(_of(first, outer)), seen))
             if not all_experts:
-                pools = self._pools(whole, visitor, entering, first)
+                pools = self._pools(whole, visitor, first)
         ranges: dict[str, Statistics] = {}
         if last or recorders or keep:
-            leaving = Given(self._rows, self._path("experts-after"))
-            ranges |= self._outer(leaving, _of(last, outer), recorders)
-            states = leaving.states()
-            outputs = BatchBuffer(self._rows, states.width, states.dtype, self._path("experts-outputs"))
-        for members in self._groups():
+            self.leaving = Given(self.run, self._path("experts-after"))
+            ranges |= self._outer(self.leaving, _of(last, outer), recorders)
+            states = self.leaving.states()
+            outputs = BatchBuffer(
+                self.run.positions, states.width, states.dtype, self._path("experts-outputs"), self.run.within
+            )
+        inner: dict[str, Statistics] = {}
+        for members in self._groups(whole, first):
             with self._loaded(whole, members, pools) as part:
                 visitor.prepare(part)
-                if entering is not None and _of(first, part):
-                    seen = self._statistics(part, entering, members, _of(first, part), all_experts)
+                if first and (_of(first, part) or self.shared):
+                    seen = self._statistics(part, members, _of(first, part), all_experts)
                     visitor.finish(part, self.run.complete(part, list(_of(first, part)), seen, pools))
-                if leaving is not None and outputs is not None:
-                    ranges |= self._outputs(part, leaving, members, _of(last, part), outputs)
+                if outputs is not None:
+                    inner |= self._outputs(part, members, _of(last, part), outputs)
         if keep and outputs is not None:
             self._forward(iter(self._taken(outputs)).__next__, keep=True)
-        for buffer in (entering, leaving, outputs):
+        for buffer in (self.entering, self.leaving, outputs):
             if buffer is not None:
                 buffer.remove()
         if last or recorders or keep:
+            for theirs in self.run.ranks.gather(inner):
+                ranges |= theirs
+            outer = replace(outer, owners=self.owners)
             visitor.observe(outer, self.run.complete(whole, list(last), ranges), recorders)
 
     @property
-    def _rows(self) -> list[int]:
-        return [batch.input_ids.numel() for batch in self.run.batches]
+    def shared(self) -> bool:
+        """Whether the experts are shared out over several ranks."""
+        return False
+
+    @property
+    def owners(self) -> Mapping[str, int]:
+        """Which rank has a Linear of the experts, where they are shared out."""
+        return {}
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
 
-    def _groups(self) -> Iterator[range]:
-        """The next one is read from disk while one is worked on."""
+    def _groups(self, whole: Layer, first: Names) -> Iterator[Sequence[int]]:
+        """Those in memory at once, of this rank. The next one is read from disk while one is worked on."""
         count = len(self.experts)
         for begin in range(0, count, self.size):
             following = range(begin + self.size, min(begin + 2 * self.size, count))
@@ -157,8 +179,8 @@ class ExpertGroups:
             outputs=None,
         )
 
-    def _loaded(self, whole: Layer, members: range, pools: Mapping[str, Statistics]) -> _Loaded:
-        return _Loaded(self, replace(self._part(whole, members), pools=pools), members)
+    def _loaded(self, whole: Layer, members: Sequence[int], pools: Mapping[str, Statistics]) -> _Loaded:
+        return _Loaded(self, replace(self._part(whole, members), pools=pools, owners=self.owners), members)
 
     # Other parts
 
@@ -186,11 +208,11 @@ class ExpertGroups:
             self.run.forward(hooks, keep=False, recorders=recorders)
         finally:
             self.experts.stand_in = None
-        return {} if hooks is None else hooks.statistics()
+        return {} if hooks is None else hooks.statistics(self.run.ranks)
 
-    def _hooks(self, wants: Names, linears: Mapping[str, nn.Linear]) -> InputHooks:
+    def _hooks(self, wants: Names, linears: Mapping[str, nn.Linear], leaves: Leaves | None = None) -> InputHooks:
         mine = {name: linears[name] for name in wants}
-        return InputHooks(mine, wants, [self.experts], Leaves(len(self.run.batches)))
+        return InputHooks(mine, wants, [self.experts], leaves or self.run.leaves)
 
     @staticmethod
     def _taken(outputs: BatchBuffer) -> Iterator[Tensor]:
@@ -202,9 +224,11 @@ class ExpertGroups:
     # Experts
 
     def _statistics(
-        self, part: Layer, given: Given, members: range, wants: Names, all_experts: bool
+        self, part: Layer, members: Sequence[int], wants: Names, all_experts: bool
     ) -> dict[str, Statistics]:
-        """Those experts on what they are given, or on all real tokens."""
+        """Those experts on what they are given at first, or on all real tokens."""
+        given = self.entering
+        assert given is not None
         hooks, states = self._hooks(wants, part.linears), given.states()
         with hooks:
             for number, batch in enumerate(self.run.batches):
@@ -218,51 +242,61 @@ class ExpertGroups:
                 else:
                     self.experts.add(torch.zeros_like(x), x, *given.routes(number), members)
                 states.rest(number)
-        return hooks.statistics()
+        return hooks.statistics(self.run.ranks)
 
     def _outputs(
-        self, part: Layer, given: Given, members: range, wants: Names, outputs: BatchBuffer
+        self, part: Layer, members: Sequence[int], wants: Names, outputs: BatchBuffer
     ) -> dict[str, Statistics]:
         """What those experts give is added to `outputs`; the statistics of what they are given for that."""
+        given = self.leaving
+        assert given is not None
         hooks, states = self._hooks(wants, part.linears), given.states()
         with hooks:
             for number, batch in enumerate(self.run.batches):
                 hooks.begin(BatchRows(batch), number)
                 x, out = states.view(number), outputs.view(number)
-                if members.start == 0:
+                if members[0] == 0:
                     out.zero_()
                 self.experts.add(out, x, *given.routes(number), members)
                 states.rest(number)
                 outputs.rest(number)
-        return hooks.statistics()
+        return hooks.statistics(self.run.ranks)
 
-    def _pools(self, whole: Layer, visitor: Visitor, given: Given, first: Names) -> dict[str, Statistics]:
+    def _pools(self, whole: Layer, visitor: Visitor, first: Names) -> dict[str, Statistics]:
         """By projection what all experts see together, if one of them needs that: a round of its own, since it has to
         be there before the first of them is worked on.
         """
         wanted = [i for i in range(len(self.experts)) if _of(first, self._part(whole, [i]))]
-        counts = given.counts(len(self.experts))
+        counts = self._counts()
         if all(counts[i] > 0 and counts[i] >= visitor.pools_below for i in wanted):
             return {}
         pools: dict[str, Statistics] = {}
-        for members in self._groups():
+        for members in self._groups(whole, first):
             with self._loaded(whole, members, {}) as part:
                 wants = _of(first, part)
-                seen = self._statistics(part, given, members, wants, False) if wants else {}
-                ordered = [(projection(name), seen[name]) for name in wants if name in seen]
-                for shared in _by_identity(ordered):
-                    pool = pools.get(shared[0][0])
-                    if pool is None:
-                        pools.update(dict.fromkeys((key for key, _ in shared), shared[0][1]))
-                    else:
-                        pool.merge(shared[0][1])
+                seen = self._statistics(part, members, wants, False) if wants or self.shared else {}
+                self._pool(pools, [(name, seen[name]) for name in wants if name in seen])
         return pools
+
+    def _counts(self) -> list[int]:
+        """How many real tokens each expert is given at first."""
+        assert self.entering is not None
+        return self.entering.counts(len(self.experts))
+
+    def _pool(self, pools: dict[str, Statistics], seen: Sequence[tuple[str, Statistics]]) -> None:
+        """Add what some experts saw, in their order."""
+        for shared in by_identity([(projection(name), statistics) for name, statistics in seen]):
+            pool = pools.get(shared[0][0])
+            if pool is None:
+                pools.update(dict.fromkeys((key for key, _ in shared), shared[0][1]))
+            else:
+                pool.merge(shared[0][1])
 
 
 class _Loaded:
     """Some experts, in memory within the block."""
 
-    def __init__(self, groups: ExpertGroups, part: Layer, members: range) -> None:
+    def __init__(self, groups: ExpertGroups, part: Layer, members: Sequence[int]) -> None:
         self.groups, self.part, self.members = groups, part, members
 
     def __enter__(self) -> Layer:
@@ -284,7 +318,7 @@ def _of(wants: Names, part: Layer) -> dict[str, Wants]:
     return {name: want for name, want in wants.items() if name in part.linears}
 
 
-def _by_identity(found: Iterable[tuple[str, Statistics]]) -> list[list[tuple[str, Statistics]]]:
+def by_identity(found: Iterable[tuple[str, Statistics]]) -> list[list[tuple[str, Statistics]]]:
     """Those of one object together, in the order of the first of each."""
     groups: dict[int, list[tuple[str, Statistics]]] = {}
     for key, seen in found:

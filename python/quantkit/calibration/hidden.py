@@ -23,16 +23,26 @@ _POPULATE_READ = 22
 
 class BatchBuffer:
     """A matrix for each batch, all of one width and dtype, in memory or in the file `path`; only the batches that are
-    worked on are resident then. A file that is there already keeps what is in it.
+    worked on are resident then. A file that is there already keeps what is in it. `within` (rows before these, rows of
+    all): other processes have the rest, and a file holds what all have, each working on its part.
     """
 
-    def __init__(self, rows: Sequence[int], width: int, dtype: torch.dtype, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        path: Path | None = None,
+        within: tuple[int, int] | None = None,
+    ) -> None:
         self.width, self.dtype, self.path = width, dtype, path
         self._begins = [0]
         for count in rows:
             self._begins.append(self._begins[-1] + count * width * dtype.itemsize)
         self.nbytes = self._begins[-1]
-        self._file = None if path is None else _StateFile(path, self.nbytes)
+        before, every = within or (0, sum(rows))
+        self.offset, self.total = before * width * dtype.itemsize, every * width * dtype.itemsize
+        self._file = None if path is None else _StateFile(path, self.total, self.offset)
         self._memory = torch.empty(self.nbytes if path is None else 0, dtype=torch.uint8)
 
     def __len__(self) -> int:
@@ -89,17 +99,23 @@ class HiddenStates:
 
     In memory there is one buffer, and `put` replaces what entered. With a `folder` a layer reads one file there and
     writes the other, so that what entered it stays whole until the next `turn`. Files that are there already keep what
-    is in them.
+    is in them. `within` (tokens before these batches, tokens of all): other processes have the rest.
     """
 
     def __init__(
-        self, of: Sequence[Batch], hidden_size: int, dtype: torch.dtype, *, folder: Path | None = None
+        self,
+        of: Sequence[Batch],
+        hidden_size: int,
+        dtype: torch.dtype,
+        *,
+        folder: Path | None = None,
+        within: tuple[int, int] | None = None,
     ) -> None:
         self.dtype = dtype
         self._shapes = [(*batch.input_ids.shape, hidden_size) for batch in of]
         rows = [batch.input_ids.numel() for batch in of]
         paths = [None] if folder is None else [folder / f"hidden-states-{i}" for i in range(2)]
-        self._buffers = [BatchBuffer(rows, hidden_size, dtype, path) for path in paths]
+        self._buffers = [BatchBuffer(rows, hidden_size, dtype, path, within) for path in paths]
         self._now = 0
 
     def __len__(self) -> int:
@@ -132,17 +148,20 @@ class HiddenStates:
 
     def save(self, path: Path) -> None:
         """Write what enters the layer at hand to `path` (raw bytes, in the order of the batches) and make it lasting;
-        what is there already (`file`) is not written again. CalibrationError if that fails.
+        what is there already (`file`) is not written again. Of several processes each writes its part, and `path` is
+        complete once all have. CalibrationError if that fails.
         """
         buffer = self._buffers[self._now]
         try:
             if path == buffer.path:
                 buffer.sync()
                 return
-            with open(path, "wb", buffering=0) as file:
+            # Not emptied: other processes may have written their parts.
+            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
+                os.ftruncate(file.fileno(), buffer.total)
                 for begin in range(0, buffer.nbytes, _PIECE):
                     end = min(begin + _PIECE, buffer.nbytes)
-                    _write_all(file.fileno(), buffer.raw(begin, end).numpy().data, begin)
+                    _write_all(file.fileno(), buffer.raw(begin, end).numpy().data, buffer.offset + begin)
                     buffer.drop(begin, end)
                 os.fsync(file.fileno())
         except OSError as error:
@@ -158,12 +177,10 @@ class HiddenStates:
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != buffer.nbytes:
-                    raise CalibrationError(
-                        f"{path}: has {size} bytes, and these batches' hidden states {buffer.nbytes}"
-                    )
-                for begin in range(0, size, _PIECE):
-                    piece = os.pread(file.fileno(), min(_PIECE, size - begin), begin)
+                if size != buffer.total:
+                    raise CalibrationError(f"{path}: has {size} bytes, and these batches' hidden states {buffer.total}")
+                for begin in range(0, buffer.nbytes, _PIECE):
+                    piece = os.pread(file.fileno(), min(_PIECE, buffer.nbytes - begin), buffer.offset + begin)
                     buffer.write(memoryview(piece), begin)
         except OSError as error:
             _fail(path, error)
@@ -175,10 +192,12 @@ class HiddenStates:
 
 
 class _StateFile:
-    """A file of fixed size: written by calls that report a full or failing disk, read as a mapping."""
+    """A file of fixed size: written by calls that report a full or failing disk, read as a mapping. Positions are those
+    behind `offset`.
+    """
 
-    def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size = path, size
+    def __init__(self, path: Path, size: int, offset: int) -> None:
+        self.path, self.offset = path, offset
         try:
             self.fileno = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.ftruncate(self.fileno, size)
@@ -192,6 +211,7 @@ class _StateFile:
 
     def read(self, begin: int, end: int) -> Tensor:
         """Bytes [begin, end) as a view on the mapping."""
+        begin, end = begin + self.offset, end + self.offset
         first = begin // mmap.PAGESIZE * mmap.PAGESIZE
         try:
             self._map.madvise(_POPULATE_READ, first, end - first)
@@ -203,12 +223,13 @@ class _StateFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         try:
-            _write_all(self.fileno, data, offset)
+            _write_all(self.fileno, data, self.offset + offset)
         except OSError as error:
             _fail(self.path, error)
 
     def drop(self, begin: int, end: int) -> None:
         """Take the pages that lie within [begin, end), and those on its edges, out of the resident set."""
+        begin, end = begin + self.offset, end + self.offset
         first = begin // mmap.PAGESIZE * mmap.PAGESIZE
         with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..errors import CalibrationError
 from ..models.experts import Experts
 from .batches import Batch
 from .statistics import Statistics, Wants
-from .tree import Leaves, Sums
+from .tree import Leaves, Sums, total
 
 
 class SeenAll(Exception):
@@ -111,18 +112,29 @@ class InputHooks:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, rows: BatchRows, number: int) -> None:
-        """Announce the next batch, which is the `number`-th of all."""
-        self._rows, self._number = rows, number
+    def begin(self, rows: BatchRows, index: int) -> None:
+        """Announce the next batch, the `index`-th of those that are run here."""
+        self._rows, self._number = rows, self.leaves.numbers[index]
         self._sharing.clear()
 
-    def statistics(self) -> dict[str, Statistics]:
-        """Of the input of each Linear that had any, once all batches have been; no more may come."""
-        totals: dict[int, Statistics] = {}
-        for seen in self.sums.values():
-            if id(seen) not in totals:
-                totals[id(seen)] = seen.total() if isinstance(seen, Sums) else seen
-        return {name: totals[id(seen)] for name, seen in self.sums.items()}
+    def statistics(self, ranks: Ranks) -> dict[str, Statistics]:
+        """Of the input of each Linear that had any on any rank, once all batches have been; no more may come."""
+        leaders: dict[str, str] = {}
+        for theirs in ranks.gather(self._leader):
+            for name, leader in theirs.items():
+                self._require_same(name, leaders.setdefault(name, leader), leader)
+        found: dict[str, Statistics] = {}
+        for name in self.linears:
+            if leaders.get(name) != name:
+                continue
+            seen = self.sums.get(name)
+            if self.linears[name] in self._routed:
+                whole = seen if isinstance(seen, Statistics) else None
+            else:
+                whole = total(seen.parts() if isinstance(seen, Sums) else [], ranks)
+            if whole is not None:
+                found[name] = whole
+        return {name: found[leader] for name, leader in leaders.items() if leader in found}
 
     def may_stop(self) -> None:
         """Outputs are not needed: raise SeenAll behind the Linear that was called last in the batch just done. Which
@@ -139,15 +151,18 @@ class InputHooks:
 
         return hook
 
+    @staticmethod
+    def _require_same(name: str, leader: str, now: str) -> None:
+        if leader != now:
+            raise CalibrationError(
+                f"{name}: shared its input with {leader} in one batch and not in another; statistics cannot be "
+                "attributed"
+            )
+
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
         leader = self._sharing.first(name, x)
-        if self._leader.setdefault(name, leader) != leader:
-            raise CalibrationError(
-                f"{name}: shared its input with {self._leader[name]} in one batch and not in another; statistics "
-                "cannot be attributed"
-            )
+        self._require_same(name, self._leader.setdefault(name, leader), leader)
         if leader != name:
-            self.sums[name] = self.sums[leader]
             return
         # Experts are given no padding in the first place.
         routed = module in self._routed
@@ -186,6 +201,13 @@ class CacheRecorder:
         if not bool(torch.isfinite(largest).all()):
             raise CalibrationError(f"{self.where}: NaN or Inf in keys or values; the model does not run in this dtype")
         return largest if before is None else torch.maximum(before, largest)
+
+    def merge(self, key: Tensor | None, value: Tensor | None) -> None:
+        """Take in what another one kept."""
+        if key is not None:
+            self.key = key if self.key is None else torch.maximum(self.key, key)
+        if value is not None:
+            self.value = value if self.value is None else torch.maximum(self.value, value)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

@@ -19,10 +19,11 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..errors import CalibrationError
 from .hooks import BatchRows, CacheRecorder, Sharing
 from .statistics import Statistics, Wants
-from .tree import Leaves, Sums
+from .tree import Leaves, Sums, total
 
 if TYPE_CHECKING:
     from .sweep import Layer, Visitor
@@ -125,8 +126,8 @@ class _Walk:
 
 
 class Lockstep:
-    """All batches of a layer. `forward(i)` runs the layer on batch i and puts away what it gives; `rest(i)` is called
-    when that batch waits.
+    """All batches of a layer: this rank's, those of `leaves`. `forward(i)` runs the layer on the i-th of these and puts
+    away what it gives; `rest(i)` is called when that batch waits.
     """
 
     def __init__(
@@ -135,13 +136,18 @@ class Lockstep:
         course: Course,
         batches: Sequence[BatchRows],
         forward: Callable[[int], None],
+        leaves: Leaves,
+        ranks: Ranks,
         cache: CacheRecorder | None = None,
         rest: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.layer, self.course, self.cache, self.rest = layer, course, cache, rest
-        self._walks = [_Walk(i, batch, lambda i=i: forward(i)) for i, batch in enumerate(batches)]  # type: ignore[misc]
-        self._leaves = Leaves(len(batches))
-        self._now = self._walks[0]
+        self._walks = [
+            _Walk(number, batch, lambda i=i: forward(i))  # type: ignore[misc]
+            for i, (number, batch) in enumerate(zip(leaves.numbers, batches, strict=True))
+        ]
+        self._leaves, self._ranks = leaves, ranks
+        self._now: _Walk | None = None
 
     def run(
         self, visitor: Visitor, statistics: Mapping[str, Wants], ranges: Mapping[str, Wants], *, to_end: bool
@@ -173,6 +179,7 @@ class Lockstep:
     def _hook(self, name: str, leader: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             walk = self._now
+            assert walk is not None
             if name == leader:
                 getcurrent().parent.switch((name, args[0]))
             if walk.sharing.first(name, args[0]) != leader:
@@ -204,7 +211,7 @@ class Lockstep:
             if seen is not None:
                 seen.update(walk.number, walk.rows.of(x, leader), self._where(walk, leader, x))
             held.append(x)
-        return None if seen is None else seen.total(), held
+        return None if seen is None else total(seen.parts(), self._ranks), held
 
     def _go_on(
         self, leader: str, wants: Wants | None, held: Sequence[Tensor], divisor: Tensor | None
@@ -216,7 +223,7 @@ class Lockstep:
                 x.div_(divisor)
             if seen is not None:
                 seen.update(walk.number, walk.rows.of(x, leader), self._where(walk, leader, x))
-        return None if seen is None else seen.total()
+        return None if seen is None else total(seen.parts(), self._ranks)
 
     def _where(self, walk: _Walk, leader: str, x: Tensor) -> Callable[[], str]:
         return lambda: f"{leader}, {walk.rows.samples(x)}"

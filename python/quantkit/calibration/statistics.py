@@ -118,8 +118,8 @@ class Statistics:
         if self.extremes is not None and other.extremes is not None:
             self.extremes = torch.cat((self.extremes, other.extremes))
 
-    def copy(self) -> Statistics:
-        """One that merges without changing this one."""
+    def copy(self, *, gram: bool = True) -> Statistics:
+        """One that merges without changing this one; without the Gram matrix if that is not wanted."""
 
         def clone(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.clone()
@@ -130,7 +130,7 @@ class Statistics:
             self.min.clone(),
             self.max.clone(),
             clone(self.absum),
-            clone(self.gram),
+            clone(self.gram) if gram else None,
             histogram,
             clone(self.extremes),
         )

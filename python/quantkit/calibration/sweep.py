@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoint.native import kept_memory
-from ..errors import CalibrationError
+from ..distributed import ONE, Ranks
+from ..errors import CalibrationError, DistributedError
 from ..estimate import HELD_BYTES
 from ..models.fused_block import fused_blocks
 from ..models.fused_norm import fused
@@ -32,6 +33,7 @@ from .expert_groups import ExpertGroups, projection
 from .hidden import HiddenStates
 from .hooks import BatchRows, CacheRecorder, InputHooks, SeenAll
 from .lockstep import PROBE_TOKENS, Course, Lockstep, Unfit, explore
+from .shared_experts import SharedExperts
 from .statistics import Statistics, Wants
 from .tree import Leaves
 
@@ -40,7 +42,8 @@ from .tree import Leaves
 class Layer:
     """A decoder layer with its weights in memory. `linears` holds its Linears by their checkpoint names, `stored` every
     parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch. Where
-    experts come in groups, each group is a Layer and all else is one; `pools`: what all experts saw, by projection.
+    experts come in groups, each group is a Layer and all else is one; `pools`: what all experts saw, by projection;
+    `owners`: which rank alone works on a Linear, where several share out the experts.
     """
 
     index: int
@@ -49,6 +52,7 @@ class Layer:
     stored: Mapping[str, tuple[nn.Module, str]]
     outputs: Callable[[], Iterator[Tensor]] | None = None
     pools: Mapping[str, Statistics] = field(default_factory=dict)
+    owners: Mapping[str, int] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer with this checkpoint name."""
@@ -126,12 +130,14 @@ def sweep(
     forwards: int | str = "auto",
     offload: Path | None = None,
     expert_group: int | None = None,
+    ranks: Ranks = ONE,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
     `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
     `offload`: a folder for the hidden states, which stay in memory without; `expert_group`: how many experts of a layer
-    are in memory at once; the results are the same.
+    are in memory at once; the results are the same. Of several `ranks` each runs its share of the batches, and all have
+    the statistics of all.
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -153,17 +159,30 @@ def sweep(
     with torch.no_grad(), kept_memory():
         # A few tokens find out what each layer does.
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
+        leaves = Leaves.shared(len(batches), ranks)
+        mine = [batches[i] for i in leaves.numbers]
         with skeleton.outer(source, head=False):
             probe_hidden, (probe_calls,) = embedded(skeleton, [probe])
-            hidden, calls = embedded(skeleton, batches, offload)
+            positions = [batch.input_ids.numel() for batch in batches]
+            within = (sum(positions[: leaves.numbers.start]), sum(positions))
+            hidden, calls = embedded(skeleton, mine, offload, within)
         probe_view = probe_hidden.view(0)
         for index in range(stop):
             routed = skeleton.experts[index]
-            in_groups = bool(routed) and expert_group is not None and expert_group < max(map(len, routed))
+            most = max(map(len, routed), default=0)
+            size = min(most, expert_group or most)
+            in_groups = bool(routed) and (size < most or ranks.world > 1)
+            smoothed = [name for readers in visitor.norms(index).values() for name in readers]
+            if ranks.world > 1 and any(map(skeleton.family.is_expert, smoothed)):
+                raise DistributedError(
+                    f"{skeleton.layer_prefix(index)}: its experts are smoothed together, which several processes "
+                    "cannot share; start quantkit without torchrun"
+                )
             if in_groups and len(routed) > 1:
                 raise CalibrationError(
                     f"{skeleton.layer_prefix(index)}: has {len(routed)} sets of experts, and only one set can come in "
-                    "groups; raise global.memory_budget, or leave low_memory out"
+                    "groups, or be shared by several processes; raise global.memory_budget, or leave low_memory and "
+                    "torchrun out"
                 )
             if in_groups:
                 skeleton.materialize_without_experts(index, source)
@@ -171,7 +190,19 @@ def sweep(
                 skeleton.materialize(index, source)
             if index + 1 < stop:
                 skeleton.prefetch(index + 1, source, experts=expert_group)
-            run = _Run(skeleton, index, batches, calls, hidden, report, (probe_view, probe_calls[index]))
+            run = _Run(
+                skeleton,
+                index,
+                batches,
+                mine,
+                within,
+                leaves,
+                ranks,
+                calls,
+                hidden,
+                report,
+                (probe_view, probe_calls[index]),
+            )
             layer = Layer(
                 index, skeleton.layer_prefix(index), skeleton.linears(index), skeleton.stored(index), run.outputs
             )
@@ -182,8 +213,9 @@ def sweep(
             feeds_on = index + 1 < stop
             recorders = {name: CacheRecorder(name) for name in caches[index]}
             course = run.course(layer, visitor, [*first, *last], forwards) if first else None
-            if in_groups and expert_group is not None:
-                ExpertGroups(run, source, routed[0], expert_group, offload).visit(
+            if in_groups:
+                groups = ExpertGroups if ranks.world == 1 else SharedExperts
+                groups(run, source, routed[0], size, offload).visit(
                     layer, visitor, first, last, keep=feeds_on, all_experts=all_experts, recorders=recorders
                 )
             elif course is not None:
@@ -217,28 +249,43 @@ def _within(modules: Collection[str], prefix: str) -> list[str]:
 
 @dataclass
 class _Run:
-    """A layer and what goes through it; `probe`: a few tokens' hidden states and call."""
+    """A layer and what goes through it. `batches` of `everything` are this rank's, `within`: positions before these,
+    and of all; `probe`: a few tokens' hidden states and call.
+    """
 
     skeleton: Skeleton
     index: int
+    everything: Sequence[Batch]
     batches: Sequence[Batch]
+    within: tuple[int, int]
+    leaves: Leaves
+    ranks: Ranks
     calls: Sequence[Sequence[LayerCall]]
     hidden: HiddenStates
     report: SweepReport
     probe: tuple[Tensor, LayerCall]
 
+    @property
+    def positions(self) -> list[int]:
+        """Of each of this rank's batches, padding among them."""
+        return [batch.input_ids.numel() for batch in self.batches]
+
     def course(self, layer: Layer, visitor: Visitor, wanted: Sequence[str], forwards: int | str) -> Course | None:
         """How one forward would go about the layer; None, and why in the report, if it is to run twice."""
+        found, why = None, ""
         try:
             found = self._course(layer, visitor, list(dict.fromkeys(wanted)), forwards)
-        except Unfit as why:
-            if forwards == 1:
-                raise CalibrationError(
-                    f"{layer.prefix}: one forward does not do: {why}. global.calibration_forwards: auto takes two there"
-                ) from None
-            self.report.twice[layer.prefix] = str(why)
-            return None
-        self.report.once += 1
+        except Unfit as unfit:
+            why = str(unfit)
+        found, why = self.ranks.broadcast((found, why))
+        if found is None and forwards == 1:
+            raise CalibrationError(
+                f"{layer.prefix}: one forward does not do: {why}. global.calibration_forwards: auto takes two there"
+            )
+        if found is None:
+            self.report.twice[layer.prefix] = why
+        else:
+            self.report.once += 1
         return found
 
     def _course(self, layer: Layer, visitor: Visitor, wanted: Sequence[str], forwards: int | str) -> Course:
@@ -258,7 +305,7 @@ class _Run:
             view.shape[1],
             known,
         )
-        held = course.bytes_per_position * sum(batch.input_ids.numel() for batch in self.batches)
+        held = course.bytes_per_position * sum(batch.input_ids.numel() for batch in self.everything)
         if forwards != 1 and held > HELD_BYTES:
             raise Unfit(f"{held / 1e9:.1f} GB would wait between its Linears, more than {HELD_BYTES / 1e9:.1f}")
         return course
@@ -284,11 +331,12 @@ class _Run:
                 self.hidden.put(number, out)
 
         rows = [BatchRows(batch) for batch in self.batches]
-        walks = Lockstep(layer, course, rows, forward, cache, self.hidden.rest)
-        with faster(self.skeleton, self.index, self.batches):
+        walks = Lockstep(layer, course, rows, forward, self.leaves, self.ranks, cache, self.hidden.rest)
+        with faster(self.skeleton, self.index, self.everything):
             found = walks.run(visitor, first, last, to_end=keep or cache is not None)
         if keep:
             self.hidden.turn()
+        self._together(recorders)
         return found
 
     def statistics(
@@ -302,14 +350,14 @@ class _Run:
     ) -> dict[str, Statistics]:
         """Every batch through the layer; the statistics of the inputs of the Linears in `wants`."""
         experts = self.skeleton.experts[self.index]
-        linears, leaves = {name: layer.linears[name] for name in wants}, Leaves(len(self.batches))
-        hooks = InputHooks(linears, wants, experts, leaves) if wants else None
+        linears = {name: layer.linears[name] for name in wants}
+        hooks = InputHooks(linears, wants, experts, self.leaves) if wants else None
         for group in experts:
             group.all_tokens = all_experts
         self.forward(hooks, keep=keep, recorders=recorders)
         for group in experts:
             group.all_tokens = False
-        return {} if hooks is None else self.complete(layer, list(wants), hooks.statistics())
+        return {} if hooks is None else self.complete(layer, list(wants), hooks.statistics(self.ranks))
 
     def forward(
         self, hooks: InputHooks | None, *, keep: bool, recorders: Mapping[str, CacheRecorder] | None = None
@@ -317,10 +365,28 @@ class _Run:
         """Every batch through the layer, watched by `hooks`."""
         cache = next(iter(recorders.values()), None) if recorders else None
         with hooks or nullcontext():
-            forward(self.skeleton, self.index, self.batches, self.calls, self.hidden, hooks, keep=keep, cache=cache)
+            forward(
+                self.skeleton,
+                self.index,
+                self.batches,
+                self.calls,
+                self.hidden,
+                hooks,
+                keep=keep,
+                cache=cache,
+                of=self.everything,
+            )
+        if recorders:
+            self._together(recorders)
+
+    def _together(self, recorders: Mapping[str, CacheRecorder]) -> None:
+        """What the recorders of all ranks saw, in each."""
+        for recorder in recorders.values():
+            for key, value in self.ranks.gather((recorder.key, recorder.value)):
+                recorder.merge(key, value)
 
     def outputs(self) -> Iterator[Tensor]:
-        """The layer as it is, batch by batch; hidden states stay as they are."""
+        """The layer as it is, for each of this rank's batches; hidden states stay as they are."""
         for number, (batch, calls) in enumerate(zip(self.batches, self.calls, strict=True)):
             out = self.skeleton.forward(self.index, self.hidden.view(number), calls[self.index])
             yield out if batch.mask is None else out[batch.mask.bool()]
@@ -406,10 +472,13 @@ def embed(
 
 
 def embedded(
-    skeleton: Skeleton, batches: Sequence[Batch], folder: Path | None = None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    folder: Path | None = None,
+    within: tuple[int, int] | None = None,
 ) -> tuple[HiddenStates, list[list[LayerCall]]]:
-    """As `embed`, within `skeleton.outer`; hidden states in files of `folder` if it is given."""
-    hidden = HiddenStates(batches, skeleton.hidden_size, skeleton.dtype, folder=folder)
+    """As `embed`, within `skeleton.outer`; `folder` and `within` are those of HiddenStates."""
+    hidden = HiddenStates(batches, skeleton.hidden_size, skeleton.dtype, folder=folder, within=within)
     seen: dict[tuple[int, ...], list[LayerCall]] = {}
     calls: list[list[LayerCall]] = []
     for number, batch in enumerate(batches):
@@ -448,11 +517,12 @@ def forward(
     *,
     keep: bool = True,
     cache: CacheRecorder | None = None,
+    of: Sequence[Batch] | None = None,
 ) -> None:
     """Every batch through layer `index`; outputs replace the inputs if `keep`. If nobody needs outputs, a batch ends
-    as soon as `hooks` have seen every input.
+    as soon as `hooks` have seen every input. `batches` may be some `of` all, by which it is decided how they run.
     """
-    with faster(skeleton, index, batches):
+    with faster(skeleton, index, of or batches):
         for number, batch in enumerate(batches):
             rows = BatchRows(batch)
             for experts in skeleton.experts[index]:

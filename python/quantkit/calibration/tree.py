@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..distributed import Ranks
 from .statistics import Statistics, Wants
 
 # One process holds three sums of an input at most, whatever these are. Sixteen leaves share out well over up to eight
@@ -25,6 +27,22 @@ class Leaves:
 
     batches: int
     share: tuple[int, int] = (0, LEAVES)
+
+    @classmethod
+    def shared(cls, batches: int, ranks: Ranks) -> Leaves:
+        """Those of this rank."""
+        return cls(batches, ranks.share(cls(batches).count))
+
+    @classmethod
+    def of_rank(cls, batches: int, ranks: Ranks, rank: int) -> range:
+        """The batches of a rank."""
+        return cls(batches, ranks.share(cls(batches).count, rank)).numbers
+
+    @property
+    def numbers(self) -> range:
+        """The batches that are worked on here."""
+        first, end = (-(-leaf * self.batches // self.count) for leaf in self.share)
+        return range(first, min(end, self.batches))
 
     @property
     def count(self) -> int:
@@ -68,10 +86,6 @@ class Sums:
         self._close(self._leaves.share[1])
         return self._parts
 
-    def total(self) -> Statistics:
-        """The sum, where every leaf is worked on here."""
-        return joined(self.parts())
-
     def _close(self, following: int) -> None:
         """The leaf at work is done, and `following` is the next one."""
         done, self._leaf = self._leaf, None
@@ -86,6 +100,37 @@ class Sums:
             self._parts.append(done)
         if first == 0 and following >= min((mine + 1) * GROUP, self._leaves.count):
             self._parts = [_whole(self._parts)]
+
+
+def total(parts: list[Part], ranks: Ranks) -> Statistics | None:
+    """The sum of everything from the parts of all ranks, the same on each; None if there are none. Changes `parts`."""
+    return across(parts, ranks, joined)
+
+
+def across(parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statistics]) -> Statistics | None:
+    """What `fold` makes of the parts of all ranks, which adds them up in some order; on each rank.
+
+    Each rank adds up some rows of the Gram matrices; all else is small.
+    """
+    if ranks.world == 1:
+        return fold(parts) if parts else None
+    shared = ranks.gather([Part(part.leaf, part.sum.copy(gram=False), part.whole) for part in parts])
+    found = next((part.sum for theirs in shared for part in theirs), None)
+    if found is None:
+        return None
+    cols = found.min.shape[0]
+    counts = [end - begin for begin, end in (ranks.share(cols, r) for r in range(ranks.world))]
+    stripes = [p.sum.gram.split(counts) for p in parts if p.sum.gram is not None]
+    if any(ranks.gather(bool(stripes))):
+        incoming = [[torch.empty(counts[ranks.rank], cols) for _ in theirs] for theirs in shared]
+        ranks.exchange([[stripe[r] for stripe in stripes] for r in range(ranks.world)], incoming)
+        for theirs, arrived in zip(shared, incoming, strict=True):
+            for part, gram in zip(theirs, arrived, strict=True):
+                part.sum.gram = gram
+    whole = fold([part for theirs in shared for part in theirs])
+    if whole.gram is not None:
+        whole.gram = ranks.gather_rows(whole.gram, counts)
+    return whole
 
 
 def joined(parts: Iterable[Part]) -> Statistics:

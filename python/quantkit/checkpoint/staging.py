@@ -23,12 +23,17 @@ MARKER = ".quantkit-partial"
 _log = logging.getLogger("quantkit")
 
 
+def partial_path(output: Path) -> Path:
+    """Where `output` is made."""
+    return output.with_name(output.name + ".partial")
+
+
 class StagingFolder:
     """Claims `<output>.partial`; then either `publish` or `discard`. `main`: a file that every finished output has."""
 
     def __init__(self, output: Path, overwrite: bool, *, main: str = CONFIG) -> None:
         self.output, self._main = output, main
-        self.path = output.with_name(output.name + ".partial")
+        self.path = partial_path(output)
         self._replaced = output.with_name(output.name + ".replaced")
         self._overwrite = overwrite
         if not output.name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,17 +61,10 @@ class CheckpointWriter:
     def __init__(
         self, layout: Layout, output: Path | str, overwrite: bool = False, max_pending_bytes: int = 64 << 20
     ) -> None:
-        self.layout = layout
-        self.output = Path(os.path.abspath(output))
-        self._claimed: set[str] = set()
-        self._apart: set[Path] = set()  # source folders known to be neither the output nor within it
-        self._side_files: dict[str, Path] = {}
-        self._config: bytes | None = None
-        self._lock = threading.Lock()
-        self._state = "open"
-        self._files: dict[str, OutputFile] = {}
+        self._prepare(layout, output)
         native = host()
         self._staging = StagingFolder(self.output, overwrite)
+        self._folder = self._staging.path
         try:
             check_free_space(self._staging.path, layout.file_bytes)
             for shard in layout.shards:
@@ -86,21 +80,37 @@ class CheckpointWriter:
             raise
         self._jobs = BackgroundJobs("quantkit-writer", max_pending_bytes)
 
+    def _prepare(self, layout: Layout, output: Path | str) -> None:
+        self.layout = layout
+        self.output = Path(os.path.abspath(output))
+        self._claimed: set[str] = set()
+        self._apart: set[Path] = set()  # source folders known to be neither the output nor within it
+        self._side_files: dict[str, Path] = {}
+        self._config: bytes | None = None
+        self._lock = threading.Lock()
+        self._state = "open"
+        self._files: dict[str, OutputFile] = {}
+
     def _fail(self, error: OSError) -> NoReturn:
-        where = error.filename or self._staging.path
+        where = error.filename or self._folder
         raise CheckpointError(
-            f"{where}: {error.strerror}; {free_bytes(self._staging.path) / 1e9:.2f} GB are free on that disk"
+            f"{where}: {error.strerror}; {free_bytes(self._folder) / 1e9:.2f} GB are free on that disk"
         ) from error
 
     @property
     def working_folder(self) -> Path:
         """Where the output is made; what else is put there has to be gone before `finish`."""
-        return self._staging.path
+        return self._folder
 
     def missing(self) -> list[str]:
         """The tensors not given yet, in the layout's order."""
         with self._lock:
             return [name for name in self.layout.tensors if name not in self._claimed]
+
+    def written_elsewhere(self, names: Iterable[str]) -> None:
+        """Other processes have written these tensors (see `joined`), and they are on disk."""
+        for name in names:
+            self._claim(name)
 
     def _claim(self, name: str) -> OutputTensor:
         """Check that tensor `name` is planned and has not been given yet, and note that it has."""

@@ -4,7 +4,7 @@ formats hold each expert's projections as 2-D weights of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Experts(nn.ModuleList):
         return out
 
     def add(
-        self, out: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, members: range
+        self, out: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, members: Sequence[int]
     ) -> None:
         """Add to `out` what the experts in `members` give, in their order; see `forward`. Experts in groups of any size
         give the same bits as all at once.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +154,7 @@ class Skeleton:
             for key in () if module in late else _stored(module):
                 prefetch(self._source_name(".".join(part for part in (path, name, key) if part)))
 
-    def prefetch_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+    def prefetch_experts(self, experts: Experts, members: Sequence[int], source: WeightSource) -> None:
         """Start reading some experts of a layer from disk, if `source` can."""
         prefetch = getattr(source, "prefetch", None)
         if prefetch is None:
@@ -163,18 +163,18 @@ class Skeleton:
             for key in _stored(module):
                 prefetch(self._source_name(f"{name}.{key}"))
 
-    def materialize_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+    def materialize_experts(self, experts: Experts, members: Sequence[int], source: WeightSource) -> None:
         """Fill some experts of a layer from `source`."""
         for name, module in self._of(experts, members):
             self.fill(name, module, source, recurse=False)
 
-    def drop_experts(self, experts: Experts, members: range, source: WeightSource) -> None:
+    def drop_experts(self, experts: Experts, members: Sequence[int], source: WeightSource) -> None:
         """Return some experts of a layer to the meta device."""
         for name, module in self._of(experts, members):
             _to_meta(module, recurse=False)
             self._release(name, module, source, recurse=False)
 
-    def _of(self, experts: Experts, members: range) -> Iterator[tuple[str, nn.Module]]:
+    def _of(self, experts: Experts, members: Sequence[int]) -> Iterator[tuple[str, nn.Module]]:
         for i in members:
             for name, module in experts[i].named_modules():
                 yield f"{experts.path}.{i}.{name}" if name else f"{experts.path}.{i}", module

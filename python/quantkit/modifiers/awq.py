@@ -14,6 +14,7 @@ from .. import ops
 from ..calibration.statistics import Statistics
 from ..config.recipe import AWQModifier
 from ..config.schemes import QuantizationArgs
+from ..distributed import ONE, Ranks
 from ..models.mappings import Smoothing
 from ..plan import PlannedModule
 from .rtn import quantize_weight
@@ -25,10 +26,14 @@ SAMPLE_ROWS, FINALISTS = 256, 3
 
 
 def search(
-    modifier: AWQModifier, place: Smoothing, working: Working, modules: Mapping[str, PlannedModule]
+    modifier: AWQModifier,
+    place: Smoothing,
+    working: Working,
+    modules: Mapping[str, PlannedModule],
+    ranks: Ranks = ONE,
 ) -> tuple[Tensor, float, float]:
     """s (fp32 [channels of the smooth layer]) of the best candidate for one place, its loss and that of no smoothing
-    at all. Readers that are not quantized to integers have no say.
+    at all. Readers that are not quantized to integers have no say. Of several `ranks` each tries some candidates.
     """
     readers = [m for m in place.balance if m in modules and modules[m].scheme.weights.type == "int"]
     inputs = working.inputs_of(readers)
@@ -41,9 +46,9 @@ def search(
     narrow = grid(narrowed(mean, place), weight_mean, modifier)
     candidates = torch.stack([widened(s, place) for s in narrow])
     if modifier.loss == "parent":
-        losses = _parent_losses(candidates, readers, working, modules)
+        losses = _parent_losses(candidates, readers, working, modules, ranks)
     else:
-        losses = _gram_search(candidates, inputs.values(), working, modules)
+        losses = _gram_search(candidates, inputs.values(), working, modules, ranks)
     losses = losses.nan_to_num(nan=torch.inf)
     best = int(losses.argmin()) if bool(torch.isfinite(losses).any()) else 0
     return narrow[best], float(losses[best]), float(losses[0])
@@ -54,6 +59,7 @@ def _gram_search(
     inputs: Iterable[tuple[Statistics, list[str]]],
     working: Working,
     modules: Mapping[str, PlannedModule],
+    ranks: Ranks,
 ) -> Tensor:
     """The loss of each candidate; infinite for those that some rows of each weight put behind the best few. Rows add up
     to the loss and are much alike, so a sample of them tells which candidates are worth all of them.
@@ -64,13 +70,17 @@ def _gram_search(
         for args, members in _by_args(names, modules).items()
     ]
 
-    def total(some: Tensor, sampled: bool) -> Tensor:
+    def total(everyone: Tensor, sampled: bool) -> Tensor:
+        some = everyone[ranks.rank :: ranks.world].contiguous()
         losses = torch.zeros(len(some))
         for weight, seen, args in parts:
             assert seen.gram is not None
             rows = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)] if sampled else weight
             losses += gram_losses(rows, seen.gram, some, args)[:, 0] * (weight.shape[0] / rows.shape[0])
-        return losses.nan_to_num(nan=torch.inf)
+        found = torch.empty(len(everyone))
+        for rank, theirs in enumerate(ranks.gather(losses)):
+            found[rank :: ranks.world] = theirs
+        return found.nan_to_num(nan=torch.inf)
 
     if all(weight.shape[0] <= 2 * SAMPLE_ROWS for weight, _, _ in parts):
         return total(candidates, sampled=False)
@@ -138,7 +148,7 @@ def _by_args(names: list[str], modules: Mapping[str, PlannedModule]) -> dict[Qua
 
 
 def _parent_losses(
-    candidates: Tensor, readers: list[str], working: Working, modules: Mapping[str, PlannedModule]
+    candidates: Tensor, readers: list[str], working: Working, modules: Mapping[str, PlannedModule], ranks: Ranks
 ) -> Tensor:
     """Squared change of the whole layer's output over all batches, for each candidate, by running it."""
     layer = working.layer
@@ -147,14 +157,23 @@ def _parent_losses(
     saved = {m: layer.tensor(f"{m}.weight") for m in readers}
     masters = {m: working.weight(m).float() for m in readers}
     reference = list(layer.outputs())
-    losses = torch.zeros(len(candidates))
-    for i, s in enumerate(candidates):
+    each: list[list[Tensor]] = []  # of this rank's batches
+    for s in candidates:
         for module, master in masters.items():
             args = modules[module].scheme.weights
             quantized = quantize_weight(module, master * s, args, scale_dtype=torch.float32, pack=False)
             layer.put(f"{module}.weight", (quantized.dequantize() / s).to(saved[module].dtype))
-        for out, wanted in zip(layer.outputs(), reference, strict=True):
-            losses[i] += (out.float() - wanted.float()).square().sum()
+        each.append(
+            [
+                (out.float() - wanted.float()).square().sum()
+                for out, wanted in zip(layer.outputs(), reference, strict=True)
+            ]
+        )
     for module, weight in saved.items():
         layer.put(f"{module}.weight", weight)
+    losses = torch.zeros(len(candidates))
+    for theirs in ranks.gather(each):  # in the order of all batches
+        for i, found in enumerate(theirs):
+            for loss in found:
+                losses[i] += loss
     return losses

@@ -16,9 +16,11 @@ from ..calibration.statistics import Statistics
 from ..calibration.sweep import merged_experts
 from ..config.recipe import GPTQModifier
 from ..config.schemes import QuantizationArgs
+from ..distributed import ONE, Ranks
 from ..errors import CalibrationError
 from ..plan import PlannedModule
 from ..quantized import QuantizedTensor
+from .division import gathered, own_rows, owners, row_counts
 from .rtn import check_finite, quantize_weight, weight_scale
 from .working import Working
 
@@ -61,6 +63,11 @@ class Job:
     signs: bool
 
     @property
+    def cost(self) -> float:
+        """Of its factor and its sweep, in multiplications."""
+        return self.cols**3 / 6 + self.rows * self.cols**2 / 2
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """What jobs of one batch have in common."""
         return self.args, self.scale_dtype, self.rows, self.cols, self.signs
@@ -73,8 +80,11 @@ def quantize(
     modules: Mapping[str, PlannedModule],
     scale_dtypes: Mapping[str, torch.dtype],
     packs: Mapping[str, bool],
+    ranks: Ranks = ONE,
 ) -> dict[str, Outcome]:
-    """Every Linear in `names`, by the statistics of its input."""
+    """Every Linear in `names`, by the statistics of its input. Of several `ranks` each works on some rows of a dense
+    Linear, and on some experts; the result is the same on all.
+    """
     found: dict[str, Outcome] = {}
     inputs: dict[tuple[int, QuantizationArgs, torch.dtype, bool], tuple[Statistics, list[str]]] = {}
     extended: dict[int, Statistics] = {}
@@ -99,12 +109,24 @@ def quantize(
         Job(seen, tuple(members), args, dtype, sum(modules[m].rows for m in members), modules[members[0]].cols, signs)
         for (_, args, dtype, signs), (seen, members) in inputs.items()
     ]
-    for batch in _batches(jobs):
-        for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs), strict=True):
-            few = len(extended) and any(job.seen is seen for seen in extended.values())
-            method = "gptq (few tokens)" if few else "gptq"
-            found.update({name: replace(outcome, method=method) for name, outcome in outcomes.items()})
-    return found
+    few = {id(seen) for seen in extended.values()}
+
+    def work(jobs: Sequence[Job], ranks: Ranks) -> dict[str, Outcome]:
+        made: dict[str, Outcome] = {}
+        for batch in _batches(jobs):
+            for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs, ranks), strict=True):
+                method = "gptq (few tokens)" if id(job.seen) in few else "gptq"
+                made.update({name: replace(outcome, method=method) for name, outcome in outcomes.items()})
+        return made
+
+    if ranks.world == 1:
+        return found | work(jobs, ranks)
+    experts = [job for job in jobs if ".experts." in job.members[0]]
+    of = owners([job.cost for job in experts], ranks)
+    mine = [job for job, owner in zip(experts, of, strict=True) if owner == ranks.rank]
+    made = gathered(work(mine, ONE), ranks) if experts else {}
+    made |= work([job for job in jobs if ".experts." not in job.members[0]], ranks)
+    return found | {name: made[name] for job in jobs for name in job.members}
 
 
 def _rtn(
@@ -180,9 +202,9 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
 
 
 def _sweep(
-    modifier: GPTQModifier, batch: Sequence[Job], working: Working, packs: Mapping[str, bool]
+    modifier: GPTQModifier, batch: Sequence[Job], working: Working, packs: Mapping[str, bool], ranks: Ranks
 ) -> list[dict[str, Outcome]]:
-    """All jobs of one shape at once; each one's rows are cut apart again."""
+    """All jobs of one shape at once; each one's rows are cut apart again. `ranks` share the rows."""
     args, cols, size = batch[0].args, batch[0].cols, batch[0].args.group_size or -1
     weights, grams, orders = [], [], []
     for job in batch:
@@ -203,14 +225,15 @@ def _sweep(
         scale, zero_point = _one_scale(batch, weight)
     q_min, q_max = args.q_range
     search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 else (0.0, 0)
+    mine = own_rows(batch[0].rows, ranks)
     codes, scale, zero, loss = ops.gptq_sweep(
-        weight,
+        weight[:, mine],
         factor,
         q_min=q_min,
         q_max=q_max,
         group_size=size,
-        scale=scale,
-        zero_point=zero_point,
+        scale=None if scale is None else scale[:, mine],
+        zero_point=None if zero_point is None else zero_point[:, mine],
         symmetric=args.symmetric,
         divisor=args.divisor,
         scale_dtype=batch[0].scale_dtype,
@@ -218,6 +241,10 @@ def _sweep(
         search_steps=search_steps,
         signs=batch[0].signs,
     )
+    if ranks.world > 1:
+        counts = row_counts(batch[0].rows, ranks)
+        codes, scale, loss = (torch.stack([ranks.gather_rows(p, counts) for p in x]) for x in (codes, scale, loss))
+        zero = zero if args.symmetric else torch.stack([ranks.gather_rows(p, counts) for p in zero])
     found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):
         found.append({})

@@ -14,12 +14,14 @@ from ..calibration.statistics import Statistics, Wants
 from ..calibration.sweep import Layer
 from ..config.recipe import AWQModifier, GPTQModifier, Modifier, SmoothQuantModifier
 from ..config.schemes import QuantizationArgs
+from ..distributed import ONE, Ranks
 from ..errors import CalibrationError
 from ..models.mappings import OFFSET_NORMS, Smoothing
 from ..plan import Plan
 from ..report.calibration import CalibrationReport, ModuleReport
 from . import awq, gptq, smoothquant
 from .activations import static_scale, wants
+from .division import OwnSink
 from .rtn import quantize_weight
 from .shared import GlobalScales
 from .sink import Sink
@@ -30,11 +32,12 @@ class Pipeline:
     """See `calibration.sweep.Visitor`. Results go to `sink`, what happened to `report`.
 
     Codes that depend on no data are made before the only forward, which then runs with what will be served. Otherwise
-    every modifier works in turn on the statistics of an input, or of all the layer's inputs at once.
+    every modifier works in turn on the statistics of an input, or of all the layer's inputs at once. Of several `ranks`
+    each does a part of what takes long, and all of the rest.
     """
 
-    def __init__(self, plan: Plan, sink: Sink, report: CalibrationReport) -> None:
-        self.plan, self.sink, self.report = plan, sink, report
+    def __init__(self, plan: Plan, sink: Sink, report: CalibrationReport, ranks: Ranks = ONE) -> None:
+        self.plan, self.sink, self.report, self.ranks = plan, sink, report, ranks
         self.modules = plan.modules
         self.scale_dtypes = {name: plan.scale_dtype(name) for name in plan.modules}
         self.packs = {name: plan.packs(name) for name in plan.modules}
@@ -78,12 +81,21 @@ class Pipeline:
         """Those that are smoothed."""
         return {place.smooth: place.balance for place, _ in self._places(index)}
 
+    def _among(self, layer: Layer) -> Ranks:
+        """Who works on what is here of a layer."""
+        return ONE if layer.owners else self.ranks
+
+    def _assign(self, layer: Layer) -> None:
+        if isinstance(self.sink, OwnSink):
+            self.sink.assign(layer.owners)
+
     def _places(self, index: int) -> list[tuple[Smoothing, Modifier]]:
         modifiers, found = self.plan.recipe.modifiers, self.plan.smoothings
         return [(place, modifiers[i]) for i, places in found.items() for place in places if place.layer == index]
 
     def prepare(self, layer: Layer) -> None:
         """Codes that wait for nothing."""
+        self._assign(layer)
         for name in layer.linears:
             if name in self.modules and name not in self.statistics:
                 common = self.shared.of(name, lambda member: layer.linears[member].weight.data)
@@ -100,7 +112,7 @@ class Pipeline:
                 if isinstance(modifier, SmoothQuantModifier):
                     working.smooth(place, smoothquant.scales(modifier, place, working))
                 elif isinstance(modifier, AWQModifier):
-                    s, loss, before = awq.search(modifier, place, working, self.modules)
+                    s, loss, before = awq.search(modifier, place, working, self.modules, self._among(layer))
                     working.smooth(place, s)
                     self.report.smoothed(place.smooth, loss, before)
             self._quantize(modifier, [n for n in here if self.modules[n].modifier is modifier], working)
@@ -116,7 +128,8 @@ class Pipeline:
             return
         started = time.perf_counter()
         if isinstance(modifier, GPTQModifier):
-            outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs)
+            ranks = self._among(working.layer)
+            outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs, ranks)
         else:
             outcomes = {
                 name: self._round(name, working.weight(name), working, self.shared.of(name, working.weight))
@@ -173,6 +186,7 @@ class Pipeline:
 
     def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
         """Static scales, from what the layer sees with its final weights."""
+        self._assign(layer)
         for name, seen in ranges.items():
             inputs = self.modules[name].scheme.input_activations
             assert inputs is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +55,22 @@ class CalibrationReport:
     def smoothed(self, place: str, loss: float, before: float) -> None:
         """A place was smoothed: the searched loss, and that without smoothing."""
         self.smoothings[place] = (loss, before)
+
+    def take_in(self, other: CalibrationReport) -> None:
+        """What another process did, and this one did not."""
+        known = {module.name for module in self.modules}
+        self.modules += [module for module in other.modules if module.name not in known]
+        self.smoothings = other.smoothings | self.smoothings
+        self.expert_tokens = other.expert_tokens | self.expert_tokens
+        self.silent_experts += [name for name in other.silent_experts if name not in self.silent_experts]
+
+    def sort(self, modules: Sequence[str], places: Sequence[str]) -> None:
+        """Put all in this order of their names."""
+        order = {name: i for i, name in enumerate(modules)}
+        self.modules.sort(key=lambda module: order[module.name])
+        self.silent_experts.sort(key=lambda name: order[name])
+        self.expert_tokens = dict(sorted(self.expert_tokens.items(), key=lambda item: order[item[0]]))
+        self.smoothings = {place: self.smoothings[place] for place in places if place in self.smoothings}
 
     def to_json(self) -> str:
         """All of it, for programs."""

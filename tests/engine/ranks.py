@@ -1,0 +1,108 @@
+"""Runs jobs in several processes, as torchrun does, and one after the other in each, so that they start but once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..e2e.jobs import EXAMPLES
+
+JOBS = {
+    "gptq": ("tiny-llama", "{GPTQModifier: {scheme: W4A16}}"),
+    "smoothed": (
+        "tiny-llama",
+        "{SmoothQuantModifier: {smoothing_strength: 0.8}, GPTQModifier: {scheme: W8A8}}",
+    ),
+    "awq": ("tiny-llama", "{AWQModifier: {scheme: W4A16_ASYM}}"),
+    "fp8": ("tiny-llama", "{QuantizationModifier: {scheme: FP8, kv_cache_scheme: fp8}}"),
+    "int8": (
+        "tiny-llama",
+        "{QuantizationModifier: {scheme: W8A8_STATIC, input_observer: moving_average}}",
+    ),
+    "histogram": ("tiny-llama", "{QuantizationModifier: {scheme: W8A8_STATIC_ASYM, input_observer: kl}}"),
+    "experts": ("tiny-moe", "{GPTQModifier: {scheme: W4A16}}"),
+    "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
+}
+
+
+def yaml_of(job: str, folder: Path, save: Path) -> Path:
+    """The job as a file in `folder`, its output below `save`."""
+    model, modifiers = JOBS[job]
+    path = folder / f"{job}.yaml"
+    path.write_text(
+        f"""
+global: {{save_path: {save}, max_shard_size: 200KB}}
+model: {{model_path: {EXAMPLES / "models" / model}}}
+compression: {{recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}}}
+dataset:
+  name: TextDataset
+  data_path: {EXAMPLES / "data" / "calibration.jsonl"}
+  max_seq_length: 128
+  num_samples: 40
+"""
+    )
+    return path
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets for each process."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if ranks == 1:
+        return [{**os.environ, **common}]
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [{**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+
+
+def start(command: Sequence[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """`ranks` processes of `python command...`."""
+    return [
+        subprocess.Popen([sys.executable, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for env in environments(ranks)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and error of each; none is left behind."""
+    try:
+        found = []
+        for process in processes:
+            out, error = process.communicate(timeout=timeout)
+            found.append((process.returncode, out, error))
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+
+
+RUN_ALL = """
+import sys
+from quantkit import engine
+from quantkit.config.yaml_file import load_run_config
+for path in sys.argv[1:]:
+    engine.run(load_run_config(path), progress=False)
+"""
+
+
+def run_all(jobs: Sequence[str], ranks: int, folder: Path) -> dict[str, dict[str, bytes]]:
+    """Every file of each job's output."""
+    folder.mkdir()
+    paths = [str(yaml_of(job, folder, folder / "out")) for job in jobs]
+    for status, _, error in ended(start(["-c", RUN_ALL, *paths], ranks)):
+        assert status == 0, error
+    return {job: files(folder / "out" / job) for job in jobs}
+
+
+def files(output: Path) -> dict[str, bytes]:
+    """All bytes of a folder."""
+    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+
+
+def differences(a: Mapping[str, bytes], b: Mapping[str, bytes]) -> list[str]:
+    """Names of files that are not the same in both."""
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
