@@ -71,10 +71,8 @@ __device__ Chunk<Element> load_chunk(const Matrix& x, int row, int col, int n) {
   return chunk;
 }
 
-// Rounds eight floats to Element and stores the first n of them.
 template <typename Element>
-__device__ void store_chunk(void* destination, const float (&values)[kChunk], int n) {
-  using Storage = typename Element::Storage;
+__device__ Chunk<Element> round_chunk(const float (&values)[kChunk]) {
   Chunk<Element> chunk;
 #pragma unroll
   for (int i = 0; i < Element::kWords; ++i) {
@@ -86,6 +84,13 @@ __device__ void store_chunk(void* destination, const float (&values)[kChunk], in
       chunk.w[i] = narrow_float16x2(values[2 * i], values[2 * i + 1]);
     }
   }
+  return chunk;
+}
+
+// Stores the first n elements.
+template <typename Element>
+__device__ void store_chunk(void* destination, const Chunk<Element>& chunk, int n) {
+  using Storage = typename Element::Storage;
   Storage* target = static_cast<Storage*>(destination);
   if (n == kChunk && aligned_to(target, 16)) {
 #pragma unroll
@@ -99,11 +104,17 @@ __device__ void store_chunk(void* destination, const float (&values)[kChunk], in
   for (int i = 0; i < kChunk; ++i) {
     if (i >= n) break;
     if constexpr (Element::kWords == 8) {
-      target[i] = values[i];
+      target[i] = float_of(chunk.w[i]);
     } else {
       target[i] = static_cast<Storage>(chunk.w[i / 2] >> (i % 2 * 16));
     }
   }
+}
+
+// Rounds eight floats to Element and stores the first n of them.
+template <typename Element>
+__device__ void store_chunk(void* destination, const float (&values)[kChunk], int n) {
+  store_chunk<Element>(destination, round_chunk<Element>(values), n);
 }
 
 // Eight codes of one byte, element 0 lowest. What lies beyond n is zero.

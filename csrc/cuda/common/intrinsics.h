@@ -35,6 +35,13 @@ __device__ __forceinline__ float widen_float16(uint32_t half) {
   return result;
 }
 
+// 2^x to 2^-22 of it; subnormal results are 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Two floats to two numbers of 16 bits in one word, the first in the lower half.
 __device__ __forceinline__ uint32_t narrow_float16x2(float first, float second) {
   uint32_t result;
@@ -158,6 +165,7 @@ inline float max_nan(float a, float b) {
   return a != a || b != b ? float_of(0x7FFFFFFFu) : a > b ? a : b;
 }
 inline float widen_float16(uint32_t half) { return float16_value(half & 0xFFFFu); }
+inline float power_of_two(float x) { return __builtin_exp2f(x); }
 inline uint32_t narrow_float16x2(float first, float second) {
   return float16_from(first) | float16_from(second) << 16;
 }

@@ -158,29 +158,23 @@ _norm = declare(
     "rms_norm(Tensor x, Tensor? residual, Tensor weight, float epsilon) -> (Tensor, Tensor)",
     fake=_norm_fake,
     reference=_norm_reference,
-    kernels=("CPU",),
 )
 _norm_quant = declare(
     "rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, float epsilon, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_norm_quant_fake,
     reference=_norm_quant_reference,
-    kernels=("CPU",),
 )
-_silu = declare(
-    "silu_mul(Tensor gate, Tensor up) -> Tensor", fake=_silu_fake, reference=_silu_reference, kernels=("CPU",)
-)
+_silu = declare("silu_mul(Tensor gate, Tensor up) -> Tensor", fake=_silu_fake, reference=_silu_reference)
 _silu_quant = declare(
     "silu_mul_quant(Tensor gate, Tensor up, ScalarType dtype) -> (Tensor, Tensor)",
     fake=_silu_quant_fake,
     reference=_silu_quant_reference,
-    kernels=("CPU",),
 )
 _rotary = declare(
     "rotary_embedding(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     fake=_rotary_fake,
     reference=_rotary_reference,
-    kernels=("CPU",),
 )
 
 
