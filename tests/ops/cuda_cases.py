@@ -88,7 +88,7 @@ def relocate(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 
 
 # Of ops that give nothing back: the arguments they write to.
-WRITTEN = {"gram_accumulate": (2, 3), "histogram_accumulate": (2, 3)}
+WRITTEN = {"gram_accumulate": (2, 3), "histogram_accumulate": (2, 3), "kv_append": (2, 3, 4, 5)}
 
 
 def results(op: str, returned: Any, args: Sequence[Any]) -> Any:

@@ -251,7 +251,6 @@ _sage = declare(
     "int window, bool smooth_k, bool per_token, int pv) -> Tensor",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 
@@ -288,7 +287,6 @@ _attention = declare(
     " -> Tensor",
     fake=_attention_fake,
     reference=_attention_reference,
-    kernels=("CPU",),
 )
 
 

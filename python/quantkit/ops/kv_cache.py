@@ -109,7 +109,6 @@ _append = declare(
     "Tensor positions) -> ()",
     fake=_append_fake,
     reference=_append_reference,
-    kernels=("CPU",),
 )
 
 
@@ -144,7 +143,6 @@ _read = declare(
     "kv_read(Tensor cache, Tensor scale, int begin, int end, ScalarType dtype) -> Tensor",
     fake=_read_fake,
     reference=_read_reference,
-    kernels=("CPU",),
 )
 
 
@@ -227,7 +225,6 @@ _attention = declare(
     "Tensor? starts, Tensor? lengths, int window) -> Tensor",
     fake=_attention_fake,
     reference=_attention_reference,
-    kernels=("CPU",),
 )
 
 
@@ -238,7 +235,8 @@ def kv_append(
 
     k, v [B, H, T, D] fp32, fp16 or bf16 (last dimension contiguous); caches int8 or float8_e4m3fn [B, H, capacity, D],
     dense but for the strides of their first two dimensions; `positions` int64 [B, T] (any strides): where each token
-    goes; a negative one is left out. Two tokens of a batch row must not share a place.
+    goes; a negative one is left out, one beyond the capacity refused (on CUDA, where the host does not wait to look at
+    them, left out). Two tokens of a batch row must not share a place.
 
     Scales are fp32. [1] (a tensor) and [H] (each head) are given and stay: codes are those of `quantize_int` in
     [-127, 127] or of `quantize_fp8`, as what `kv_cache_scheme` of a checkpoint means and `quantkit eval` computes.
