@@ -1,4 +1,4 @@
-"""Random Llama checkpoints of a chosen size, written shard by shard, with the embedded tokenizer."""
+"""Random checkpoints of a chosen size, Llama or Qwen3-MoE, written shard by shard, with the embedded tokenizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def make_llama(
     kv_heads: int,
     vocab: int = 2048,
     tied: bool = False,
+    experts: int = 0,
+    active: int = 4,
 ) -> Path:
     """A bf16 checkpoint with one shard per layer; returns `folder`. Weights are normal with std 0.02, norms ones.
-    `tied`:
-    the head is the embedding.
+    `tied`: the head is the embedding. With `experts`, each layer has so many, `intermediate` wide, `active` for each
+    token.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -49,6 +51,17 @@ def make_llama(
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
+    if experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": experts,
+            "num_experts_per_tok": active,
+            "moe_intermediate_size": intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder / name)
@@ -73,13 +86,22 @@ def make_llama(
             "self_attn.k_proj": (kv_heads * head_dim, hidden),
             "self_attn.v_proj": (kv_heads * head_dim, hidden),
             "self_attn.o_proj": (hidden, heads * head_dim),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
         }
+        mlp = {
+            "gate_proj": (intermediate, hidden),
+            "up_proj": (intermediate, hidden),
+            "down_proj": (hidden, intermediate),
+        }
+        if experts:
+            shapes["mlp.gate"] = (experts, hidden)
+            shapes |= {f"mlp.experts.{i}.{name}": shape for i in range(experts) for name, shape in mlp.items()}
+        else:
+            shapes |= {f"mlp.{name}": shape for name, shape in mlp.items()}
         tensors = {f"{prefix}{name}.weight": normal(*shape) for name, shape in shapes.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        for norm in ("q_norm", "k_norm") if experts else ():
+            tensors[f"{prefix}self_attn.{norm}.weight"] = torch.ones(head_dim, dtype=torch.bfloat16)
         write(tensors, layer)
     write(
         {

@@ -242,6 +242,7 @@ def calibrate(
             forwards=plan.means.forwards,
             offload=scratch,
             expert_group=plan.means.experts,
+            keep_memory=plan.means.kept,
             ranks=ranks,
         )
         report.listener = None

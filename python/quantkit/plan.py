@@ -194,17 +194,20 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     config_json = dict(checkpoint.config)
     written = served_targets({name: m.scheme for name, m in modules.items()})
     config_json["quantization_config"] = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
-    how = means(config)
     found = estimate(
         config,
         checkpoint,
         family,
         modules,
-        how,
-        smoothed=any(places.values()),
+        places=[place for group in places.values() for place in group],
         stored_bytes=stored_bytes,
         output_bytes=layout.file_bytes,
     )
+    if found.choice is not None and found.choice.forwards_chosen:
+        why = "low_memory" if config.global_.memory_budget is None else f"memory_budget {config.global_.memory_budget}"
+        warnings.append(
+            f"{why} leaves no room for one forward a layer: each takes two, which gives other results, about as good"
+        )
     return Plan(
         config,
         checkpoint,
@@ -224,7 +227,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         found,
         tuple(warnings),
         tuple(shortages(config, found)),
-        how,
+        found.choice.means if found.choice is not None else means(config),
     )
 
 

@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import plan as planning
+from quantkit import estimate as estimating
 from quantkit.calibration.batches import batches
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.config.recipe import AWQModifier, GPTQModifier, Modifier, QuantizationModifier, SmoothQuantModifier
 from quantkit.config.run_config import CalibrationConfig
-from quantkit.errors import CalibrationError
+from quantkit.config.yaml_file import load_run_config
+from quantkit.errors import CalibrationError, PlanError
 from quantkit.live_output import LiveSink
-from quantkit.memory import means
+from quantkit.memory import Choice, Means
+from quantkit.plan import Plan, build_plan
+from quantkit.report.plan_view import render_plan
+from quantkit.report.table import size as render_size
 
 from ..modifiers.test_pipeline import calibrated, int4, tokens
+from .headers import llama, write_headers
 from .test_sweep import rows
 from .tiny import make
 
@@ -172,9 +178,115 @@ def test_experts_in_groups_are_what_they_are_together(
     together, report = calibrated(tmp_path, MOE[recipe], data)
     assert bool(report.silent_experts) == (recipe == "gptq_few")
     for size, offload in ((1, "disk"), (3, "memory")):
-        monkeypatch.setattr(planning, "means", lambda config: replace(means(config), experts=size))  # noqa: B023
-        groups, other = calibrated(tmp_path, MOE[recipe], data, calibration=CalibrationConfig(offload=offload))
+        choice = Choice(Means("auto", offload, experts=size, kept=False), 0, 0)
+        monkeypatch.setattr(estimating, "choose", lambda *_, choice=choice: choice)
+        groups, other = calibrated(tmp_path, MOE[recipe], data)
         same(together, groups)
         for seconds in (report, other):
             seconds.modules[:] = [replace(m, seconds=0.0) for m in seconds.modules]
         assert report == other and report.to_json() == other.to_json()
+
+
+# ---- plans
+
+QWEN3_235B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 4096,
+    "num_hidden_layers": 2,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+}
+
+
+def planned(
+    folder: Path, what: str, *, model: str = "moe", settings: str = "", more: str = "", samples: int = 256
+) -> Plan:
+    """Of headers alone: two layers of Qwen3-235B-A22B, or of a 70B Llama; 256 rows of 4096 tokens."""
+    if model == "llama":
+        llama(folder / model, hidden=8192, intermediate=28672, layers=2, kv=1024, vocab=128256)
+    else:
+        layers: list[dict[str, tuple[str, tuple[int, ...]]]] = [{"model.embed_tokens.weight": ("BF16", (151936, 4096))}]
+        for i in range(2):
+            parts = {"q_proj": (8192, 4096), "k_proj": (512, 4096), "v_proj": (512, 4096), "o_proj": (4096, 8192)}
+            names = {f"self_attn.{name}": shape for name, shape in parts.items()} | {"mlp.gate": (128, 4096)}
+            for j in range(128):
+                names |= {f"mlp.experts.{j}.{p}_proj": (1536, 4096) for p in ("gate", "up")}
+                names[f"mlp.experts.{j}.down_proj"] = (4096, 1536)
+            layers.append({f"model.layers.{i}.{name}.weight": ("BF16", shape) for name, shape in names.items()})
+        write_headers(folder / model, QWEN3_235B, layers)
+    yaml = folder / "job.yaml"
+    yaml.write_text(
+        f"global: {{save_path: {folder}{settings}}}\nmodel: {{model_path: {folder / model}}}\n{more}"
+        f"compression: {{{what}}}\ndataset: {{data_path: job.yaml, max_seq_length: 4096, num_samples: {samples}}}"
+    )
+    with Checkpoint(folder / model) as checkpoint:
+        return build_plan(load_run_config(yaml), checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans do not depend on what this machine has."""
+    monkeypatch.setattr("quantkit.estimate._memory_available", lambda: 1 << 40)
+
+
+GPTQ = "recipe: {GPTQModifier: {scheme: W4A16}}"
+STATIC = "quantization: {name: fp8_static}"
+
+
+def test_without_a_budget_all_is_in_memory(tmp_path: Path) -> None:
+    made = planned(tmp_path, STATIC)
+    assert made.means == Means("auto", "memory") and not made.shortages
+
+
+def test_a_budget_takes_the_fastest_means_that_do(tmp_path: Path) -> None:
+    """Each smaller budget takes more means; what changes results comes last and is said."""
+    usual = planned(tmp_path, STATIC).estimate.memory_bytes
+    budgets = {b: planned(tmp_path, STATIC, settings=f", memory_budget: {b}") for b in (usual, "16GB", "13GB", "3GB")}
+    assert all(made.estimate.memory_bytes <= made.config.global_.memory_budget_bytes for made in budgets.values())
+    assert not any(made.shortages or made.means.forwards == 2 for made in budgets.values())
+    first, *others = (made.means for made in budgets.values())
+    assert first == Means("auto", "memory") and all(not how.kept for how in others)
+    assert [how.offload for how in others][-1] == "disk" and others[-1].experts is not None
+    assert f"{others[-1].experts} experts of a layer at once" in render_plan(budgets["3GB"])
+
+
+def test_the_promised_22_gb(tmp_path: Path) -> None:
+    """Two layers need what 94 do. 455 GB as FP8, and as GPTQ, whose Gram matrices alone are 9.8 GB a layer."""
+    for what in (STATIC, GPTQ):
+        assert not planned(tmp_path, what, settings=", memory_budget: 22GB").shortages
+        assert planned(tmp_path, what, settings=", memory_budget: 22GB").estimate.memory_bytes <= 22e9
+
+
+def test_low_memory_is_the_tightest_budget(tmp_path: Path) -> None:
+    low = planned(tmp_path, "quantization: {name: fp8_static, low_memory: true}")
+    assert low.means.offload == "disk" and not low.means.kept and low.means.experts is not None
+    refused = planned(tmp_path, STATIC, settings=", memory_budget: 300MB")
+    assert low.estimate.memory_bytes <= 1.06 * refused.estimate.memory_bytes
+    least = render_size(refused.estimate.memory_bytes)
+    with pytest.raises(PlanError, match=f"needs at least about {least} of memory and global.memory_budget is 300.0 MB"):
+        refused.require_room()
+
+
+def test_two_forwards_by_a_budget_are_said_aloud(tmp_path: Path) -> None:
+    usual = planned(tmp_path, GPTQ, model="llama", samples=8)
+    assert usual.means.forwards == "auto" and usual.estimate.held_bytes
+    least = planned(tmp_path, GPTQ, model="llama", samples=8, settings=", memory_budget: 1GB").estimate.memory_bytes
+    tight = planned(tmp_path, GPTQ, model="llama", samples=8, settings=f", memory_budget: {least}")
+    assert tight.means.forwards == 2 and not tight.shortages
+    assert f"memory_budget {least} leaves no room for one forward a layer" in tight.warnings[-1]
+    one = f", memory_budget: {least}, calibration_forwards: 1"
+    said = planned(tmp_path, GPTQ, model="llama", samples=8, settings=one)
+    assert "set global.calibration_forwards to 2" in said.shortages[0]
+
+
+def test_what_crosses_experts_is_refused_in_groups(tmp_path: Path) -> None:
+    made = planned(tmp_path, "recipe: {AWQModifier: {scheme: W4A16}}", settings=", memory_budget: 8GB")
+    assert made.means.experts is None and "smoothed together, experts among them" in made.shortages[0]
+
+
+def test_an_explicit_place_of_hidden_states_is_kept(tmp_path: Path) -> None:
+    made = planned(tmp_path, STATIC, settings=", memory_budget: 4GB", more="calibration: {offload: memory}\n")
+    assert made.means.offload == "memory"
+    assert "set calibration.offload to auto, which takes about" in made.shortages[0]

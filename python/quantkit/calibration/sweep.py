@@ -43,7 +43,8 @@ class Layer:
     """A decoder layer with its weights in memory. `linears` holds its Linears by their checkpoint names, `stored` every
     parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch. Where
     experts come in groups, each group is a Layer and all else is one; `pools`: what all experts saw, by projection;
-    `owners`: which rank alone works on a Linear, where several share out the experts.
+    `owners`: which rank alone works on a Linear, where several share out the experts. `release(name)`: the source's own
+    of a parameter that has been replaced need not stay resident.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Layer:
     outputs: Callable[[], Iterator[Tensor]] | None = None
     pools: Mapping[str, Statistics] = field(default_factory=dict)
     owners: Mapping[str, int] = field(default_factory=dict)
+    release: Callable[[str], None] = lambda _: None
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer with this checkpoint name."""
@@ -130,14 +132,15 @@ def sweep(
     forwards: int | str = "auto",
     offload: Path | None = None,
     expert_group: int | None = None,
+    keep_memory: bool = True,
     ranks: Ranks = ONE,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
     `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
     `offload`: a folder for the hidden states, which stay in memory without; `expert_group`: how many experts of a layer
-    are in memory at once; the results are the same. Of several `ranks` each runs its share of the batches, and all have
-    the statistics of all.
+    are in memory at once; `keep_memory`: see `kept_memory`. The results are the same. Of several `ranks` each runs its
+    share of the batches, and all have the statistics of all.
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -156,7 +159,7 @@ def sweep(
     stop = needed[-1] + 1
     if progress is not None:
         progress.expect(stop)
-    with torch.no_grad(), kept_memory():
+    with torch.no_grad(), kept_memory(keep_memory):
         # A few tokens find out what each layer does.
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
         leaves = Leaves.shared(len(batches), ranks)
@@ -204,7 +207,12 @@ def sweep(
                 (probe_view, probe_calls[index]),
             )
             layer = Layer(
-                index, skeleton.layer_prefix(index), skeleton.linears(index), skeleton.stored(index), run.outputs
+                index,
+                skeleton.layer_prefix(index),
+                skeleton.linears(index),
+                skeleton.stored(index),
+                run.outputs,
+                release=getattr(source, "release", lambda _: None),
             )
             if not in_groups:
                 visitor.prepare(layer)

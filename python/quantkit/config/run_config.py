@@ -25,7 +25,7 @@ _UNITS_BY_CASE = {unit.upper(): factor for unit, factor in _UNITS.items()}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_SOURCE = "fp8"
 FORWARDS = ("auto", 1, 2)
-OFFLOADS = ("memory", "disk")
+OFFLOADS = ("auto", "memory", "disk")
 # What `quantkit calibrate` saves of an input besides its ranges, and of the KV cache.
 GATHERED = ("gram", "histogram", "kv_cache")
 TEXT_DATASET = "TextDataset"
@@ -224,7 +224,7 @@ class CalibrationConfig:
     folder of `quantkit calibrate`, instead of running the model; `gather`: what that command saves besides ranges.
     """
 
-    offload: str = "memory"
+    offload: str = "auto"
     statistics: str | None = None
     gather: tuple[str, ...] = GATHERED
 

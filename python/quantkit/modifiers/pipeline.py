@@ -168,6 +168,7 @@ class Pipeline:
     def _keep(self, layer: Layer, name: str, outcome: gptq.Outcome, seconds: float = 0.0) -> None:
         linear = layer.linears[name]
         linear.weight = torch.nn.Parameter(outcome.quantized.dequantize(linear.weight.dtype), requires_grad=False)
+        layer.release(f"{name}.weight")
         self.sink.weight(name, outcome.quantized)
         floor = ops.MIN_SCALE.get(self.scale_dtypes[name], 0.0)
         self.report.add(

@@ -41,7 +41,8 @@ def render_plan(plan: Plan) -> str:
         f"memory   about {size(e.memory_bytes)} needed"
         + (f", {size(e.memory_available)} available" if e.memory_available else "")
         + (f"; {size(e.gram_bytes)} of it for a layer's Gram matrices, in x in for each input" if e.gram_bytes else "")
-        + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else ""),
+        + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else "")
+        + (f"; {means}" if (means := plan.means.describe()) else ""),
         f"disk     {size(e.output_bytes)} needed, {size(e.disk_available)} free",
     ]
     if plan.statistics is not None:
