@@ -335,12 +335,21 @@ def test_swap_takes_targets_and_biases(ids: Tensor) -> None:
     assert model(x[:, :0]).shape == (2, 0, 32)
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_DYNAMIC", "W4A8"])
-def test_compile(scheme: str, outputs: Any, ids: Tensor) -> None:
-    model = quantkit.load(outputs("tiny-llama", scheme), dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("source", "scheme", "backend"),
+    [
+        ("tiny-llama", "W8A8", "aot_eager"),
+        ("tiny-llama", "W4A16", "inductor"),
+        ("tiny-llama", "FP8_DYNAMIC", "aot_eager"),
+        ("tiny-llama", "W4A8", "aot_eager"),
+        ("tiny-moe", "W8A8", "aot_eager"),
+    ],
+)
+def test_compile(source: str, scheme: str, backend: str, outputs: Any, ids: Tensor) -> None:
+    model = quantkit.load(outputs(source, scheme), dtype=torch.float32)
     expected = logits(model, ids)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.inference_mode():
         got = compiled(input_ids=ids, use_cache=False).logits.float()
     assert error(got, expected) < tolerance(model)
