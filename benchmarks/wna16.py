@@ -33,7 +33,7 @@ Call = Callable[[Tensor, int], Tensor]
 
 def contenders(n: int, k: int, group: int, names: list[str], cold: bool) -> dict[str, tuple[int, Call]]:
     """Name -> bytes of the weight, y of x and the round. Weights that do not fit the caches are each packed anew."""
-    scale = torch.rand(n, k // group).mul_(0.01).add_(0.01)
+    scale = torch.rand(n, k // group).mul_(0.01).add_(0.01).bfloat16()  # as checkpoints have them
     cases: dict[str, tuple[int, Call]] = {}
 
     def add(name: str, make: Callable[[], tuple[Tensor, ...]], call: Callable[..., Tensor]) -> None:
@@ -45,7 +45,7 @@ def contenders(n: int, k: int, group: int, names: list[str], cold: bool) -> dict
     if "w4" in names:
         codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
         words, wide = ops.pack_int32(codes, 4), (codes + 8).int()
-        pairs = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
+        pairs = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
         convert, int4pack = (
             torch.ops.aten._convert_weight_to_int4pack_for_cpu,
             torch.ops.aten._weight_int4pack_mm_for_cpu,

@@ -152,6 +152,8 @@ def suits(source: WeightSource, names: list[list[str]]) -> bool:
         return False
     if any(f"{name}.bias" in tensors for row in names for name in row):
         return False
+    if len({source.scale_dtype(name) for row in names for name in row}) > 1:
+        return False
     for gate, up, _ in names:
         for part in ("input_scale", "input_zero_point"):
             here, there = f"{gate}.{part}", f"{up}.{part}"

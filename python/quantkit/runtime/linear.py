@@ -151,7 +151,7 @@ class Int4Int8Linear(PackedLinear):
     def _pack(self, weight: QuantizedTensor) -> None:
         self.group_size = weight.args.group_size or -1
         self.register_buffer("packed", ops.pack_w4a8(_words(weight), weight.cols), persistent=False)
-        self._hold("weight_scale", ops.pack_w4a8_scales(weight.scale.float()))
+        self._hold("weight_scale", ops.pack_w4a8_scales(_as_stored(weight.scale)))
         zero_point = weight.zero_point
         self._hold("weight_zero_point", None if zero_point is None else ops.pack_w4a8_scales(zero_point))
 
@@ -181,7 +181,7 @@ class IntLinear(PackedLinear):
         perm = column_order(weight)
         packed = ops.pack_wna16(_words(weight), args.num_bits, weight.cols, perm=perm)
         self.register_buffer("packed", packed, persistent=False)
-        scale = weight.scale.float()
+        scale = _as_stored(weight.scale)
         self._hold("weight_scale", scale.expand(weight.rows, -1) if scale.shape[0] == 1 else scale)
         self._hold("weight_zero_point", weight.zero_point)
         self._hold("perm", perm)
@@ -298,6 +298,11 @@ def describe(args: QuantizationArgs) -> str:
 def describe_scheme(scheme: QuantizationScheme) -> str:
     inputs = scheme.input_activations
     return f"weights {describe(scheme.weights)} with activations {'in 16 bit' if inputs is None else describe(inputs)}"
+
+
+def _as_stored(scale: Tensor) -> Tensor:
+    """In 16 bit if the checkpoint has it so: of groups of 128, fp32 scales are a twentieth of what one token reads."""
+    return scale if scale.dtype in (torch.bfloat16, torch.float16) else scale.float()
 
 
 def _words(weight: QuantizedTensor) -> Tensor:
