@@ -1,14 +1,16 @@
 """Peak memory of calibrated runs: over depth, within a budget, and with experts in groups.
 
 `python benchmarks/memory.py` makes random checkpoints in --folder, runs `quantkit run` on each in a process of its own,
-and prints the peak of its resident set (VmHWM, mapped files included) beside what the plan predicts. With a budget the
-process may not allocate more than that either (RLIMIT_DATA: all that is private and can be written to).
+and prints the peak of its resident set (VmHWM, mapped files included) beside what the plan predicts, and what it read
+from disk, whose cache is emptied of the checkpoint first. With a budget the process may not allocate more than that
+either (RLIMIT_DATA: all that is private and can be written to).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -25,15 +27,19 @@ import sys, time
 from pathlib import Path
 from quantkit.config.yaml_file import load_run_config
 from quantkit import engine
+import torch, transformers
 config = load_run_config(sys.argv[1])
+before = int(dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
 def show(plan):
     means = plan.means
     print("PLAN", plan.estimate.memory_bytes, plan.checkpoint.total_bytes, means.forwards, means.describe(), flush=True)
 started = time.perf_counter()
 result = engine.run(config, show=show, progress=False)
 assert result.audit.ok
+took = time.perf_counter() - started
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print("DONE", int(status["VmHWM"].split()[0]) * 1024, time.perf_counter() - started)
+read = dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"]
+print("DONE", int(status["VmHWM"].split()[0]) * 1024, took, int(read) - before)
 """
 TEXT = Path(__file__).resolve().parent.parent / "examples" / "data" / "calibration.jsonl"
 RECIPES = {
@@ -49,13 +55,14 @@ EXPERTS: dict[str, Any] = {"hidden": 1024, "intermediate": 1024, "heads": 16, "k
 
 @dataclass(frozen=True)
 class Run:
-    """Bytes and seconds; `means`: what the plan did to keep to its memory."""
+    """Bytes and seconds; `means`: what the plan did to keep to its memory; `read`: from disk, audit included."""
 
     peak: int
     predicted: int
     source: int
     means: str
     seconds: float
+    read: int
 
 
 def run(model: Path, recipe: str, rows: tuple[int, int], settings: dict[str, Any], limit: int | None = None) -> Run:
@@ -71,6 +78,11 @@ def run(model: Path, recipe: str, rows: tuple[int, int], settings: dict[str, Any
     path = folder / "job.yaml"
     path.write_text(json.dumps(config).replace("null", recipe))
 
+    for file in model.glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def confine() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -84,7 +96,8 @@ def run(model: Path, recipe: str, rows: tuple[int, int], settings: dict[str, Any
     lines = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines() if line}
     predicted, source, forwards, *means = lines["PLAN"]
     described = ", ".join(filter(None, [f"forwards {forwards}", " ".join(means)]))
-    return Run(int(lines["DONE"][0]), int(predicted), int(source), described, float(lines["DONE"][1]))
+    peak, seconds, read = lines["DONE"]
+    return Run(int(peak), int(predicted), int(source), described, float(seconds), int(read))
 
 
 def _rows(count: int, length: int) -> str:
@@ -103,23 +116,23 @@ def _model(folder: Path, name: str, layers: int, shape: dict[str, Any]) -> Path:
 
 
 def _line(what: str, found: Run) -> str:
-    source, peak, predicted = (x / 1e6 for x in (found.source, found.peak, found.predicted))
+    source, peak, predicted, read = (x / 1e6 for x in (found.source, found.peak, found.predicted, found.read))
     error = 100 * (predicted / peak - 1)
-    sizes = f"{source:.0f} | {peak:.0f} | {predicted:.0f} ({error:+.0f} %)"
+    sizes = f"{source:.0f} | {read:.0f} | {peak:.0f} | {predicted:.0f} ({error:+.0f} %)"
     return f"| {what} | {sizes} | {found.means} | {found.seconds:.0f} |"
 
 
-HEAD = "| run | source MB | peak MB | predicted MB | means | s |\n|---|---|---|---|---|---|"
+HEAD = "| run | source MB | read MB | peak MB | predicted MB | means | s |\n|---|---|---|---|---|---|---|"
 
 
 def depth(folder: Path, recipes: list[str]) -> Iterator[str]:
     """The same model with 12 and with 24 layers."""
     for recipe in recipes:
-        for settings in ({}, {"memory_budget": "650MB"}):
+        for settings in ({}, {"memory_budget": "700MB"}):
             found = []
             for layers in (12, 24):
                 found.append(run(_model(folder, "llama", layers, DENSE), RECIPES[recipe], (32, 512), settings))
-                budget = ", budget 650 MB" if settings else ""
+                budget = ", budget 700 MB" if settings else ""
                 yield _line(f"{recipe}, {layers} layers{budget}", found[-1])
             yield f"  24 layers against 12: {100 * (found[1].peak / found[0].peak - 1):+.1f} %"
 

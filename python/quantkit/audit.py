@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,8 @@ SEARCHED = ("mse", "percentile")
 NORM = re.compile(r"norm\d*\.weight$")
 # Elements of a weight that are compared at a time in fp32.
 CHUNK = 1 << 24
+# Bytes of what was carried over that are compared at a time.
+PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -368,21 +371,25 @@ def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str)
 def _check_carried(name: str, written: Checkpoint, source: Checkpoint, result: AuditResult) -> None:
     import torch
 
-    if not torch.equal(_raw(written, name), _raw(source, name)):
+    both = zip_longest(_pieces(written, name), _pieces(source, name))
+    if not all(a is not None and b is not None and torch.equal(a, b) for a, b in both):
         result.problems.append(f"{name}: carried over, but its bytes differ from the source's")
     result.carried += 1
     source.release(name)
     written.release(name)
 
 
-def _raw(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The bytes of a tensor, of whatever dtype."""
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """The bytes of a tensor, of whatever dtype, some at a time: an embedding may be the largest thing there is."""
     import torch
 
     info = checkpoint.info(name)
-    if info.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
     if name in checkpoint.dequantized:
-        return checkpoint.tensor(name).reshape(-1).view(torch.uint8)
-    mapped = checkpoint.mapped(info.file)
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
+        yield from checkpoint.tensor(name).reshape(-1).view(torch.uint8).split(PIECE)
+        return
+    mapped = checkpoint.mapped(info.file) if info.nbytes else None
+    for begin in range(info.begin, info.end, PIECE):
+        end = min(begin + PIECE, info.end)
+        assert mapped is not None
+        yield torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=begin)
+        mapped.drop(begin, end)

@@ -90,7 +90,8 @@ def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
     limits += [(budget, "global.memory_budget is {}", "raise it")]
     for limit, there, otherwise in limits:
         if limit is not None and limit < found.memory_bytes:
-            grams = f" ({size(found.gram_bytes)} of it for Gram matrices)" if found.gram_bytes else ""
+            whole = found.choice is None or found.choice.means.experts is None
+            grams = f" ({size(found.gram_bytes)} of it for Gram matrices)" if found.gram_bytes and whole else ""
             rather = [] if found.choice is None else [found.choice.advice]
             if found.choice is not None and found.choice.advice:
                 rather = [f"{found.choice.advice}, which takes about {size(found.choice.least)}"]

@@ -101,6 +101,8 @@ class Demand:
     def _layers(self) -> dict[int | None, _Layer]:
         found: dict[int | None, _Layer] = {}
         for name, info in self.checkpoint.tensors.items():
+            if name.removesuffix(".weight") in self.family.heads:
+                continue  # never read, only copied
             layer = found.setdefault(self.family.layer_of(name), _Layer())
             expert = EXPERT.search(name)
             if expert is None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint.native import kept_memory
+from ..checkpoint.native import Trimmer, kept_memory
 from ..distributed import ONE, Ranks
 from ..errors import CalibrationError, DistributedError
 from ..estimate import HELD_BYTES
@@ -169,7 +169,7 @@ def sweep(
             positions = [batch.input_ids.numel() for batch in batches]
             within = (sum(positions[: leaves.numbers.start]), sum(positions))
             hidden, calls = embedded(skeleton, mine, offload, within)
-        probe_view = probe_hidden.view(0)
+        probe_view, trimmer = probe_hidden.view(0), Trimmer()
         for index in range(stop):
             routed = skeleton.experts[index]
             most = max(map(len, routed), default=0)
@@ -236,6 +236,7 @@ def sweep(
                     seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
                     visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
+            trimmer.layer_done()
             if progress is not None:
                 progress.advance(1)
         hidden.remove()
