@@ -142,7 +142,7 @@ def budget(folder: Path, recipes: list[str]) -> Iterator[str]:
     model = _model(folder, "llama", 96, DENSE)
     for recipe in recipes:
         yield _line(
-            f"{recipe}, budget 700 MB", run(model, RECIPES[recipe], (16, 512), {"memory_budget": "700MB"}, 700 << 20)
+            f"{recipe}, budget 700 MB", run(model, RECIPES[recipe], (8, 512), {"memory_budget": "700MB"}, 700_000_000)
         )
 
 
@@ -151,7 +151,7 @@ def experts(folder: Path, recipes: list[str]) -> Iterator[str]:
     model = _model(folder, "experts", 6, EXPERTS)
     for recipe in recipes:
         yield _line(
-            f"{recipe}, budget 750 MB", run(model, RECIPES[recipe], (16, 512), {"memory_budget": "750MB"}, 750 << 20)
+            f"{recipe}, budget 750 MB", run(model, RECIPES[recipe], (8, 512), {"memory_budget": "750MB"}, 750_000_000)
         )
 
 

@@ -158,7 +158,11 @@ def _writer(plan: Plan, ranks: Ranks) -> CheckpointWriter:
     writer = None
     if ranks.first:
         plan.require_room()
-        writer = CheckpointWriter(plan.layout, plan.config.output_dir, overwrite=plan.config.global_.overwrite)
+        # What waits for the disk counts, too.
+        pending = (64 if plan.means.kept else 16) << 20
+        writer = CheckpointWriter(
+            plan.layout, plan.config.output_dir, overwrite=plan.config.global_.overwrite, max_pending_bytes=pending
+        )
     ranks.barrier()
     return writer or JoinedWriter(plan.layout, plan.config.output_dir)
 

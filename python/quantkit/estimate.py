@@ -79,10 +79,12 @@ def estimate(
 
 def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
     """What this machine lacks for the run, or the run's budget, and what to do about it."""
-    needed = found.output_bytes + SIDE_FILES
+    scratch = found.choice.scratch if found.choice is not None else 0
+    needed = found.output_bytes + SIDE_FILES + scratch
     if found.disk_available < needed:
+        states = f", {size(scratch)} of it for hidden states," if scratch else ""
         yield (
-            f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB and only "
+            f"{config.output_dir}: the output takes {needed / 1e9:.1f} GB{states} and only "
             f"{found.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
         )
     budget = config.global_.memory_budget_bytes

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # besides.
 PROCESS, CALIBRATING = 340 << 20, 70 << 20
 # Packed weights that wait for the disk.
-QUEUE = 64 << 20
+QUEUE, SHORT_QUEUE = 64 << 20, 16 << 20
 # What malloc keeps of what was freed, as a share of all that a calibration works with; and where it goes back at once.
 KEPT, RETURNED = 1.3, 1.05
 # num_samples: -1 means all there are, which the plan does not count.
@@ -172,6 +172,11 @@ class Demand:
         held = self.tokens * self.itemsize * (max(widths) + 2 * self.hidden) if widths else 0
         return 0 if forwards == "auto" and held > HELD_BYTES else held
 
+    def scratch(self, how: Means) -> int:
+        """Disk for hidden states, and for what experts in groups are given and give."""
+        files = 2 if how.experts is None else 5
+        return files * self.states if how.offload == "disk" else 0
+
     @cached_property
     def ungroupable(self) -> str | None:
         """Why experts have to be there all at once; None if they may come in groups."""
@@ -214,11 +219,12 @@ class Demand:
             largest = max(layer.grams, default=0)
             return held + max(forward + SUMS * largest, forward + masters + largest + self._work)
         grams = sum(layer.grams)
-        outer = max(forward + SUMS * grams, layer.outer + masters + min(QUEUE, layer.outer) + grams + self._work)
+        queue = QUEUE if how.kept else SHORT_QUEUE
+        outer = max(forward + SUMS * grams, layer.outer + masters + min(queue, layer.outer) + grams + self._work)
         if not layer.experts:
             return outer
         sizes = sorted((size + layer.expert_grams.get(key, 0) for key, size in layer.experts.items()), reverse=True)
-        routed = min(QUEUE, sum(layer.experts.values())) + self._work + self._activations
+        routed = min(queue, sum(layer.experts.values())) + self._work + self._activations
         if how.experts is None or how.experts >= len(sizes):
             smoothed = 2 * sum(layer.experts.values()) if self.ungroupable and self.places else 0
             return outer + sum(sizes) + smoothed + routed - self._work - self._activations
@@ -243,7 +249,7 @@ class Demand:
 @dataclass(frozen=True)
 class Choice:
     """The `means` of a run, their peak, and the least that any means would take with which settings changed. `bound`:
-    why experts cannot come in groups.
+    why experts cannot come in groups; `scratch`: what lies on disk meanwhile.
     """
 
     means: Means
@@ -252,6 +258,7 @@ class Choice:
     advice: str = ""
     forwards_chosen: bool = False
     bound: str | None = None
+    scratch: int = 0
 
 
 def choose(demand: Demand, available: int | None) -> Choice:
@@ -279,6 +286,7 @@ def choose(demand: Demand, available: int | None) -> Choice:
         _advice(config, chosen, best),
         chosen.forwards != fixed.forwards,
         demand.ungroupable if demand.experts else None,
+        demand.scratch(chosen),
     )
 
 

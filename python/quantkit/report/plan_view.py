@@ -43,7 +43,9 @@ def render_plan(plan: Plan) -> str:
         + (f"; {size(e.gram_bytes)} of it for a layer's Gram matrices, in x in for each input" if e.gram_bytes else "")
         + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else "")
         + (f"; {means}" if (means := plan.means.describe()) else ""),
-        f"disk     {size(e.output_bytes)} needed, {size(e.disk_available)} free",
+        f"disk     {size(e.output_bytes)} needed, "
+        + (f"{size(e.choice.scratch)} for hidden states, " if e.choice is not None and e.choice.scratch else "")
+        + f"{size(e.disk_available)} free",
     ]
     if plan.statistics is not None:
         lines.append(f"inputs   {plan.statistics.told()}")
