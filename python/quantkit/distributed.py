@@ -61,9 +61,9 @@ class Ranks:
         for theirs, mine in zip(outgoing[self.rank], incoming[self.rank], strict=True):
             mine.copy_(theirs)
 
-    def gather_rows(self, part: Tensor, counts: Sequence[int]) -> Tensor:
-        """Every rank's `part` [counts[rank], ...] below one another."""
-        return part
+    def gather_rows(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """For each of `parts` [counts[rank], ...] every rank's below one another."""
+        return list(parts)
 
     def failed(self, error: BaseException) -> bool:
         """Tell the others that this rank stops because of `error`; whether one of them will print it."""
@@ -76,13 +76,26 @@ class TorchRanks(Ranks):
     def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
         import torch.distributed as dist
 
+        from .same_host import SameHost
+
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group, self._watch = group, watch
         self._failed: BaseException | None = None
         self._told = False
+        shared = SameHost(self.rank, self.gather)
+        self._shared = shared if all(self.gather(shared.works)) else None
 
     def barrier(self) -> None:
         self.gather(None)
+
+    def _numbers(self, own: list[int]) -> list[list[int]]:
+        """Every rank's `own`, which are as many on each."""
+        import torch
+        import torch.distributed as dist
+
+        found = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(found, torch.tensor(own), group=self._group)
+        return [numbers.tolist() for numbers in found]
 
     def gather(self, value: Any) -> list[Any]:
         import torch.distributed as dist
@@ -109,6 +122,13 @@ class TorchRanks(Ranks):
 
         works = []
         try:
+            if self._shared is not None and self._shared.exchange(
+                [[_raw(t) for t in tensors] for tensors in outgoing],
+                [[_raw(t) for t in tensors] for tensors in incoming],
+                self._numbers,
+            ):
+                super().exchange(outgoing, incoming)
+                return
             for rank in range(self.world):
                 if rank == self.rank:
                     continue
@@ -127,11 +147,12 @@ class TorchRanks(Ranks):
         except RuntimeError as error:
             self._lost(error)
 
-    def gather_rows(self, part: Tensor, counts: Sequence[int]) -> Tensor:
-        whole = part.new_empty((sum(counts), *part.shape[1:]))
-        parts = whole.split(list(counts))
-        self.exchange([[part.contiguous()]] * self.world, [[p] for p in parts])
-        return whole
+    def gather_rows(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        found = [part.new_empty((sum(counts), *part.shape[1:])) for part in parts]
+        places = [whole.split(list(counts)) for whole in found]
+        outgoing = [part.contiguous() for part in parts]
+        self.exchange([outgoing] * self.world, [[place[r] for place in places] for r in range(self.world)])
+        return found
 
     def failed(self, error: BaseException) -> bool:
         if error is not self._failed:

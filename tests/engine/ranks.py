@@ -25,7 +25,20 @@ JOBS = {
     ),
     "histogram": ("tiny-llama", "{QuantizationModifier: {scheme: W8A8_STATIC_ASYM, input_observer: kl}}"),
     "experts": ("tiny-moe", "{GPTQModifier: {scheme: W4A16}}"),
+    "few tokens": ("tiny-moe", "{GPTQModifier: {scheme: W4A16, min_tokens_per_module: 2000}}"),
+    "in groups": ("tiny-moe", "{GPTQModifier: {scheme: W8A8}}"),
+    "experts fp8": ("tiny-moe", "{QuantizationModifier: {scheme: FP8}}"),
+    "two forwards": ("tiny-llama", "{GPTQModifier: {scheme: W4A16, actorder: group}}"),
+    "on disk": ("tiny-llama", "{GPTQModifier: {scheme: W4A16_ASYM}}"),
+    "every expert": ("tiny-moe", "{GPTQModifier: {scheme: W4A16, moe_calibrate_all_experts: true}}"),
     "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
+}
+
+
+MORE = {
+    "two forwards": "global: {calibration_forwards: 2, ",
+    "on disk": "calibration: {offload: disk}\nglobal: {",
+    "in groups": "calibration: {offload: disk}\nglobal: {",
 }
 
 
@@ -35,7 +48,7 @@ def yaml_of(job: str, folder: Path, save: Path) -> Path:
     path = folder / f"{job}.yaml"
     path.write_text(
         f"""
-global: {{save_path: {save}, max_shard_size: 200KB}}
+{MORE.get(job, "global: {")}save_path: {save}, max_shard_size: 200KB}}
 model: {{model_path: {EXAMPLES / "models" / model}}}
 compression: {{recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}}}
 dataset:

@@ -114,14 +114,16 @@ def across(parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statist
     """
     if ranks.world == 1:
         return fold(parts) if parts else None
-    shared = ranks.gather([Part(part.leaf, part.sum.copy(gram=False), part.whole) for part in parts])
+    light = [Part(part.leaf, part.sum.copy(gram=False), part.whole) for part in parts]
+    everyone = ranks.gather((light, any(part.sum.gram is not None for part in parts)))
+    shared = [theirs for theirs, _ in everyone]
     found = next((part.sum for theirs in shared for part in theirs), None)
     if found is None:
         return None
     cols = found.min.shape[0]
     counts = [end - begin for begin, end in (ranks.share(cols, r) for r in range(ranks.world))]
     stripes = [p.sum.gram.split(counts) for p in parts if p.sum.gram is not None]
-    if any(ranks.gather(bool(stripes))):
+    if any(grams for _, grams in everyone):
         incoming = [[torch.empty(counts[ranks.rank], cols) for _ in theirs] for theirs in shared]
         ranks.exchange([[stripe[r] for stripe in stripes] for r in range(ranks.world)], incoming)
         for theirs, arrived in zip(shared, incoming, strict=True):
@@ -129,7 +131,7 @@ def across(parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statist
                 part.sum.gram = gram
     whole = fold([part for theirs in shared for part in theirs])
     if whole.gram is not None:
-        whole.gram = ranks.gather_rows(whole.gram, counts)
+        (whole.gram,) = ranks.gather_rows([whole.gram], counts)
     return whole
 
 

@@ -206,6 +206,8 @@ def _sweep(
 ) -> list[dict[str, Outcome]]:
     """All jobs of one shape at once; each one's rows are cut apart again. `ranks` share the rows."""
     args, cols, size = batch[0].args, batch[0].cols, batch[0].args.group_size or -1
+    one_scale = args.strategy == "tensor"
+    mine = own_rows(batch[0].rows, ranks)
     weights, grams, orders = [], [], []
     for job in batch:
         gram = job.seen.gram
@@ -214,26 +216,27 @@ def _sweep(
         parts = [working.weight(name) for name in job.members]
         for name, part in zip(job.members, parts, strict=True):
             check_finite(name, part, part.abs().amax())
-        weight = torch.cat(parts).float()
+        weight = torch.cat(parts)[slice(None) if one_scale else mine].float()
         weights.append(weight if order is None else weight.gather(1, order.expand_as(weight)))
         grams.append(gram if order is None else _permuted(gram, order))
         orders.append(order)
     factor, dead, dampening = _factor(modifier, _stacked(grams), batch)
     weight = _stacked(weights)
     scale = zero_point = None
-    if args.strategy == "tensor":
+    if one_scale:
         scale, zero_point = _one_scale(batch, weight)
+        weight, scale = weight[:, mine], scale[:, mine]
+        zero_point = None if zero_point is None else zero_point[:, mine]
     q_min, q_max = args.q_range
     search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 else (0.0, 0)
-    mine = own_rows(batch[0].rows, ranks)
     codes, scale, zero, loss = ops.gptq_sweep(
-        weight[:, mine],
+        weight,
         factor,
         q_min=q_min,
         q_max=q_max,
         group_size=size,
-        scale=None if scale is None else scale[:, mine],
-        zero_point=None if zero_point is None else zero_point[:, mine],
+        scale=scale,
+        zero_point=zero_point,
         symmetric=args.symmetric,
         divisor=args.divisor,
         scale_dtype=batch[0].scale_dtype,
@@ -241,15 +244,12 @@ def _sweep(
         search_steps=search_steps,
         signs=batch[0].signs,
     )
-    if ranks.world > 1:
-        counts = row_counts(batch[0].rows, ranks)
-        codes, scale, loss = (torch.stack([ranks.gather_rows(p, counts) for p in x]) for x in (codes, scale, loss))
-        zero = zero if args.symmetric else torch.stack([ranks.gather_rows(p, counts) for p in zero])
+    counts = row_counts(batch[0].rows, ranks)
     found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):
         found.append({})
-        order, g_idx, groups = orders[i], None, None
-        job_codes = codes[i]
+        order, g_idx = orders[i], None
+        job_codes, job_scale, job_zero = codes[i], scale[i], None if args.symmetric else zero[i]
         if order is not None:
             job_codes = torch.empty_like(job_codes).index_copy_(1, order, job_codes)
             if modifier.actorder == "group" and size != -1:
@@ -257,19 +257,24 @@ def _sweep(
                 g_idx = torch.empty_like(places).index_copy_(0, order, places)
             elif size != -1:
                 groups = torch.argsort(order[::size] // size)
+                job_scale = job_scale[:, groups]
+                job_zero = None if job_zero is None else job_zero[:, groups]
+        together = all(packs[name] for name in job.members)
+        if together:
+            job_codes = ops.pack_int32(job_codes, args.num_bits)
+        made = [job_codes, job_scale, loss[i], *([] if job_zero is None else [job_zero])]
+        job_codes, job_scale, job_loss, *rest = ranks.gather_rows(made, counts)
+        job_zero = rest[0] if rest else None
         begin = 0
         for name in job.members:
             rows = slice(begin, begin + working.weight(name).shape[0])
             begin = rows.stop
-            part_scale, part_zero = scale[i, rows], None if args.symmetric else zero[i, rows]
-            if groups is not None:
-                part_scale = part_scale[:, groups]
-                part_zero = None if part_zero is None else part_zero[:, groups]
-            if args.strategy == "tensor":
+            part_scale, part_zero = job_scale[rows], None if job_zero is None else job_zero[rows]
+            if one_scale:
                 part_scale, part_zero = part_scale[:1], None if part_zero is None else part_zero[:1]
             part_codes = job_codes[rows]
-            packed = ops.pack_int32(part_codes, args.num_bits) if packs[name] else part_codes
-            total = 2.0 * float(loss[i, rows].sum(dtype=torch.float64))
+            packed = ops.pack_int32(part_codes, args.num_bits) if packs[name] and not together else part_codes
+            total = 2.0 * float(job_loss[rows].sum(dtype=torch.float64))
             power = energy(working.weight(name), job.seen)
             found[i][name] = Outcome(
                 QuantizedTensor(
