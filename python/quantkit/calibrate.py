@@ -144,6 +144,7 @@ def calibrate(
                     all_experts=every,
                     offload=writer.working_folder if how.offload == "disk" else None,
                     expert_group=how.experts,
+                    keep_memory=how.kept,
                 )
             return writer.finish()
 

@@ -158,8 +158,8 @@ def _writer(plan: Plan, ranks: Ranks) -> CheckpointWriter:
     writer = None
     if ranks.first:
         plan.require_room()
-        # What waits for the disk counts, too.
-        pending = (64 if plan.means.kept else 16) << 20
+        # What waits for the disk counts, too; calibration is slower than any disk.
+        pending = (16 if plan.recipe.needs_data else 64) << 20
         writer = CheckpointWriter(
             plan.layout, plan.config.output_dir, overwrite=plan.config.global_.overwrite, max_pending_bytes=pending
         )

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # besides.
 PROCESS, CALIBRATING = 340 << 20, 70 << 20
 # Packed weights that wait for the disk.
-QUEUE, SHORT_QUEUE = 64 << 20, 16 << 20
+QUEUE = 16 << 20
 # What malloc keeps of what was freed, as a share of all that a calibration works with; and where it goes back at once.
-KEPT, RETURNED = 1.3, 1.05
+KEPT, RETURNED = 1.3, 1.1
 # num_samples: -1 means all there are, which the plan does not count.
 UNLIMITED_SAMPLES = 512
 # What activations of all batches may take while they wait in front of a Linear, for one forward a layer instead of two.
@@ -219,12 +219,11 @@ class Demand:
             largest = max(layer.grams, default=0)
             return held + max(forward + SUMS * largest, forward + masters + largest + self._work)
         grams = sum(layer.grams)
-        queue = QUEUE if how.kept else SHORT_QUEUE
-        outer = max(forward + SUMS * grams, layer.outer + masters + min(queue, layer.outer) + grams + self._work)
+        outer = max(forward + SUMS * grams, layer.outer + masters + min(QUEUE, layer.outer) + grams + self._work)
         if not layer.experts:
             return outer
         sizes = sorted((size + layer.expert_grams.get(key, 0) for key, size in layer.experts.items()), reverse=True)
-        routed = min(queue, sum(layer.experts.values())) + self._work + self._activations
+        routed = min(QUEUE, sum(layer.experts.values())) + self._work + self._activations
         if how.experts is None or how.experts >= len(sizes):
             smoothed = 2 * sum(layer.experts.values()) if self.ungroupable and self.places else 0
             return outer + sum(sizes) + smoothed + routed - self._work - self._activations
