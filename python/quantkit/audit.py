@@ -15,7 +15,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
 from .models.families import family_of
 from .models.mappings import OFFSET_NORMS
+from .parallel import each, single_threaded_ops
 from .plan import attention_modules, collapse, kv_heads
 from .quantized import QuantizedTensor
 from .report.progress import Progress
@@ -50,8 +50,9 @@ SEARCHED = ("mse", "percentile")
 NORM = re.compile(r"norm\d*\.weight$")
 # Elements of a weight that are compared at a time in fp32.
 CHUNK = 1 << 24
-# Bytes of what was carried over that are compared at a time.
-PIECE = 64 << 20
+# Of a rounded one so many, in multiples of so many rows, blocks and words of zero points being whole; of tensors that
+# were carried over so many bytes.
+PART, PART_UNIT = 1 << 20, 128
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class AuditResult:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    def add(self, other: AuditResult) -> None:
+        """What `other`, of other tensors, found."""
+        self.weights += other.weights
+        self.problems += other.problems
+        self.carried += other.carried
+        self.rewritten += other.rewritten
 
     def to_json(self) -> str:
         """Everything, for programs: the verdict, the problems, and each weight's figures."""
@@ -206,23 +214,46 @@ def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, r
     for attention in quantized.cache_quantizers:
         for part in CACHE_PARTS:
             _check_scale(f"{attention}.{part}", quantized.checkpoint, result)
+    names = list(source.tensors)
+    found = [AuditResult("") for _ in names]
     with Progress("audit", total=source.total_bytes, unit="B", enabled=show) as progress:
-        for name, info in source.tensors.items():
+
+        def one(index: int) -> None:
+            name, own = names[index], found[index]
             module = quantized.module_of(name)
             if module is not None:
-                _check_weight(module, quantized, source, record, result)
+                _check_weight(module, quantized, source, record, own)
             elif name in record.rewritten:
-                _check_rewritten(name, quantized.checkpoint, source, family.model_type in OFFSET_NORMS, result)
+                _check_rewritten(name, quantized.checkpoint, source, family.model_type in OFFSET_NORMS, own)
             else:
-                _check_carried(name, quantized.checkpoint, source, result)
-            progress.advance(info.nbytes)
+                _check_carried(name, quantized.checkpoint, source, own)
+            progress.advance(source.tensors[name].nbytes)
+
+        # Side by side what goes through memory in parts; the others one by one, since each takes a weight's size.
+        light = [index for index, name in enumerate(names) if _in_parts(name, quantized, record)]
+        with single_threaded_ops() as threads:
+            each(light, one, threads)
+        for index in sorted(set(range(len(names))) - set(light)):
+            one(index)
+    for own in found:
+        result.add(own)
+
+
+def _in_parts(name: str, quantized: WeightSource, record: Record) -> bool:
+    """Whether tensor `name` is compared without taking memory for all of it."""
+    module = quantized.module_of(name)
+    if module is None:
+        return True
+    assert quantized.format is not None
+    args = quantized.schemes[module].weights
+    return quantized.format.BY_ROWS and args.scales == "float" and record.is_rounded(module, args)
 
 
 def _check_weight(
     module: str, quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult
 ) -> None:
-    weight = quantized.quantized(module)
-    original = source.tensor(f"{module}.weight")
+    in_parts = _in_parts(f"{module}.weight", quantized, record)
+    weight = quantized.quantized(module, populate=not in_parts)
     scale = weight.scale
     rounded = record.is_rounded(module, weight.args)
     negative = quantized.schemes[module].scales_may_be_negative and not rounded
@@ -236,9 +267,9 @@ def _check_weight(
         )
         return
     if rounded:
-        _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
+        _check_rounded(module, source, weight, quantized, in_parts, result)
     else:
-        _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
+        _check_noise(module, source.tensor(f"{module}.weight"), weight, record.rescaled.get(module, ""), result)
     for part in ("input_scale", "input_global_scale", "weight_global_scale"):
         if f"{module}.{part}" in quantized.checkpoint.tensors:
             _check_scale(f"{module}.{part}", quantized.checkpoint, result)
@@ -247,15 +278,32 @@ def _check_weight(
 
 
 def _check_rounded(
-    module: str, original: Tensor, weight: QuantizedTensor, scale_dtype: str, result: AuditResult
+    module: str,
+    source: Checkpoint,
+    weight: QuantizedTensor,
+    quantized: WeightSource,
+    in_parts: bool,
+    result: AuditResult,
 ) -> None:
     """No element may be further away than half a code."""
+    import torch
+
     from . import ops
 
-    figures = ops.quantization_error(original, weight.unpacked(), weight.scale, weight.zero_point, weight.args.block)
-    noise, signal, largest, peak = figures.tolist()
+    name, figures = f"{module}.weight", []
+    step = max(1, PART // max(1, weight.cols * PART_UNIT)) * PART_UNIT
+    for first in range(0, weight.rows, step):
+        end = min(first + step, weight.rows)
+        original = source.rows(name, first, end)
+        part = quantized.quantized_rows(module, weight, first, end) if in_parts else weight.part(first, end)
+        error = ops.quantization_error(original, part.unpacked(), part.scale, part.zero_point, weight.args.block)
+        # Not as tensors: small ones that stay would keep malloc from taking the parts' memory again.
+        figures.append(error.tolist())
+    found = torch.tensor(figures, dtype=torch.float64).reshape(-1, 4)
+    noise, signal = found[:, :2].sum(0).tolist()
+    largest, peak = found[:, 2:].amax(0).tolist()  # NaN stays
     result.weights.append(WeightError(module, _decibels(signal, noise), largest, peak))
-    limit = _error_limit(weight.args, float(weight.scale.max()), scale_dtype)
+    limit = _error_limit(weight.args, float(weight.scale.max()), quantized.scale_dtype(module))
     if not largest <= limit:
         result.problems.append(
             f"{module}: max |error| {largest:.3e} is above {limit:.3e}, half a code at its largest scale"
@@ -369,27 +417,24 @@ def _error_limit(args: QuantizationArgs, largest_scale: float, scale_dtype: str)
 
 
 def _check_carried(name: str, written: Checkpoint, source: Checkpoint, result: AuditResult) -> None:
-    import torch
-
-    both = zip_longest(_pieces(written, name), _pieces(source, name))
-    if not all(a is not None and b is not None and torch.equal(a, b) for a, b in both):
+    if not _same_bytes(name, written, source):
         result.problems.append(f"{name}: carried over, but its bytes differ from the source's")
     result.carried += 1
     source.release(name)
     written.release(name)
 
 
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """The bytes of a tensor, of whatever dtype, some at a time: an embedding may be the largest thing there is."""
+def _same_bytes(name: str, written: Checkpoint, source: Checkpoint) -> bool:
     import torch
 
-    info = checkpoint.info(name)
-    if name in checkpoint.dequantized:
-        yield from checkpoint.tensor(name).reshape(-1).view(torch.uint8).split(PIECE)
-        return
-    mapped = checkpoint.mapped(info.file) if info.nbytes else None
-    for begin in range(info.begin, info.end, PIECE):
-        end = min(begin + PIECE, info.end)
-        assert mapped is not None
-        yield torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=begin)
-        mapped.drop(begin, end)
+    nbytes = source.info(name).nbytes
+    if nbytes == 0:
+        return True
+    if name in source.dequantized:
+        made = source.tensor(name).reshape(-1).view(torch.uint8)
+        return torch.equal(written.raw(name, 0, nbytes), made)
+    for begin in range(0, nbytes, PART):
+        end = min(begin + PART, nbytes)
+        if not torch.equal(written.raw(name, begin, end), source.raw(name, begin, end)):
+            return False
+    return True

@@ -183,6 +183,15 @@ class WrittenOutput:
         if self.plan.format.FOLDS and inputs is not None and not inputs.dynamic:
             self._folded[module] = Folded.of(quantized, torch_dtype(self.plan.modules[module].dtype))
 
+    def part(self, module: str, first: int, quantized: QuantizedTensor) -> None:
+        """Some rows of a weight, from `first` on, for a format that holds rows as rows. From any thread."""
+        planned, fmt = self.plan.modules[module], self.plan.format
+        before = fmt.stored_tensors(module, planned.scheme, first, planned.cols, planned.dtype)
+        rows = {tensor.name: tensor.shape[0] for tensor in before}
+        for name, tensor in fmt.pack_weight(module, quantized, self.plan.scale_dtype(module)).items():
+            if len(tensor) < self.plan.layout.tensors[name].shape[0] or first == 0:
+                self.writer.write_rows(name, rows[name] if first else 0, tensor)
+
     def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
         folded = self._folded.pop(module, None)
         if folded is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ class QuantizedTensor:
     """codes: int8 or FP8 [rows, cols], or, when `packed`, int32 words (FP4: bytes of two); scale fp32 [grid rows, grid
     cols]; zero_point int8 of the scale's shape, None if symmetric. `args` says what the codes mean. `g_idx`: int32
     [cols], the group of each column, where groups are not runs of neighbours (actorder "group"). `global_scale`: fp32
-    [1], what NVFP4's stored scales are divided by; `scale` is the quotient.
+    [1], what NVFP4's stored scales are divided by; `scale` is the quotient. `rows` are those of the weight, also where
+    codes, scale and zero_point are of some of them (`part`).
     """
 
     codes: Tensor
@@ -29,6 +30,13 @@ class QuantizedTensor:
     packed: bool = False
     g_idx: Tensor | None = None
     global_scale: Tensor | None = None
+
+    def part(self, begin: int, end: int) -> QuantizedTensor:
+        """Rows [begin, end) as views; `begin` is the first row of a block."""
+        size = self.args.block[0]
+        grid = slice(None) if size == -1 else slice(begin // size, -(-end // size))
+        zero_point = None if self.zero_point is None else self.zero_point[grid]
+        return replace(self, codes=self.codes[begin:end], scale=self.scale[grid], zero_point=zero_point)
 
     def unpacked(self) -> Tensor:
         """The codes as int8 or FP8 [rows, cols]; FP4's values are FP8's too."""

@@ -7,7 +7,10 @@ cache, and `release` takes its pages out of the process's resident set.
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +217,41 @@ class Checkpoint:
         if info.begin % alignment(info.dtype):
             raw = raw.clone()
         return raw.view(dtype).reshape(shape)
+
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of tensor `name`, which has at least one dimension, read into memory of their own: for
+        some megabytes at a time that is faster than to map them, and it leaves nothing to release.
+        """
+        return self._read(self._rows(self.info(name), begin, end))
+
+    def raw(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes [begin, end) of what the file has of tensor `name`, uint8, as `rows`."""
+        info = self.info(name)
+        return self._read(
+            replace(info, dtype="U8", shape=(end - begin,), begin=info.begin + begin, end=info.begin + end)
+        )
+
+    def _rows(self, info: TensorInfo, begin: int, end: int) -> TensorInfo:
+        count, *rest = info.shape
+        if not 0 <= begin <= end <= count:
+            raise ValueError(f"rows {begin} to {end} of '{info.name}', which has {count}")
+        row = (info.end - info.begin) // max(1, count)
+        return replace(info, shape=(end - begin, *rest), begin=info.begin + begin * row, end=info.begin + end * row)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        import torch
+
+        made = torch.empty(info.end - info.begin, dtype=torch.uint8)
+        buffer, mapped, done = made.numpy().data, self.mapped(info.file), 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(mapped.fileno(), [buffer[done:]], info.begin + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "reading: the file became shorter after it was opened")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
+        return made.view(torch_dtype(info.dtype)).reshape(torch_shape(info.dtype, info.shape))
 
     def prefetch(self, name: str) -> None:
         """Start reading tensor `name` from disk, to have it when it is needed; returns at once."""

@@ -84,6 +84,7 @@ class CheckpointWriter:
         self.layout = layout
         self.output = Path(os.path.abspath(output))
         self._claimed: set[str] = set()
+        self._lacking: dict[str, int] = {}  # of those that came in parts, the bytes that are still to come
         self._apart: set[Path] = set()  # source folders known to be neither the output nor within it
         self._side_files: dict[str, Path] = {}
         self._config: bytes | None = None
@@ -105,17 +106,19 @@ class CheckpointWriter:
     def missing(self) -> list[str]:
         """The tensors not given yet, in the layout's order."""
         with self._lock:
-            return [name for name in self.layout.tensors if name not in self._claimed]
+            return [name for name in self.layout.tensors if name not in self._claimed or name in self._lacking]
 
     def written_elsewhere(self, names: Iterable[str]) -> None:
         """Other processes have written these tensors (see `joined`), and they are on disk."""
         for name in names:
             self._claim(name)
 
-    def _claim(self, name: str) -> OutputTensor:
-        """Check that tensor `name` is planned and has not been given yet, and note that it has."""
+    def _claim(self, name: str, in_parts: bool = False) -> OutputTensor:
+        """Check that tensor `name` is planned and has not been given yet, or not all of it, and note that it has."""
         with self._lock:
             self._require_open()
+            if in_parts and name in self._lacking:
+                return self.layout.tensors[name]
             planned = self.layout.tensors.get(name)
             if planned is None:
                 hint = nearest(name, self.layout.tensors)
@@ -123,6 +126,8 @@ class CheckpointWriter:
             if name in self._claimed:
                 raise CheckpointError(f"{self.output}: tensor '{name}' is written twice")
             self._claimed.add(name)
+            if in_parts:
+                self._lacking[name] = planned.nbytes
             return planned
 
     def _require_open(self) -> None:
@@ -165,6 +170,34 @@ class CheckpointWriter:
                 file.start_writeback(begin + offset, begin + offset + len(piece))
 
         self._submit(len(data), job)
+
+    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Write rows [first, first + len(rows)) of tensor `name`, in the calling thread; when it has all of them, the
+        tensor is written. Parts may come in any order and from several threads, each row once.
+        """
+        import torch
+
+        planned = self._claim(name, in_parts=True)
+        count, *rest = torch_shape(planned.dtype, planned.shape)
+        if (rows.dtype, list(rows.shape[1:])) != (torch_dtype(planned.dtype), rest) or first + len(rows) > count:
+            raise CheckpointError(
+                f"{self.output}: tensor '{name}' is planned as {planned.dtype} {list(planned.shape)}, and its rows "
+                f"from {first} on are {name_of(rows.dtype)} {list(rows.shape)}"
+            )
+        data = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+        shard = self.layout.shard_of[name]
+        begin, end = shard.ranges[name]
+        begin += first * ((end - begin) // max(1, count))
+        file = self._files[shard.file]
+        try:
+            file.write(data, begin)
+            file.start_writeback(begin, begin + len(data))
+        except OSError as error:
+            self._fail(error)
+        with self._lock:
+            self._lacking[name] -= len(data)
+            if not self._lacking[name]:
+                del self._lacking[name]
 
     def copy(self, name: str, info: TensorInfo, source: Checkpoint) -> None:
         """Write the bytes of `source`'s tensor `info` under `name`; they are copied in the kernel and never enter

@@ -24,6 +24,7 @@ class Format(Protocol):
     """What a format module offers. A new format is one new file and one line in FORMATS. `PARTS`: the last names of the
     tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: whether config.json has its block. `FOLDS`:
     whether the scales of a static input take in the weight and the bias. `ZERO_POINT`: its zero point's last name.
+    `BY_ROWS`: whether each of its tensors has rows for rows of the weight, or is the same for all of them.
     """
 
     NAME: str
@@ -31,6 +32,7 @@ class Format(Protocol):
     PARTS: tuple[str, ...]
     IN_CONFIG: bool
     FOLDS: bool
+    BY_ROWS: bool
     ZERO_POINT: str
 
     def check(self, scheme: QuantizationScheme) -> None: ...

@@ -30,6 +30,7 @@ NAME = "compressed-tensors"
 VERSION = "0.18.0"
 # Whether config.json has the block, and whether input scales take in the weight and bias.
 IN_CONFIG, FOLDS = True, False
+BY_ROWS = True
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),

@@ -117,16 +117,30 @@ class Fp8Source(Checkpoint):
         scale = self._scales.get(name)
         if scale is None:
             return super().tensor(name, populate)
+        return self._dequantized(name, self._tensor(self._stored[name], True), self._tensor(scale, True))
+
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """As in `Checkpoint`; of a weight in FP8, `begin` is the first row of a block, or an expert."""
+        scale = self._scales.get(name)
+        if scale is None:
+            return super().rows(name, begin, end)
+        size = self._block[0] if len(scale.shape) == 2 else 1
+        if begin % size:
+            raise ValueError(f"rows {begin} to {end} of '{name}' begin within a block of {size}")
+        codes = self._read(self._rows(self._stored[name], begin, end))
+        return self._dequantized(name, codes, self._read(self._rows(scale, begin // size, -(-end // size))))
+
+    def _dequantized(self, name: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         import torch
 
         from .. import ops
 
-        scales = self._tensor(scale, True).to(torch.float32)
+        scales = scales.to(torch.float32)
         if not bool(torch.isfinite(scales).all()):
             raise CheckpointError(
-                f"{self.folder / scale.file}: {scale.name} has NaN or Inf; the checkpoint is damaged, download it again"
+                f"{self.folder}: {self._scales[name].name} has NaN or Inf; the checkpoint is damaged, download it again"
             )
-        codes, dtype = self._tensor(self._stored[name], True), torch_dtype(self.tensors[name].dtype)
+        dtype = torch_dtype(self.tensors[name].dtype)
         if codes.dim() == 2:
             return ops.dequantize(codes, scales, None, self._block, dtype)
         experts = torch.empty(codes.shape, dtype=dtype)

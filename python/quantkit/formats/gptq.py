@@ -30,6 +30,7 @@ NAME = "gptq"
 VERSION = ""
 # Whether config.json has the block, and whether input scales take in the weight and bias.
 IN_CONFIG, FOLDS = True, False
+BY_ROWS = False  # they are its columns
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -37,6 +37,7 @@ VERSION = "1.0.0"
 PARTS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
 IN_CONFIG = False
 FOLDS = True
+BY_ROWS = True
 ZERO_POINT = "input_offset"
 # Kinds, the one that names the model first.
 KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A16")

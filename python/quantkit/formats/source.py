@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..checkpoint.dtypes import torch_dtype
 from ..checkpoint.reader import Checkpoint
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
@@ -90,17 +92,25 @@ class WeightSource:
         module = self.module_of(name)
         return self.checkpoint.tensor(name) if module is None else self.quantized(module).dequantize()
 
-    def quantized(self, module: str) -> QuantizedTensor:
-        """The codes and scales of `module`'s weight."""
+    def quantized(self, module: str, populate: bool = True) -> QuantizedTensor:
+        """The codes and scales of `module`'s weight; `populate` as in `Checkpoint.tensor`."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
-        return self.format.load_weight(module, self.schemes[module], self.checkpoint.tensor, *self.shape(module))
+        get = partial(self.checkpoint.tensor, populate=populate)
+        return self.format.load_weight(module, self.schemes[module], get, *self.shape(module, populate))
 
-    def shape(self, module: str) -> tuple[int, int]:
+    def quantized_rows(self, module: str, weight: QuantizedTensor, begin: int, end: int) -> QuantizedTensor:
+        """Rows [begin, end) of `weight`, which is `module`'s; read anew from a format that holds them as rows."""
+        part, shape = weight.part(begin, end), tuple(weight.codes.shape)
+        infos = (self.checkpoint.info(name) for name in self.stored(module))
+        name = next(i.name for i in infos if i.shape == shape and torch_dtype(i.dtype) == weight.codes.dtype)
+        return replace(part, codes=self.checkpoint.rows(name, begin, end))
+
+    def shape(self, module: str, populate: bool = True) -> tuple[int, int]:
         """[rows, cols] of `module`'s weight."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
-        return self.format.shape(module, self.schemes[module], self.checkpoint.tensor)
+        return self.format.shape(module, self.schemes[module], partial(self.checkpoint.tensor, populate=populate))
 
     def scale_dtype(self, module: str) -> str:
         """What `module`'s weight scale is stored in, as safetensors names it."""

@@ -1,0 +1,214 @@
+"""Weights in parts, on several threads, give the bytes of whole ones; memory is that of the parts; any architecture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantkit import audit as audit_module
+from quantkit import data_free
+from quantkit.checkpoint.layout import OutputTensor, plan_layout
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import CheckpointWriter
+from quantkit.errors import CheckpointError
+from quantkit.formats import FORMATS
+from quantkit.parallel import each, single_threaded_ops
+
+from ..e2e.jobs import quantize_by
+from .headers import write_headers
+
+SHAPES = {
+    "self_attn.q_proj": (300, 256),
+    "self_attn.k_proj": (129, 256),
+    "self_attn.v_proj": (128, 256),
+    "mlp.up_proj": (1, 256),
+    "mlp.down_proj": (257, 384),
+}
+SCHEMES = ["W8A8", "W8A8_ASYM", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W4A16_ASYM", "W4A16_CHANNEL_ASYM", "W8A16_ASYM"]
+RECIPES = {
+    **{scheme: f"{{QuantizationModifier: {{scheme: {scheme}}}}}" for scheme in SCHEMES},
+    "FP8 per tensor": "{QuantizationModifier: {config_groups: {group_0: "
+    "{targets: [Linear], weights: {num_bits: 8, type: float, strategy: tensor, symmetric: true}, "
+    "input_activations: {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: true}}}}}",
+    "int8 per tensor": "{QuantizationModifier: {config_groups: {group_0: "
+    "{targets: [Linear], weights: {num_bits: 8, type: int, strategy: tensor, symmetric: true}, "
+    "input_activations: {num_bits: 8, type: int, strategy: token, symmetric: true, dynamic: true}}}}}",
+    "mse": "{QuantizationModifier: {config_groups: {group_0: {targets: [Linear], weights: "
+    "{num_bits: 4, type: int, strategy: group, group_size: 32, symmetric: true, observer: mse}}}}}",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model type that nobody knows."""
+    folder = tmp_path_factory.mktemp("model") / "strange"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "strange", "num_hidden_layers": 2, "dtype": "bfloat16", "hidden_size": 256})
+    )
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for layer in range(2)
+        for name, shape in SHAPES.items()
+    }
+    tensors["model.norm.weight"] = torch.ones(256, dtype=torch.bfloat16)
+    tensors["lm_head.weight"] = torch.randn(64, 256, generator=generator).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def made(model: Path, recipe: str, folder: Path, *overrides: str) -> dict[str, bytes]:
+    folder.mkdir()
+    output = quantize_by(str(model), recipe, folder, *overrides)
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.name != "quantkit_config.json"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_parts_give_the_bytes_of_whole_weights(
+    recipe: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_one_part = made(model, recipe, tmp_path / "one")
+    monkeypatch.setattr(data_free, "PART", 1)  # 128 rows
+    monkeypatch.setattr(audit_module, "PART", 1)
+    monkeypatch.setattr(data_free, "AHEAD", 1)
+    for threads in (1, 3):
+        found = made(model, recipe, tmp_path / f"threads {threads}", f"global.num_threads={threads}")
+        assert found == in_one_part
+    monkeypatch.setattr(FORMATS["compressed-tensors"], "BY_ROWS", False)
+    assert made(model, recipe, tmp_path / "whole") == in_one_part
+
+
+@pytest.mark.parametrize(("scheme", "save_name"), [("W8A8", "mindie"), ("FP8_BLOCK", "fp8")])
+def test_other_formats_with_rows(
+    scheme: str, save_name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"compression.save_name={save_name}"
+    monkeypatch.setattr(data_free, "PART", 1)
+    in_parts = made(model, RECIPES[scheme], tmp_path / "parts", name)
+    monkeypatch.setattr(FORMATS[save_name], "BY_ROWS", False)
+    assert made(model, RECIPES[scheme], tmp_path / "whole", name) == in_parts
+
+
+@pytest.mark.parametrize("recipe", ["W8A8", "FP8 per tensor", "mse"])
+def test_a_value_that_is_not_finite_is_named_by_its_row_in_the_weight(
+    recipe: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: tensor.clone() for name, tensor in _loaded(model).items()}
+    tensors["model.layers.1.self_attn.q_proj.weight"][270, 3] = float("nan")
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    monkeypatch.setattr(data_free, "PART", 1)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj: NaN or Inf in row 270 of 300;"):
+        made(folder, RECIPES[recipe], tmp_path / "output")
+    assert torch.get_num_threads() > 0 and not [t for t in threading.enumerate() if t.name.startswith("quantkit-")]
+
+
+def _loaded(folder: Path) -> dict[str, torch.Tensor]:
+    with Checkpoint(folder) as checkpoint:
+        return {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
+
+
+def test_the_audit_sees_a_wrong_code_in_a_later_part(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "output"
+    folder.mkdir()
+    output = quantize_by(str(model), RECIPES["W8A8"], folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    with Checkpoint(output) as checkpoint:
+        begin = checkpoint.info(name).begin + 256 * 384 + 5  # row 256
+    with open(output / "model.safetensors", "r+b") as file:
+        file.seek(begin)
+        code = file.read(1)[0]
+        file.seek(begin)
+        file.write(bytes([code ^ 0x40]))
+    monkeypatch.setattr(audit_module, "PART", 1)
+    with Checkpoint(model) as source:
+        found = audit_module.audit(output, source)
+    assert [problem.partition(": max")[0] for problem in found.problems] == [name.removesuffix(".weight")]
+    assert [weight.module for weight in found.weights] == [
+        n.removesuffix(".weight") for n in source.tensors if "layers" in n
+    ]
+
+
+def test_memory_is_that_of_the_parts(tmp_path: Path) -> None:
+    """A weight of 512 MB, all zeros and most of it a hole in the file, per tensor and per channel."""
+    config = {"model_type": "strange", "num_hidden_layers": 1, "dtype": "bfloat16"}
+    folder = write_headers(tmp_path / "model", config, [{"model.layers.0.mlp.up_proj.weight": ("BF16", (32768, 8192))}])
+    peak = "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    base = _run("import quantkit.modifiers.rtn, quantkit.formats.source, quantkit.engine; " + peak)
+    for scheme in ("W8A8", "FP8 per tensor"):
+        yaml = tmp_path / "run.yaml"
+        yaml.write_text(
+            f"global: {{save_path: {tmp_path}, overwrite: true, num_threads: 2}}\nmodel: {{model_path: {folder}}}\n"
+            f"compression:\n  recipe: {{quant_stage: {{quant_modifiers: {RECIPES[scheme]}}}}}\n"
+        )
+        found = _run(f"from quantkit.cli import main; assert main(['run', '-c', {str(yaml)!r}]) == 0; " + peak)
+        assert found - base < 150_000, "kB above the imports"
+
+
+def _run(code: str) -> int:
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def test_rows_are_written_in_any_order_and_none_may_lack(tmp_path: Path) -> None:
+    layout = plan_layout([OutputTensor("a", "I32", (5, 3)), OutputTensor("b", "F32", (2,))], 1 << 20)
+    value = torch.arange(15, dtype=torch.int32).reshape(5, 3)
+    with CheckpointWriter(layout, tmp_path / "output") as writer:
+        writer.side_file("config.json", b"{}")
+        writer.write("b", torch.zeros(2))
+        writer.write_rows("a", 3, value[3:])
+        with pytest.raises(CheckpointError, match=r"'a' is planned as I32 \[5, 3\], and its rows from 4 on are"):
+            writer.write_rows("a", 4, value[3:])
+        with pytest.raises(CheckpointError, match="its rows from 0 on are I64"):
+            writer.write_rows("a", 0, value.long())
+        with pytest.raises(CheckpointError, match="'a' is written twice"):
+            writer.write("a", value)
+        with pytest.raises(CheckpointError, match="not part of the planned output"):
+            writer.write_rows("c", 0, value)
+        assert writer.missing() == ["a"]
+        writer.write_rows("a", 0, value[:3])
+        assert writer.missing() == []
+        with pytest.raises(CheckpointError, match="'a' is written twice"):
+            writer.write_rows("a", 0, value)
+        writer.finish()
+    assert torch.equal(_loaded(tmp_path / "output")["a"], value)
+
+
+def test_each_ends_with_the_first_error_and_begins_nothing_after() -> None:
+    seen: list[int] = []
+    gate = threading.Barrier(2)
+
+    def work(item: int) -> None:
+        seen.append(item)
+        if item < 2:
+            gate.wait()
+            raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"):
+        each(range(100), work, 2)
+    assert sorted(seen) == [0, 1]
+    each(range(5), seen.append, 3)
+    assert sorted(seen) == [0, 0, 1, 1, 2, 3, 4]
+    each([], work, 2)
+
+
+def test_single_threaded_ops_restores_what_was() -> None:
+    threads = torch.get_num_threads()
+    inside: list[int] = []
+    with pytest.raises(KeyError), single_threaded_ops() as before:
+        assert before == threads
+        each([0], lambda _: inside.append(torch.get_num_threads()), 1)
+        raise KeyError
+    assert inside == [1] and torch.get_num_threads() == threads
