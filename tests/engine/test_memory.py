@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,7 @@ def planned(
 def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans do not depend on what this machine has."""
     monkeypatch.setattr("quantkit.estimate._memory_available", lambda: 1 << 40)
+    monkeypatch.setattr("quantkit.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 44))
 
 
 GPTQ = "recipe: {GPTQModifier: {scheme: W4A16}}"
