@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -67,6 +67,28 @@ class RowSink(Protocol):
     def part(self, module: str, first: int, quantized: QuantizedTensor) -> None: ...
 
 
+class Keeper(Protocol):
+    """Knows which tensors of the output an earlier process has done, and hears of those that are done now."""
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of them were done."""
+        ...
+
+    def done(self, names: Iterable[str]) -> None:
+        """All of them have been given to the sink; a later process does all of them again, or none. Any thread."""
+        ...
+
+
+def outputs_of(plan: Plan, name: str) -> list[str]:
+    """What the source's tensor `name` becomes in the output."""
+    module = _module(plan, name)
+    if module is None:
+        return [name]
+    planned = plan.modules[module]
+    stored = plan.format.stored_tensors(module, planned.scheme, planned.rows, planned.cols, planned.dtype)
+    return [tensor.name for tensor in stored]
+
+
 def data_free(
     plan: Plan,
     source: WeightReader,
@@ -75,11 +97,15 @@ def data_free(
     copy: Callable[[str], None] | None = None,
     progress: bool = True,
     ranks: Ranks = ONE,
+    keeper: Keeper | None = None,
 ) -> None:
     """A recipe without data: every weight by itself, in the order it lies in the source. `copy` is called for tensors
-    that stay as they are. Of several `ranks` each does the tensors of some of the source's bytes in a row.
+    that stay as they are. Of several `ranks` each does the tensors of some of the source's bytes in a row;
+    `keeper`, which goes with a `copy`, tells what need not be done again.
     """
     names = own_tensors(plan.checkpoint.tensors, ranks)
+    if keeper is not None:
+        names = [name for name in names if not keeper.has(outputs_of(plan, name))]
     by_rows = plan.format.BY_ROWS and isinstance(source, RowReader) and isinstance(sink, RowSink)
     ahead = _Ahead(plan, names, source) if isinstance(source, RowReader) else None
     if ahead is not None and names:
@@ -100,6 +126,8 @@ def data_free(
                 _by_rows(plan, module, source, sink)  # type: ignore[arg-type]
             else:
                 _whole(plan, module, source, sink, shared)
+            if keeper is not None:
+                keeper.done(outputs_of(plan, name))
             bar.advance(plan.checkpoint.tensors[name].nbytes)
 
         if any(divided):

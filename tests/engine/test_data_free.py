@@ -6,20 +6,24 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from quantkit import audit as audit_module
-from quantkit import data_free
+from quantkit import data_free, engine
 from quantkit.checkpoint.layout import OutputTensor, plan_layout
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import CheckpointWriter
+from quantkit.config.yaml_file import load_run_config
 from quantkit.errors import CheckpointError
 from quantkit.formats import FORMATS
 from quantkit.parallel import each, single_threaded_ops
+from quantkit.quantized import QuantizedTensor
 
 from ..e2e.jobs import quantize_by
 from .headers import write_headers
@@ -139,6 +143,49 @@ def test_the_audit_sees_a_wrong_code_in_a_later_part(
     assert [weight.module for weight in found.weights] == [
         n.removesuffix(".weight") for n in source.tensors if "layers" in n
     ]
+
+
+class Kept:
+    """A keeper, and a sink, that take notes."""
+
+    def __init__(self, before: set[str]) -> None:
+        self.before, self.given, self.told = before, list[str](), list[str]()
+
+    def has(self, names: Iterable[str]) -> bool:
+        return self.before.issuperset(names)
+
+    def done(self, names: Iterable[str]) -> None:
+        self.told += names
+
+    def part(self, module: str, first: int, quantized: QuantizedTensor) -> None:
+        self.given.append(f"{module}.weight")
+
+
+@pytest.mark.parametrize("fmt_by_rows", [True, False])
+def test_a_keeper_hears_of_every_output_and_what_it_has_is_not_done_again(
+    fmt_by_rows: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = tmp_path / "job.yaml"
+    yaml.write_text(
+        f"global: {{save_path: {tmp_path}}}\nmodel: {{model_path: {model}}}\n"
+        "compression: {quantization: {scheme: W4A16_ASYM, ignore_layers: [lm_head]}}\n"
+    )
+    monkeypatch.setattr(FORMATS["compressed-tensors"], "BY_ROWS", fmt_by_rows)
+    monkeypatch.setattr(Kept, "weight", lambda self, module, quantized: self.part(module, 0, quantized), raising=False)
+    with engine.open_plan(load_run_config(yaml)) as plan:
+        first = Kept(set())
+        sink: Any = first
+        copy = first.given.append
+        data_free.data_free(plan, plan.checkpoint, sink, copy=copy, progress=False, keeper=first)
+        assert sorted(first.given) == sorted(plan.checkpoint.tensors)
+        assert sorted(first.told) == sorted(plan.layout.tensors)
+        left = [name for name in plan.checkpoint.tensors if ".1." in name or name == "lm_head.weight"]
+        outputs = {output for name in left for output in data_free.outputs_of(plan, name)}
+        # What was done in part is done again.
+        again = Kept(set(plan.layout.tensors) - outputs - {"model.layers.0.mlp.up_proj.weight_scale"})
+        sink, copy = again, again.given.append
+        data_free.data_free(plan, plan.checkpoint, sink, copy=copy, progress=False, keeper=again)
+        assert sorted(again.given) == sorted([*left, "model.layers.0.mlp.up_proj.weight"])
 
 
 def test_memory_is_that_of_the_parts(tmp_path: Path) -> None:
