@@ -8,37 +8,48 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from . import __version__, distributed
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
-from .checkpoint.joined import JoinedWriter
 from .checkpoint.writer import CheckpointWriter
 from .config.run_config import FP8_SOURCE, RunConfig
 from .data_free import data_free, own_tensors
 from .distributed import ONE, Ranks
-from .errors import DistributedError
+from .errors import DistributedError, Interrupted, QuantkitError
+from .fingerprint import (
+    config_fingerprint,
+    data_fingerprint,
+    machine_fingerprint,
+    source_fingerprint,
+    statistics_fingerprint,
+)
 from .formats.folded import Folded
 from .formats.fp8_source import open_source
 from .plan import Plan, build_plan, config_bytes
+from .report.calibration import CalibrationReport
 from .report.model_card import model_card
 from .report.progress import Progress
+from .resume import Resumption
+from .resume_ranks import SharedResumption
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .calibration.sweep import SweepReport
     from .models.skeleton import Skeleton
     from .models.skeleton import WeightSource as LayerSource
     from .modifiers.sink import Sink
     from .quantized import QuantizedTensor
-    from .report.calibration import CalibrationReport
 
 RECORD, REPORT = "quantkit_config.json", "quantkit_report.json"
 
@@ -78,17 +89,20 @@ def run(
     statistics: Path | str | None = None,
     show: Callable[[Plan], None] | None = None,
     progress: bool = True,
+    restart: bool = False,
 ) -> RunResult:
     """Quantize as `config` says: plan, write, audit. `show` is called with the plan before work starts; `rows` of token
     ids take the place of the dataset section, and `statistics`, a folder that `quantkit calibrate` made, that of
     running the model.
 
     Raises a QuantkitError when something does not fit, before anything is written; the output folder appears
-    only when it is complete. Started by torchrun, all processes work on it together; all get the result.
+    only when it is complete. Where an earlier process was stopped on its way, this one goes on, unless anything that
+    the result depends on has changed (CheckpointError) or `restart` is asked for. Started by torchrun, all processes
+    work on it together; all get the result.
     """
     ranks = distributed.ranks()
     try:
-        return _run(config, rows, statistics, show if ranks.first else None, progress and ranks.first, ranks)
+        return _run(config, rows, statistics, show if ranks.first else None, progress and ranks.first, restart, ranks)
     except BaseException as error:
         ranks.failed(error)
         raise
@@ -100,6 +114,7 @@ def _run(
     statistics: Path | str | None,
     show: Callable[[Plan], None] | None,
     progress: bool,
+    restart: bool,
     ranks: Ranks,
 ) -> RunResult:
     seconds: dict[str, float] = {}
@@ -117,37 +132,156 @@ def _run(
         torch.set_num_threads(config.global_.num_threads)
     if statistics is not None:
         config = replace(config, calibration=replace(config.calibration, statistics=str(statistics)))
-    report: CalibrationReport | None = None
     with open_plan(config, ranks) as plan:
         if show is not None:
             show(plan)
-        writer = _writer(plan, ranks)
-        lap("plan")
-        with writer:
-            if plan.recipe.needs_data:
-                report = _calibrated(plan, writer, rows, progress, ranks)
-            else:
-                sink, copy = WrittenOutput(plan, writer), _copier(plan, writer)
-                data_free(plan, plan.checkpoint, sink, copy=copy, progress=progress, ranks=ranks)
-            lap("quantize")
-            written = ranks.gather(writer.complete() if isinstance(writer, JoinedWriter) else [])
-            if ranks.first:
-                for names in written:
-                    writer.written_elsewhere(names)
-                side_files(plan, writer, report)
-                output = writer.finish()
-            lap("write")
-        output, result = ranks.broadcast(
-            (output, audit(output, plan.checkpoint, progress=progress)) if ranks.first else None
+        if ranks.first:
+            plan.require_room()
+        job = _Calibration(plan, rows, ranks) if plan.recipe.needs_data else None
+        resumption = Resumption(
+            plan.layout,
+            _fingerprint(plan, job),
+            layers=job.skeleton.num_layers if job else 0,
+            restart=restart,
+            tell=lambda text: tqdm.write(f"quantkit: {text}", file=sys.stderr),
         )
-        lap("audit")
+        lap("plan")
+        with closing(resumption), ExitStack() as stack:
+            writer = _writer(plan, resumption, ranks, stack)
+            report = CalibrationReport() if job else None
+            if writer is None:  # an earlier process had finished, and rank 0 looks at what it left
+                pass
+            elif not writer.published:
+                _made(plan, writer, resumption, job, report, progress, lap, ranks)
+                lap("write")
+            elif report is not None:
+                from .calibration.sweep import SweepReport
+
+                seen = SweepReport(0)
+                resumption.report(report)
+                resumption.restore(None, seen)
+                _complete(plan, seen, report)
+            audited = None
+            if ranks.first and writer is not None:
+                try:
+                    audited = writer.output, audit(writer.output, plan.checkpoint, progress=progress)
+                finally:
+                    # Whoever stops the audit by a signal has a finished output.
+                    writer.seal()
+            output, result = ranks.broadcast(audited)
+            lap("audit")
     return RunResult(output, result, seconds, report)
 
 
-def _writer(plan: Plan, ranks: Ranks) -> CheckpointWriter:
-    """Rank 0 makes the output's files, and the others join; all have to mean the same output."""
+class _Calibration:
+    """The model without weights, and the rows that it is calibrated with."""
+
+    def __init__(self, plan: Plan, rows: Sequence[Sequence[int]] | None, ranks: Ranks) -> None:
+        from .calibration.dataset import load_rows, load_tokenizer
+        from .models.skeleton import Skeleton
+
+        config, checkpoint = plan.config, plan.checkpoint
+        remote = config.model.trust_remote_code
+        self.skeleton = Skeleton(
+            checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote
+        )
+        if rows is None and plan.statistics is None and ranks.first:
+            assert config.dataset is not None
+            tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)
+            rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=self.skeleton.vocab_size)
+        self.rows = ranks.broadcast(rows) or ()
+
+
+def _fingerprint(plan: Plan, job: _Calibration | None) -> dict[str, str]:
+    """All that the output depends on."""
+    return {
+        **machine_fingerprint(forwards=job is not None),
+        **config_fingerprint(_options(plan)),
+        **source_fingerprint(plan.checkpoint),
+        **(data_fingerprint(job.rows) if job is not None and job.rows else {}),
+        **(statistics_fingerprint(plan.statistics.folder) if plan.statistics is not None else {}),
+        "output layout": hashlib.sha256(plan.layout.to_json().encode()).hexdigest()[:16],
+    }
+
+
+def _made(
+    plan: Plan,
+    writer: CheckpointWriter,
+    resumption: Resumption,
+    job: _Calibration | None,
+    report: CalibrationReport | None,
+    progress: bool,
+    lap: Callable[[str], None],
+    ranks: Ranks,
+) -> None:
+    """All of the output, from where an earlier process left it."""
+    sink, copy = WrittenOutput(plan, writer), _copier(plan, writer)
+    keeper: Resumption | SharedResumption = resumption
+    if ranks.world > 1:
+        keeper = SharedResumption(resumption if ranks.first else None, writer, ranks)
+    try:
+        if job is not None:
+            from .formats.source import WeightSource
+
+            for name in own_tensors({name: plan.checkpoint.tensors[name] for name in plan.carried}, ranks):
+                if not keeper.has([name]):
+                    copy(name)
+            source = WeightSource(plan.checkpoint)
+            if plan.statistics is not None:
+                from .from_statistics import from_statistics
+
+                if ranks.first:  # no model runs, so that there is little to share
+                    from_statistics(
+                        plan,
+                        job.skeleton,
+                        source,
+                        plan.statistics,
+                        sink,
+                        progress=progress,
+                        report=report,
+                        keeper=resumption,
+                    )
+            else:
+                from .modifiers.division import OwnSink
+
+                calibrate(
+                    plan,
+                    job.skeleton,
+                    source,
+                    job.rows,
+                    OwnSink(sink, list(plan.modules), ranks),
+                    progress=progress,
+                    scratch=writer.working_folder,
+                    report=report,
+                    keeper=keeper,
+                    ranks=ranks,
+                )
+        else:
+            data_free(plan, plan.checkpoint, sink, copy=copy, progress=progress, ranks=ranks, keeper=keeper)
+        lap("quantize")
+        for names in ranks.gather([] if ranks.first else writer.flush()):
+            if ranks.first:
+                writer.written_elsewhere(names)
+        if ranks.first:
+            side_files(plan, writer, report)
+            writer.finish(seal=False)
+        ranks.barrier()
+    except BaseException as error:
+        if (kept := resumption.kept_by(error)) is not None:
+            if isinstance(error, QuantkitError | Interrupted):
+                error.kept = kept
+            else:
+                tqdm.write(f"quantkit: {kept}", file=sys.stderr)
+        raise
+
+
+def _writer(plan: Plan, resumption: Resumption, ranks: Ranks, stack: ExitStack) -> CheckpointWriter | None:
+    """Rank 0 makes the output's files, and the others join; all have to mean the same output. None where there is
+    nothing to write, but for rank 0.
+    """
+    config = plan.config
     headers = hashlib.sha256(b"".join(shard.header for shard in plan.layout.shards)).hexdigest()
-    meant = ranks.gather((str(plan.config.output_dir.absolute()), headers))
+    meant = ranks.gather((str(config.output_dir.absolute()), headers))
     for rank, theirs in enumerate(meant):
         if theirs != meant[0]:
             what = f"write {theirs[0]}" if theirs[0] != meant[0][0] else "make tensors of other names or shapes"
@@ -155,16 +289,15 @@ def _writer(plan: Plan, ranks: Ranks) -> CheckpointWriter:
                 f"rank {rank} was given another job than rank 0: it would {what}; start all with the same "
                 "configuration and model"
             )
+    # What waits for the disk counts, too; calibration is slower than any disk.
+    pending = (16 if plan.recipe.needs_data else 64) << 20
     writer = None
     if ranks.first:
-        plan.require_room()
-        # What waits for the disk counts, too; calibration is slower than any disk.
-        pending = (16 if plan.recipe.needs_data else 64) << 20
-        writer = CheckpointWriter(
-            plan.layout, plan.config.output_dir, overwrite=plan.config.global_.overwrite, max_pending_bytes=pending
-        )
-    ranks.barrier()
-    return writer or JoinedWriter(plan.layout, plan.config.output_dir)
+        writer = stack.enter_context(resumption.open(config.output_dir, config.global_.overwrite, pending))
+    published = ranks.broadcast(writer is not None and writer.published)
+    if writer is None and not published:
+        writer = stack.enter_context(CheckpointWriter.join(plan.layout, config.output_dir, pending))
+    return writer
 
 
 class WrittenOutput:
@@ -227,16 +360,20 @@ def calibrate(
     progress: bool = True,
     scratch: Path | None = None,
     ranks: Ranks = ONE,
+    report: CalibrationReport | None = None,
+    keeper: Resumption | SharedResumption | None = None,
 ) -> CalibrationReport:
     """A recipe with data: layer by layer, one sweep for everything in it. `rows` of token ids, each of at least two.
-    `scratch`: a folder for hidden states, if they go to disk; a temporary one without.
+    `scratch`: a folder for hidden states, if they go to disk; a temporary one without. `report` is filled in and given
+    back; `keeper`: what an earlier process has done.
     """
     from .calibration.batches import batches
     from .calibration.sweep import sweep
     from .modifiers.pipeline import Pipeline
-    from .report.calibration import CalibrationReport
 
-    report = CalibrationReport()
+    report = CalibrationReport() if report is None else report
+    if keeper is not None:
+        keeper.report(report)
     pipeline = Pipeline(plan, sink, report, ranks)
     with ExitStack() as stack:
         if plan.means.offload == "memory":
@@ -256,17 +393,27 @@ def calibrate(
             offload=scratch,
             expert_group=plan.means.experts,
             keep_memory=plan.means.kept,
+            keeper=keeper,
             ranks=ranks,
         )
         report.listener = None
+    for modules, smoothings, tokens, silent in ranks.gather(
+        (report.modules, report.smoothings, seen.expert_tokens, seen.silent_experts)
+    ):
+        report.take_in(modules, smoothings)
+        seen.expert_tokens |= {name: count for name, count in tokens.items() if name not in seen.expert_tokens}
+        seen.silent_experts += [name for name in silent if name not in seen.silent_experts]
+    _complete(plan, seen, report)
+    return report
+
+
+def _complete(plan: Plan, seen: SweepReport, report: CalibrationReport) -> None:
+    """What the sweep saw, to the report."""
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
     report.once, report.twice = seen.once, seen.twice
     report.silent_experts = seen.silent_experts
-    for theirs in ranks.gather(replace(report)) if ranks.world > 1 else ():
-        report.take_in(theirs)
     # Not in the order in which they were done, which depends on how many experts fit into memory.
     report.sort(list(plan.modules), [place.smooth for places in plan.smoothings.values() for place in places])
-    return report
 
 
 def forward_dtype(config: RunConfig) -> torch.dtype | None:
@@ -279,39 +426,6 @@ def forward_dtype(config: RunConfig) -> torch.dtype | None:
 
 def _copier(plan: Plan, writer: CheckpointWriter) -> Callable[[str], None]:
     return lambda name: writer.copy(name, plan.checkpoint.tensors[name], plan.checkpoint)
-
-
-def _calibrated(
-    plan: Plan, writer: CheckpointWriter, rows: Sequence[Sequence[int]] | None, progress: bool, ranks: Ranks
-) -> CalibrationReport:
-    from .calibration.dataset import load_rows, load_tokenizer
-    from .formats.source import WeightSource
-    from .models.skeleton import Skeleton
-    from .modifiers.division import OwnSink
-    from .report.calibration import CalibrationReport
-
-    config, checkpoint = plan.config, plan.checkpoint
-    remote = config.model.trust_remote_code
-    skeleton = Skeleton(checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
-    if rows is None and plan.statistics is None and ranks.first:
-        assert config.dataset is not None
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=remote)
-        rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
-    rows = ranks.broadcast(rows)
-    copy = _copier(plan, writer)
-    for name in own_tensors({name: checkpoint.tensors[name] for name in plan.carried}, ranks):
-        copy(name)
-    source, sink = WeightSource(checkpoint), WrittenOutput(plan, writer)
-    if plan.statistics is not None:
-        from .from_statistics import from_statistics
-
-        if not ranks.first:  # no model runs, so that there is little to share
-            return CalibrationReport()
-        return from_statistics(plan, skeleton, source, plan.statistics, sink, progress=progress)
-    assert rows is not None
-    scratch = writer.working_folder
-    shared = OwnSink(sink, list(plan.modules), ranks)
-    return calibrate(plan, skeleton, source, rows, shared, progress=progress, scratch=scratch, ranks=ranks)
 
 
 def side_files(plan: Plan, writer: CheckpointWriter, report: CalibrationReport | None) -> None:
@@ -336,13 +450,6 @@ def _record(plan: Plan) -> dict[str, Any]:
     """
     import torch
 
-    options = plan.config.to_dict()
-    del options["global"]["save_path"], options["global"]["memory_budget"], options["calibration"]
-    options["compression"].get("quantization", {}).pop("low_memory", None)
-    for section, key in (("model", "model_path"), ("model", "cache_dir"), ("dataset", "data_path")):
-        value = options.get(section, {}).get(key)
-        if value is not None and Path(value).exists():
-            options[section][key] = Path(value).name
     return {
         "quantkit": __version__,
         "python": platform.python_version(),
@@ -351,5 +458,16 @@ def _record(plan: Plan) -> dict[str, Any]:
         "scheme": plan.recipe.name,
         **({} if plan.statistics is None else {"statistics": plan.statistics.contents.record()}),
         **plan.record(),
-        "config": options,
+        "config": _options(plan),
     }
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    options = plan.config.to_dict()
+    del options["global"]["save_path"], options["global"]["memory_budget"], options["calibration"]
+    options["compression"].get("quantization", {}).pop("low_memory", None)
+    for section, key in (("model", "model_path"), ("model", "cache_dir"), ("dataset", "data_path")):
+        value = options.get(section, {}).get(key)
+        if value is not None and Path(value).exists():
+            options[section][key] = Path(value).name
+    return options

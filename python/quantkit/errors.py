@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
 class QuantkitError(Exception):
-    """Base of all errors that quantkit raises on purpose; the command line prints them without a traceback."""
+    """Base of all errors that quantkit raises on purpose; the command line prints them without a traceback. `kept`:
+    what a run had done by then, and how to go on.
+    """
+
+    kept = ""
+
+    def __str__(self) -> str:
+        return "; ".join(text for text in (super().__str__(), self.kept) if text)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end, in the command line. `kept` as in QuantkitError."""
+
+    kept = ""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
 
 
 class ConfigError(QuantkitError):

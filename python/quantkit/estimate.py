@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint.staging import reclaimable_bytes
 from .memory import HELD_BYTES, PROCESS, Choice, Demand, choose
 from .report.table import size
 
@@ -72,7 +73,7 @@ def estimate(
         gram_bytes=demand.gram_bytes,
         held_bytes=demand.held(choice.means.forwards) if choice is not None else 0,
         memory_available=available,
-        disk_available=shutil.disk_usage(parent).free,
+        disk_available=shutil.disk_usage(parent).free + reclaimable_bytes(config.output_dir.absolute()),
         choice=choice,
     )
 

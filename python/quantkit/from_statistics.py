@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models.skeleton import Skeleton
     from .models.skeleton import WeightSource as LayerSource
     from .modifiers.sink import Sink
+    from .resume import Resumption
 
 
 @contextmanager
@@ -34,10 +35,22 @@ def opened(plan: Plan) -> Iterator[Plan]:
 
 
 def from_statistics(
-    plan: Plan, skeleton: Skeleton, source: LayerSource, file: StatisticsFile, sink: Sink, *, progress: bool = True
+    plan: Plan,
+    skeleton: Skeleton,
+    source: LayerSource,
+    file: StatisticsFile,
+    sink: Sink,
+    *,
+    progress: bool = True,
+    report: CalibrationReport | None = None,
+    keeper: Resumption | None = None,
 ) -> CalibrationReport:
-    """`plan` done layer by layer with the statistics in `file`, which `require` has let pass."""
-    report = CalibrationReport()
+    """`plan` done layer by layer with the statistics in `file`, which `require` has let pass. `report` is filled in and
+    given back; `keeper`: what an earlier process has done.
+    """
+    report = CalibrationReport() if report is None else report
+    if keeper is not None:
+        keeper.report(report)
     # Whose experts may need what all of the layer's have seen.
     together = any(
         isinstance(m, GPTQModifier) and m.low_data == "all_tokens" and m.min_tokens_per_module > 0
@@ -46,7 +59,7 @@ def from_statistics(
     with Progress("quantize", total=0, unit="layer", enabled=progress) as bar:
         report.listener = bar.note
         pipeline = Pipeline(plan, sink, report)
-        seen = replay(skeleton, source, file, pipeline, together=together, progress=bar)
+        seen = replay(skeleton, source, file, pipeline, together=together, progress=bar, keeper=keeper)
         report.listener = None
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens
     report.silent_experts = seen.silent_experts

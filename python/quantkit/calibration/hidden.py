@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.folder import HIDDEN_STATES
 from ..errors import CalibrationError
 from .batches import Batch
 
@@ -114,9 +115,11 @@ class HiddenStates:
         self.dtype = dtype
         self._shapes = [(*batch.input_ids.shape, hidden_size) for batch in of]
         rows = [batch.input_ids.numel() for batch in of]
-        paths = [None] if folder is None else [folder / f"hidden-states-{i}" for i in range(2)]
+        paths = [None] if folder is None else [folder / name for name in HIDDEN_STATES]
         self._buffers = [BatchBuffer(rows, hidden_size, dtype, path, within) for path in paths]
         self._now = 0
+        # Called before the first `put` behind a `turn`, which with files starts to overwrite what entered before.
+        self.before_put: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -132,6 +135,10 @@ class HiddenStates:
 
     def put(self, index: int, value: Tensor) -> None:
         """What enters the next layer in batch `index`; of any floating-point dtype."""
+        if self.before_put is not None:
+            wait = self.before_put
+            self.before_put = None
+            wait()
         self._buffers[self._next].put(index, value)
 
     def rest(self, index: int) -> None:
@@ -146,24 +153,32 @@ class HiddenStates:
     def _next(self) -> int:
         return (self._now + 1) % len(self._buffers)
 
-    def save(self, path: Path) -> None:
-        """Write what enters the layer at hand to `path` (raw bytes, in the order of the batches) and make it lasting;
-        what is there already (`file`) is not written again. Of several processes each writes its part, and `path` is
-        complete once all have. CalibrationError if that fails.
+    @property
+    def nbytes(self) -> int:
+        """Of all batches, those of other processes among them."""
+        return self._buffers[0].total
+
+    def save(self, path: Path, *, lasting: bool = True) -> None:
+        """Write what enters the layer at hand to `path` (raw bytes, in the order of the batches) and make it lasting,
+        or leave that to an fsync of the file; what is there already (`file`) is not written again. Of several processes
+        each writes its part, and `path` is complete once all have. CalibrationError if that fails.
         """
         buffer = self._buffers[self._now]
         try:
             if path == buffer.path:
-                buffer.sync()
+                if lasting:
+                    buffer.sync()
                 return
-            # Not emptied: other processes may have written their parts.
+            # What is there already is overwritten, not cut off first: freeing its blocks would take as long, and other
+            # processes may have written their parts.
             with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
                 os.ftruncate(file.fileno(), buffer.total)
                 for begin in range(0, buffer.nbytes, _PIECE):
                     end = min(begin + _PIECE, buffer.nbytes)
                     _write_all(file.fileno(), buffer.raw(begin, end).numpy().data, buffer.offset + begin)
                     buffer.drop(begin, end)
-                os.fsync(file.fileno())
+                if lasting:
+                    os.fsync(file.fileno())
         except OSError as error:
             _fail(path, error)
 

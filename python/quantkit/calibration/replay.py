@@ -17,7 +17,7 @@ from ..report.progress import Progress
 from .hooks import CacheRecorder
 from .statistics import Statistics, Wants
 from .statistics_check import StatisticsFile
-from .sweep import Layer, SweepReport, Visitor
+from .sweep import Keeper, Layer, SweepReport, Visitor
 
 # Inputs are loaded so many bytes of Gram matrices at a time, or one that is larger, where they may come one by one.
 PORTION = 512 << 20
@@ -31,9 +31,10 @@ def replay(
     *,
     together: bool = False,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> SweepReport:
     """Every layer by the statistics in `file`, which has what `visitor` wants. `together`: all inputs of a layer with
-    experts at once.
+    experts at once. `keeper`: see there; layers have no hidden states here.
     """
     report = SweepReport(file.contents.tokens)
     names = [list(skeleton.linears(i)) for i in range(skeleton.num_layers)]
@@ -45,6 +46,12 @@ def replay(
     needed = [i for i, here in enumerate(names) if caches[i] or known.intersection(here)]
     if progress is not None:
         progress.expect(len(needed))
+    if keeper is not None:
+        keeper.restore(None, report)
+        done = [index for index in needed if index < keeper.begin]
+        needed = needed[len(done) :]
+        if progress is not None:
+            progress.advance(len(done))
     with torch.no_grad(), kept_memory():
         for index in needed:
             skeleton.materialize(index, source)
@@ -69,6 +76,8 @@ def replay(
                 recorder.key, recorder.value = file.cache(name)
             visitor.observe(layer, {}, recorders)
             skeleton.drop(index, source)
+            if keeper is not None:
+                keeper.layer_done(index, None, report)
             if progress is not None:
                 progress.advance(1)
     return report

@@ -209,6 +209,7 @@ class StatisticsWriter:
             self._jobs.stop()
             self._open = False
             self._staging.publish()
+            self._staging.seal()
         except OSError as error:
             self.abort()
             self._fail(error)

@@ -108,6 +108,23 @@ class Visitor(Protocol):
         ...
 
 
+class Keeper(Protocol):
+    """Lets a sweep go on in a later process. `begin`: the layer it starts with; those before it are done."""
+
+    @property
+    def begin(self) -> int: ...
+
+    def restore(self, hidden: HiddenStates | None, report: SweepReport) -> None:
+        """Put what enters layer `begin` into `hidden` (None if no layer is left), and what the layers before it told
+        into `report`.
+        """
+        ...
+
+    def layer_done(self, index: int, hidden: HiddenStates | None, report: SweepReport) -> None:
+        """The visitor is done with layer `index`, and `hidden` is what enters the next one (None behind the last)."""
+        ...
+
+
 @dataclass
 class SweepReport:
     """What a sweep saw: tokens, tokens per Linear of an expert, and those whose input was borrowed since none came;
@@ -134,13 +151,14 @@ def sweep(
     expert_group: int | None = None,
     keep_memory: bool = True,
     ranks: Ranks = ONE,
+    keeper: Keeper | None = None,
 ) -> SweepReport:
     """Run the calibration `batches` through the model, layer by layer, and hand `visitor` what it wants. Layers behind
     the last one that it wants anything of are not run. `all_experts`: in the first forward experts see all tokens.
     `forwards` of a layer whose statistics are wanted: 2, 1 (CalibrationError where that does not do), or "auto".
     `offload`: a folder for the hidden states, which stay in memory without; `expert_group`: how many experts of a layer
     are in memory at once; `keep_memory`: see `kept_memory`. The results are the same. Of several `ranks` each runs its
-    share of the batches, and all have the statistics of all.
+    share of the batches, and all have the statistics of all. `keeper`: see there.
 
     CalibrationError for NaN or Inf names layer, module and batch. An expert that no token reached gets the merged
     statistics of its layer's other experts; it is in the report, and said aloud.
@@ -159,6 +177,13 @@ def sweep(
     stop = needed[-1] + 1
     if progress is not None:
         progress.expect(stop)
+    begin = 0 if keeper is None else min(keeper.begin, stop)
+    if keeper is not None and begin == stop:
+        keeper.restore(None, report)
+    if progress is not None:
+        progress.advance(begin)
+    if begin == stop:
+        return report
     with torch.no_grad(), kept_memory(keep_memory):
         # A few tokens find out what each layer does.
         probe = Batch(batches[0].input_ids[:1, :PROBE_TOKENS], None)
@@ -168,9 +193,11 @@ def sweep(
             probe_hidden, (probe_calls,) = embedded(skeleton, [probe])
             positions = [batch.input_ids.numel() for batch in batches]
             within = (sum(positions[: leaves.numbers.start]), sum(positions))
-            hidden, calls = embedded(skeleton, mine, offload, within)
+            hidden, calls = embedded(skeleton, mine, offload, within, keep=begin == 0)
+        if keeper is not None and begin:
+            keeper.restore(hidden, report)
         probe_view, trimmer = probe_hidden.view(0), Trimmer()
-        for index in range(stop):
+        for index in range(begin, stop):
             routed = skeleton.experts[index]
             most = max(map(len, routed), default=0)
             size = min(most, expert_group or most)
@@ -237,6 +264,8 @@ def sweep(
                     visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
             trimmer.layer_done()
+            if keeper is not None:
+                keeper.layer_done(index, hidden if feeds_on else None, report)
             if progress is not None:
                 progress.advance(1)
         hidden.remove()
@@ -485,8 +514,12 @@ def embedded(
     batches: Sequence[Batch],
     folder: Path | None = None,
     within: tuple[int, int] | None = None,
+    *,
+    keep: bool = True,
 ) -> tuple[HiddenStates, list[list[LayerCall]]]:
-    """As `embed`, within `skeleton.outer`; `folder` and `within` are those of HiddenStates."""
+    """As `embed`, within `skeleton.outer`; `folder` and `within` are those of HiddenStates. Without `keep` its files
+    are left as they are, for `HiddenStates.load`.
+    """
     hidden = HiddenStates(batches, skeleton.hidden_size, skeleton.dtype, folder=folder, within=within)
     seen: dict[tuple[int, ...], list[LayerCall]] = {}
     calls: list[list[LayerCall]] = []
@@ -498,11 +531,13 @@ def embedded(
                 f"{skeleton.vocab_size}; the tokenizer does not belong to this model"
             )
         entering, layer_calls = skeleton.capture(batch.input_ids, batch.mask)
-        hidden.put(number, entering)
+        if keep:
+            hidden.put(number, entering)
         if batch.mask is None:
             layer_calls = seen.setdefault(tuple(batch.input_ids.shape), layer_calls)
         calls.append(layer_calls)
-    hidden.turn()
+    if keep:
+        hidden.turn()
     return hidden, calls
 
 

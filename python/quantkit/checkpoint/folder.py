@@ -15,6 +15,8 @@ INDEX = "model.safetensors.index.json"
 # What Ascend's tools call weights, and where they describe them instead of in config.json.
 ASCEND = re.compile(r"(quant_model_weights?(?:_\w+)?)\.safetensors(?:\.index\.json)?")
 DESCRIPTION = "quant_model_description.json"
+# What enters the next layer, in the folder of an output that is being made.
+HIDDEN_STATES = ("hidden-states-0", "hidden-states-1")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 # Weights, optimizer states and archives in any format: an output holds its own weights and no others. A

@@ -1,25 +1,28 @@
 """Writes a checkpoint of a fixed layout: tensors in any order, from any thread, seen only when it is complete.
 
 Everything goes to `<output>.partial`. `finish` flushes the weights, then the index and the side files, config.json
-last, and renames the folder: whoever sees the output sees all of it, also after a power failure.
+last, and renames the folder: whoever sees the output sees all of it, also after a power failure. `commit` tells when
+tensors are on disk for good, for a journal that lets a later process go on.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import CheckpointError, nearest
 from .background import BackgroundJobs
 from .dtypes import name_of, torch_dtype, torch_shape
-from .folder import CONFIG, is_plain_name
+from .folder import CONFIG, HIDDEN_STATES, is_plain_name
+from .journal import START_OVER
 from .layout import Layout, OutputTensor
 from .native import host
 from .reader import Checkpoint, TensorInfo
-from .staging import StagingFolder
+from .staging import JOURNAL, MARKER, JoinedFolder, Resume, StagingFolder
 
 if TYPE_CHECKING:
     from typing import Self
@@ -53,38 +56,44 @@ class CheckpointWriter:
     """Writes the tensors of `layout` and side files to `output`, an absent or empty folder, or, with `overwrite`, an
     earlier output, which is replaced when the new one is complete.
 
-    Use it as a context manager: leaving the block without `finish`, by an error or not, removes what was written.
+    Use it as a context manager: leaving the block without `finish`, by an error or not, removes what was written,
+    unless `resumable` was set; then it stays for a later process. That one gives `resume`, which is asked what is done
+    in a folder with a journal (see `staging.Resume`): these tensors count as written, all else is written again.
+
     Tensors are written by a thread of its own that holds at most `max_pending_bytes` of them, or one larger one;
     its errors are raised by the next call. All methods may be called from several threads.
     """
 
     def __init__(
-        self, layout: Layout, output: Path | str, overwrite: bool = False, max_pending_bytes: int = 64 << 20
+        self,
+        layout: Layout,
+        output: Path | str,
+        overwrite: bool = False,
+        max_pending_bytes: int = 64 << 20,
+        *,
+        resume: Resume | None = None,
     ) -> None:
         self._prepare(layout, output)
-        native = host()
-        self._staging = StagingFolder(self.output, overwrite)
-        self._folder = self._staging.path
-        try:
-            check_free_space(self._staging.path, layout.file_bytes)
-            for shard in layout.shards:
-                file = native.OutputFile(self._staging.path / shard.file, shard.size)
-                self._files[shard.file] = file
-                file.write(shard.header, 0)
-        except OSError as error:
-            self._close_files()
-            self._staging.discard()
-            self._fail(error)
-        except BaseException:
-            self._staging.discard()
-            raise
-        self._jobs = BackgroundJobs("quantkit-writer", max_pending_bytes)
+        self._open(StagingFolder(self.output, overwrite, resume), max_pending_bytes)
+
+    @classmethod
+    def join(cls, layout: Layout, output: Path | str, max_pending_bytes: int = 64 << 20) -> CheckpointWriter:
+        """A writer of some of the tensors that another process's writer of the same layout has made the files for: it
+        writes, and tells by `flush` or `commit` what is on disk; that other one finishes. Leaving its block removes
+        nothing. It has to be made while that other one is open, and after it was.
+        """
+        joined = cls.__new__(cls)
+        joined._prepare(layout, output)
+        joined._open(JoinedFolder(joined.output), max_pending_bytes)
+        return joined
 
     def _prepare(self, layout: Layout, output: Path | str) -> None:
         self.layout = layout
         self.output = Path(os.path.abspath(output))
+        self.resumable = False
         self._claimed: set[str] = set()
         self._lacking: dict[str, int] = {}  # of those that came in parts, the bytes that are still to come
+        self._given: dict[str, None] = {}  # to the thread, and not committed yet
         self._apart: set[Path] = set()  # source folders known to be neither the output nor within it
         self._side_files: dict[str, Path] = {}
         self._config: bytes | None = None
@@ -92,16 +101,75 @@ class CheckpointWriter:
         self._state = "open"
         self._files: dict[str, OutputFile] = {}
 
+    def _open(self, staging: StagingFolder, max_pending_bytes: int) -> None:
+        """Make the weight files in the folder, or open those of an earlier process."""
+        self._staging = staging
+        again = staging.done is not None
+        if staging.done is not None:
+            self._claimed.update(staging.done)
+            self.resumable = True
+        if not staging.published:
+            try:
+                self._open_files(again)
+            except OSError as error:
+                self._close_files()
+                if again:
+                    staging.leave()
+                    raise CheckpointError(
+                        f"{error.filename or staging.path}: {error.strerror}; what an earlier run wrote is not as it "
+                        f"left it: {START_OVER}"
+                    ) from error
+                staging.discard()
+                self._fail(error)
+            except BaseException:
+                self._close_files()
+                staging.leave() if again else staging.discard()
+                raise
+        self._jobs = BackgroundJobs("quantkit-writer", max_pending_bytes)
+
+    def _open_files(self, again: bool) -> None:
+        native = host()
+        if not again:
+            check_free_space(self._staging.path, self.layout.file_bytes)
+        elif not isinstance(self._staging, JoinedFolder):
+            self._remove_strays()
+        for shard in self.layout.shards:
+            where = self._staging.path / shard.file
+            file = native.OutputFile(where, shard.size, True) if again else native.OutputFile(where, shard.size)
+            self._files[shard.file] = file
+            file.write(shard.header, 0)
+
+    def _remove_strays(self) -> None:
+        """Side files are all written again; whatever else lies there is none of this layout's."""
+        kept = {MARKER, JOURNAL, *HIDDEN_STATES, *(shard.file for shard in self.layout.shards)}
+        for entry in os.scandir(self._staging.path):
+            if entry.name in kept and entry.is_file(follow_symlinks=False):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
     def _fail(self, error: OSError) -> NoReturn:
-        where = error.filename or self._folder
+        where = error.filename or self._staging.path
         raise CheckpointError(
-            f"{where}: {error.strerror}; {free_bytes(self._folder) / 1e9:.2f} GB are free on that disk"
+            f"{where}: {error.strerror}; {free_bytes(self._staging.path) / 1e9:.2f} GB are free on that disk"
         ) from error
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this goes on with what an earlier process left."""
+        return self._staging.done is not None
+
+    @property
+    def published(self) -> bool:
+        """Whether the output is in place: by `finish`, or by an earlier process that had only `seal` left to do."""
+        return self._staging.published
 
     @property
     def working_folder(self) -> Path:
         """Where the output is made; what else is put there has to be gone before `finish`."""
-        return self._folder
+        return self._staging.path
 
     def missing(self) -> list[str]:
         """The tensors not given yet, in the layout's order."""
@@ -109,9 +177,11 @@ class CheckpointWriter:
             return [name for name in self.layout.tensors if name not in self._claimed or name in self._lacking]
 
     def written_elsewhere(self, names: Iterable[str]) -> None:
-        """Other processes have written these tensors (see `joined`), and they are on disk."""
+        """Other processes have written these tensors (see `join`), and they are on disk."""
         for name in names:
             self._claim(name)
+            with self._lock:
+                self._given[name] = None
 
     def _claim(self, name: str, in_parts: bool = False) -> OutputTensor:
         """Check that tensor `name` is planned and has not been given yet, or not all of it, and note that it has."""
@@ -169,7 +239,7 @@ class CheckpointWriter:
                 file.write(piece, begin + offset)
                 file.start_writeback(begin + offset, begin + offset + len(piece))
 
-        self._submit(len(data), job)
+        self._submit(len(data), job, name)
 
     def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Write rows [first, first + len(rows)) of tensor `name`, in the calling thread; when it has all of them, the
@@ -198,6 +268,7 @@ class CheckpointWriter:
             self._lacking[name] -= len(data)
             if not self._lacking[name]:
                 del self._lacking[name]
+                self._given[name] = None
 
     def copy(self, name: str, info: TensorInfo, source: Checkpoint) -> None:
         """Write the bytes of `source`'s tensor `info` under `name`; they are copied in the kernel and never enter
@@ -225,13 +296,51 @@ class CheckpointWriter:
                 file.copy_from(mapped, info.begin + offset, begin + offset, length)
                 file.start_writeback(begin + offset, begin + offset + length)
 
-        self._submit(0, job)
+        self._submit(0, job, name)
 
-    def _submit(self, nbytes: int, job: Any) -> None:
+    def _submit(self, nbytes: int, job: Any, name: str | None = None) -> None:
         try:
             self._jobs.submit(nbytes, job)
         except OSError as error:
             self._fail(error)
+        if name is not None:
+            with self._lock:
+                self._given[name] = None
+
+    def commit(self, then: Callable[[list[str]], None], names: Iterable[str] | None = None) -> None:
+        """Returns at once; when the tensors `names`, or all that were given since they were last named, are on disk for
+        good, the writer's thread calls `then` with their names. What that raises is raised by the next call here.
+        """
+        with self._lock:
+            self._require_open()
+            chosen = list(self._given if names is None else names)
+            lacking = [name for name in chosen if name not in self._given]
+            if lacking:
+                raise CheckpointError(f"{self.output}: tensor '{lacking[0]}' was not given, or is committed already")
+            for name in chosen:
+                del self._given[name]
+        files = {shard.file: self._files[shard.file] for shard in (self.layout.shard_of[name] for name in chosen)}
+
+        def job() -> None:
+            for file in files.values():
+                file.sync()
+            then(chosen)
+
+        self._submit(0, job)
+
+    def drain(self) -> None:
+        """Wait until all that was given is written, and every `commit` done."""
+        try:
+            self._jobs.drain()
+        except OSError as error:
+            self._fail(error)
+
+    def flush(self) -> list[str]:
+        """Bring all that was given to disk for good; the names of what had not been committed."""
+        found: list[str] = []
+        self.commit(found.extend)
+        self.drain()
+        return found
 
     def side_file(self, name: str, content: bytes) -> None:
         """Add a file beside the weights. config.json is held back and written last: it makes the folder a model."""
@@ -274,8 +383,10 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.output}: is or holds the source model {source}; choose another save_path")
         self._apart.add(source)
 
-    def finish(self) -> Path:
-        """Complete the output and put it in place; CheckpointError, with everything removed, if a tensor is missing."""
+    def finish(self, seal: bool = True) -> Path:
+        """Complete the output and put it in place; CheckpointError, with everything removed unless it is resumable, if
+        a tensor is missing. Without `seal` the folder still counts as a run's own that can be resumed; see `seal`.
+        """
         try:
             self._require_open()
             missing = self.missing()
@@ -295,22 +406,38 @@ class CheckpointWriter:
             self._jobs.stop()
             self._state = "finished"
             self._staging.publish()
-            return self.output
         except OSError as error:
             self.abort()
             self._fail(error)
         except BaseException:
             self.abort()
             raise
+        if seal:
+            self.seal()
+        return self.output
+
+    def seal(self) -> None:
+        """Take the journal and the mark out of the finished output; nothing can be resumed after."""
+        try:
+            self._staging.seal()
+        except OSError as error:
+            self._fail(error)
 
     def abort(self) -> None:
-        """Stop and remove everything written; nothing to do after `finish`."""
+        """Stop and remove everything written, or leave it if `resumable`; nothing to do after `finish`."""
+        if self._state == "finished" or self._staging.published:
+            self._jobs.stop()
+            self._staging.leave()
+            return
         if self._state != "open":
             return
         self._state = "aborted"
         self._jobs.stop()
         self._close_files()
-        self._staging.discard()
+        if self.resumable:
+            self._staging.leave()
+        else:
+            self._staging.discard()
 
     def _close_files(self) -> None:
         # Dropped, not closed: an error of close() says nothing about files that are about to be removed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,13 +56,11 @@ class CalibrationReport:
         """A place was smoothed: the searched loss, and that without smoothing."""
         self.smoothings[place] = (loss, before)
 
-    def take_in(self, other: CalibrationReport) -> None:
-        """What another process did, and this one did not."""
+    def take_in(self, modules: Iterable[ModuleReport], smoothings: Mapping[str, tuple[float, float]]) -> None:
+        """What another process did, and this one may have done, too."""
         known = {module.name for module in self.modules}
-        self.modules += [module for module in other.modules if module.name not in known]
-        self.smoothings = other.smoothings | self.smoothings
-        self.expert_tokens = other.expert_tokens | self.expert_tokens
-        self.silent_experts += [name for name in other.silent_experts if name not in self.silent_experts]
+        self.modules += [module for module in modules if module.name not in known]
+        self.smoothings |= {place: found for place, found in smoothings.items() if place not in self.smoothings}
 
     def sort(self, modules: Sequence[str], places: Sequence[str]) -> None:
         """Put all in this order of their names."""
