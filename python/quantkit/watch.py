@@ -145,7 +145,11 @@ class Watch:
             return
         self._over.set()
         if not silent:
-            print(f"quantkit: error: {text}. The other ranks stop", file=sys.stderr, flush=True)
+            print(
+                f"quantkit: error: {text}. All ranks stop; the same command goes on with what is done",
+                file=sys.stderr,
+                flush=True,
+            )
         sys.stdout.flush()
         os._exit(FAILED)
 

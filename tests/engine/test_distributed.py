@@ -107,3 +107,17 @@ def test_torchrun_starts_the_command_line_and_oneshot(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("quantkit: written to") == 1
     assert not differences(files(tmp_path / "alone" / "out"), files(tmp_path / "both" / "out"))
+
+
+@pytest.mark.parametrize(("job", "before", "after"), [("gptq", 2, 3), ("experts", 3, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(job: str, before: int, after: int, tmp_path: Path) -> None:
+    """The last rank is killed while it works on the second layer; the others end, and the same command goes on."""
+    killed = STUCK.replace("layer.index == 2", "layer.index == 1").replace("time.sleep(100)", "os.kill(os.getpid(), 9)")
+    command = ["run", "-c", str(yaml_of(job, tmp_path, tmp_path / "out"))]
+    first = ended(start(["-c", killed, str(before - 1), "", *command], before), 60)
+    assert [status for status, _, _ in first] == [1] * (before - 1) + [-signal.SIGKILL]
+    assert not (tmp_path / "out" / job).exists()
+    then = ended(start(["-m", "quantkit", *command], after), 60)
+    assert all(status == 0 for status, _, _ in then)
+    assert "resuming at layer 1 of" in then[0][2]
+    assert not differences(files(tmp_path / "out" / job), run_all([job], 1, tmp_path / "whole")[job])
