@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,8 @@ def kept_memory(keep: bool = True) -> Iterator[None]:
         host().keep_free_memory(True)
     else:
         host().return_free_memory()
+        # oneDNN keeps a thousand compiled products, and experts bring new shapes with every batch. Read at first use.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         yield
     finally:
