@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PROCESS, CALIBRATING = 340 << 20, 70 << 20
 # Packed weights that wait for the disk.
 QUEUE = 16 << 20
+# Compiled products of matrices, of which experts need a new one for each number of tokens, and what they leave behind.
+PRODUCTS = 56 << 20
 # What malloc keeps of what was freed, as a share of all that a calibration works with; and where it goes back at once.
 KEPT, RETURNED = 1.3, 1.1
 # num_samples: -1 means all there are, which the plan does not count.
@@ -202,7 +204,8 @@ class Demand:
         states = self.states if how.offload == "memory" else 0
         parts = [self._layers[None].outer if None in self._layers else 0]
         parts += [self._layer(layer, how, held) for index, layer in self._layers.items() if index is not None]
-        return PROCESS + CALIBRATING + int((KEPT if how.kept else RETURNED) * (states + max(parts)))
+        process = PROCESS + CALIBRATING + (PRODUCTS if self.experts else 0)
+        return process + int((KEPT if how.kept else RETURNED) * (states + max(parts)))
 
     @cached_property
     def _activations(self) -> int:

@@ -55,7 +55,7 @@ def kept_memory(keep: bool = True) -> Iterator[None]:
     else:
         host().return_free_memory()
         # oneDNN keeps a thousand compiled products, and experts bring new shapes with every batch. Read at first use.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     try:
         yield
     finally:
