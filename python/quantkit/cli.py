@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, distributed
-from .errors import QuantkitError
+from .errors import Interrupted, QuantkitError
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig
@@ -49,11 +50,23 @@ def _merge_statistics(args: argparse.Namespace) -> int:
     return 0
 
 
+def _end_cleanly_on_signals() -> None:
+    """SIGINT and SIGTERM end the run as an error would: what is done is kept for a later one."""
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
 def _run(args: argparse.Namespace) -> int:
     from . import engine
     from .report.plan_view import render_plan
 
-    result = engine.run(_config(args), show=lambda plan: print(render_plan(plan), flush=True))
+    _end_cleanly_on_signals()
+    show = lambda plan: print(render_plan(plan), flush=True)  # noqa: E731
+    result = engine.run(_config(args), show=show, restart=args.restart)
     if not distributed.ranks().first:
         return 0 if result.audit.ok else 1
     if result.report is not None and (told := result.report.render()):
@@ -228,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "run":
             sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
+            sub.add_argument(
+                "--restart", action="store_true", help="start over, and remove what an unfinished run has done"
+            )
 
     sub = add("calibrate", _calibrate, "run the model once and save what its inputs are like, for many runs")
     sub.add_argument("-c", "--config", required=True, metavar="FILE", help="the YAML file: its model and its data")
@@ -335,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print(f"quantkit {args.command}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"quantkit {args.command}: interrupted; nothing finished was changed", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        kept = getattr(error, "kept", "") or "nothing finished was changed"
+        print(f"quantkit {args.command}: {error or 'interrupted'}; {kept}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
     return status

@@ -38,6 +38,11 @@ class Ranks:
         """Whether this is the one that speaks, and makes what there is one of."""
         return self.rank == 0
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether all are known to be on one machine."""
+        return True
+
     def share(self, count: int, rank: int | None = None) -> tuple[int, int]:
         """Which of `count` things in a row fall to `rank` (this one): the first, and one behind the last."""
         rank = self.rank if rank is None else rank
@@ -84,6 +89,10 @@ class TorchRanks(Ranks):
         self._told = False
         shared = SameHost(self.rank, self.gather)
         self._shared = shared if all(self.gather(shared.works)) else None
+
+    @property
+    def one_machine(self) -> bool:
+        return self._shared is not None
 
     def barrier(self) -> None:
         self.gather(None)

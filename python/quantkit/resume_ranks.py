@@ -59,7 +59,9 @@ class SharedResumption:
         if self._first is None:
             names = self._writer.flush()
             if hidden is not None:
-                hidden.save(hidden.file or self._writer.working_folder / HIDDEN_STATES[index % 2])
+                path = hidden.file or self._writer.working_folder / HIDDEN_STATES[index % 2]
+                # On one machine rank 0's fsync is for all of the file.
+                hidden.save(path, lasting=not self._ranks.one_machine)
         modules = [] if self._report is None else self._report.modules
         new, self._told = modules[self._told :], len(modules)
         smoothings = {} if self._report is None else self._report.smoothings
