@@ -1,6 +1,7 @@
 # make demo    quantize the embedded model, audit it, load it with Transformers
 # make test    lint, types, tests
 # make lint    format and lint alone (lint, types)
+# make test-gpu   kernels for the GPU at hand, its tests and benchmarks; needs nvcc and a torch built with CUDA
 # make build   what these need: .venv with torch and the installed package
 #
 # All that has to be there is Python >= 3.10 with venv, a C++20 compiler, make and the network.
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name '*.pyc' -not -name '_build.json')
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format clean
+.PHONY: build demo test test-gpu lint format clean
 
 build: $(VENV)/.installed
 
@@ -47,6 +48,18 @@ demo: build
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Only the architecture of this device is compiled. The benchmarks print; what is kept of it goes to docs/benchmarks.md.
+DEVICE_ARCH := import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))
+test-gpu: $(VENV)/.tools
+	@command -v nvcc >/dev/null || { echo 'make test-gpu needs nvcc on PATH' >&2; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no GPU; set TORCH=")'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -C cmake.define.QUANTKIT_CUDA=ON \
+	    -C cmake.define.QUANTKIT_CUDA_ARCHS="$$($(BIN)/python -c '$(DEVICE_ARCH)')" '.[test]'
+	rm -f $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'cuda and not slow and not bench' $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/ops_cuda.py
+	$(BIN)/python benchmarks/gemm_cuda.py
 
 lint: build
 	$(BIN)/ruff check .

@@ -1,0 +1,94 @@
+"""The CUDA GEMMs against bf16 F.linear, torch._int_mm and torch._scaled_mm, in turns, the L2 cache flushed.
+
+    python benchmarks/gemm_cuda.py [--shapes 8192x8192,28672x8192] [--tokens 1,8,16,64,256,2048] [--runs 20]
+
+For each weight N x K and number of tokens M: microseconds, the share of the copy's bandwidth that reading the weight
+once makes, TFLOP/s (2 M N K), and how many times as fast as bf16 F.linear. x is bf16; what our ops do to it before
+(int8 or FP8 codes) is in their time, and not in that of torch's products, which get codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ops_cuda import seconds, size
+from torch import Tensor
+
+import quantkit.ops as ops
+
+GROUP = 128
+
+
+def products(rows: int, cols: int, depth: int) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """Name, call and the weight's bytes; the first is what the others are compared with."""
+    x = torch.randn(rows, depth, device="cuda").bfloat16()
+    w = torch.randn(cols, depth, device="cuda").bfloat16() / depth**0.5
+    yield "bf16 F.linear", lambda: F.linear(x, w), size(w)
+
+    packed = ops.pack_bf16(w)
+    yield "bf16_gemm", lambda: ops.bf16_gemm(x, packed, cols), size(packed)
+
+    int8, scale = ops.rtn_int(w, [1, -1], q_min=-127, q_max=127, divisor=127.0)[:2]
+    eight, one = ops.pack_w8a8(int8), scale.flatten()
+    yield "w8a8_gemm", lambda: ops.w8a8_gemm(x, eight, one, cols), size(eight)
+    codes = ops.int8_quant_per_token(x)[0]
+    yield "int8_gemm", lambda: ops.int8_gemm(codes, eight, cols), size(eight)
+    if rows > 16:
+        yield "torch._int_mm", lambda: torch._int_mm(codes, int8.T), size(int8)
+
+    how = {"q_min": -8, "q_max": 7, "divisor": 7.5, "scale_dtype": torch.bfloat16, "pack_bits": 4}
+    words, groups = ops.rtn_int(w, [1, GROUP], **how)[:2]
+    four = ops.pack_wna16(words, 4, depth)
+    yield (
+        f"wna16_gemm 4 bits g{GROUP}",
+        lambda: ops.wna16_gemm(x, four, groups, 4, cols, GROUP),
+        size(four, groups),
+    )
+    mixed, placed = ops.pack_w4a8(words, depth), ops.pack_w4a8_scales(groups)
+    yield f"w4a8_gemm g{GROUP}", lambda: ops.w4a8_gemm(x, mixed, placed, cols, GROUP), size(mixed, placed)
+
+    fp8, channel = ops.rtn_fp8(w, [1, -1])
+    small = ops.pack_fp8(fp8)
+    yield "fp8_gemm token", lambda: ops.fp8_gemm(x, small, channel, [1, -1], cols, input_block=[1, -1]), size(small)
+    yield "fp8_gemm 16-bit x", lambda: ops.fp8_gemm(x, small, channel, [1, -1], cols), size(small)
+    if torch.cuda.get_device_capability() >= (8, 9):
+        a, s = ops.fp8_quant_per_token(x)
+        yield (
+            "torch._scaled_mm rows",
+            lambda: torch._scaled_mm(a, fp8.T, scale_a=s, scale_b=channel.T, out_dtype=torch.bfloat16),
+            size(fp8),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="8192x8192,28672x8192", help="weights, N x K")
+    parser.add_argument("--tokens", default="1,8,16,64,256,2048")
+    parser.add_argument("--runs", type=int, default=20)
+    args = parser.parse_args()
+    ops._load.require("cuda")
+
+    flush: Tensor = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    peak = 2 * size(source) / seconds(lambda: target.copy_(source), flush)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {peak / 1e9:.0f} GB/s")
+    for shape in args.shapes.split(","):
+        cols, depth = map(int, shape.split("x"))
+        for rows in map(int, args.tokens.split(",")):
+            print(f"\nM {rows}, N {cols}, K {depth}")
+            print(f"{'product':24} {'us':>9} {'of bandwidth':>13} {'TFLOP/s':>8} {'speedup':>8}")
+            first = 0.0
+            for name, call, read in products(rows, cols, depth):
+                taken = seconds(call, flush, args.runs)
+                first = first or taken
+                work = 2.0 * rows * cols * depth / taken / 1e12
+                print(f"{name:24} {taken * 1e6:9.1f} {read / taken / peak:13.0%} {work:8.1f} {first / taken:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
