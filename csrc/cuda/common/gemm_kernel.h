@@ -24,6 +24,8 @@ struct Tiles {
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpsK * kWarp;
   static constexpr int kRows = kWarpsM * kTilesM * 16, kCols = kWarpsN * 32;
   static constexpr int kOwnUnits = kUnits / kWarpsK;  // of a warp in a stage
+  // On a multiprocessor: two keep memory busier than one.
+  static constexpr int kBlocks = kTilesM == 1 ? 2 : 1;
   static_assert(kUnits % 2 == 0 && kUnits % kWarpsK == 0 && kCols % kPanel == 0);
 };
 
@@ -214,13 +216,6 @@ class TileGemm {
       }
     }
     const int row = lane / 4, quarter = lane % 4;
-    Words4 upper[kTilesM], lower[kTilesM];
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) {
-      const int r = (warp_m * kTilesM + m) * 16 + row, chunk = own * 4 + quarter;
-      upper[m] = load_vector<Words4>(&scratch.a[stage][r][Scratch::a_place(r, chunk)]);
-      lower[m] = load_vector<Words4>(&scratch.a[stage][r + 8][Scratch::a_place(r, chunk)]);
-    }
     Words4 words[Weight::kWords];
 #pragma unroll
     for (int i = 0; i < Weight::kWords; ++i) {
@@ -228,19 +223,28 @@ class TileGemm {
       words[i] =
           load_vector<Words4>(&scratch.words[stage][warp_n / 2][r][Scratch::word_place(r, chunk)]);
     }
+    uint32_t b[4][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      uint32_t codes[Weight::kWords], b[4];
+      uint32_t codes[Weight::kWords];
 #pragma unroll
       for (int i = 0; i < Weight::kWords; ++i) codes[i] = words[i].w[j];
-      Weight::decode(codes, offset[j], b);
+      Weight::decode(codes, offset[j], b[j]);
+    }
+    // Rows after weights: of activations, few registers are held at a time.
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      const int r = (warp_m * kTilesM + m) * 16 + row, chunk = own * 4 + quarter;
+      const Words4 upper = load_vector<Words4>(&scratch.a[stage][r][Scratch::a_place(r, chunk)]);
+      const Words4 lower =
+          load_vector<Words4>(&scratch.a[stage][r + 8][Scratch::a_place(r, chunk)]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Right right{{b[2 * half], b[2 * half + 1]}};
+        const Left left{
+            {upper.w[2 * half], lower.w[2 * half], upper.w[2 * half + 1], lower.w[2 * half + 1]}};
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) {
-          const Left left{{upper[m].w[2 * half], lower[m].w[2 * half], upper[m].w[2 * half + 1],
-                           lower[m].w[2 * half + 1]}};
+        for (int j = 0; j < 4; ++j) {
+          const Right right{{b[j][2 * half], b[j][2 * half + 1]}};
           if constexpr (__is_same(Part, IntSums)) {
             multiply_add(part[m][j], left, right);
           } else {
@@ -448,7 +452,7 @@ class TileGemm {
 };
 
 template <typename Weight, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ GemmPlan plan,
                 void* workspace) {
   TileGemm<Weight, Shape> tile(args, plan, workspace);
@@ -461,12 +465,8 @@ template <typename Weight>
 __global__ void __launch_bounds__(kThreads)
     join_kernel(const __grid_constant__ GemmArgs args, int parts, const void* workspace) {
   using Number = SumOf<Weight>;
-  const int pitch = part_pitch(args.weight.out_features), chunks = pitch / kChunk;
-  const int64_t count = int64_t{args.a.rows} * chunks;
-  for (int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x; index < count;
-       index += int64_t{gridDim.x} * kThreads) {
-    const int row = static_cast<int>(index / chunks);
-    const int col = static_cast<int>(index - int64_t{row} * chunks) * kChunk;
+  const int pitch = part_pitch(args.weight.out_features);
+  for_each_chunk(args.a.rows, args.weight.out_features, [&](int row, int col, int) {
     Number values[8] = {};
     for (int part = 0; part < parts; ++part) {
       const auto* const from =
@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     finish_chunk<Weight>(args, expert_of(args.experts, row), row, col, values);
-  }
+  });
 }
 
 template <typename Weight, typename Shape>
@@ -498,9 +498,9 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* worksp
              sizeof(GemmScratch<Weight, Shape>), stream, args, plan, workspace);
   if (status != cudaSuccess || plan.splits == 1) return status;
   const int parts = Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
-  const int64_t chunks = int64_t{args.a.rows} * (part_pitch(args.weight.out_features) / kChunk);
-  return launch(join_kernel<Weight>, dim3(grid_extent(ceil_div(chunks, kThreads))), dim3(kThreads),
-                0, stream, args, parts, static_cast<const void*>(workspace));
+  const ChunkGrid over = chunk_grid(args.a.rows, args.weight.out_features);
+  return launch(join_kernel<Weight>, over.grid, over.block, 0, stream, args, parts,
+                static_cast<const void*>(workspace));
 }
 
 }  // namespace qk::cuda

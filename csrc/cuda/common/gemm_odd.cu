@@ -25,12 +25,8 @@ __global__ void __launch_bounds__(kThreads) odd_kernel(const __grid_constant__ G
   constexpr bool kInt = Weight::kScaling == Scaling::kIntGroups;
   using Part = decltype(activation<Weight>(args.a, 0, 0));
   const GroupScales& scales = args.groups;
-  const int cols = args.weight.out_features, chunks = part_pitch(cols) / kChunk;
-  const int64_t count = int64_t{args.a.rows} * chunks;
-  for (int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x; index < count;
-       index += int64_t{gridDim.x} * kThreads) {
-    const int row = static_cast<int>(index / chunks);
-    const int col = static_cast<int>(index - int64_t{row} * chunks) * kChunk;
+  const int cols = args.weight.out_features;
+  for_each_chunk(args.a.rows, cols, [&](int row, int col, int) {
     const int expert = args.experts.count == 0 ? 0 : expert_of(args.experts, row);
     const int64_t base = expert * scales.expert_scales;
     float sums[kChunk] = {};
@@ -75,14 +71,13 @@ __global__ void __launch_bounds__(kThreads) odd_kernel(const __grid_constant__ G
       }
     }
     finish_chunk<Weight>(args, expert, row, col, sums);
-  }
+  });
 }
 
 template <typename Weight>
 cudaError_t launch_odd(const GemmArgs& args, cudaStream_t stream) {
-  const int64_t chunks = int64_t{args.a.rows} * (part_pitch(args.weight.out_features) / kChunk);
-  return launch(odd_kernel<Weight>, dim3(grid_extent(ceil_div(chunks, kThreads))), dim3(kThreads),
-                0, stream, args);
+  const ChunkGrid over = chunk_grid(args.a.rows, args.weight.out_features);
+  return launch(odd_kernel<Weight>, over.grid, over.block, 0, stream, args);
 }
 
 }  // namespace
