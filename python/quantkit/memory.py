@@ -234,7 +234,13 @@ class Demand:
         waiting = (3 if self._inputs or self.places else 2) * self.states if how.offload == "memory" else 0
         routes = 2 * self.tokens * 8 * int(text_config(self.checkpoint.config).get("num_experts_per_tok") or 8)
         pool = max(layer.expert_grams.values(), default=0)
-        return waiting + routes + max(outer, layer.outer + pool + sum(sizes[: how.experts]) + routed)
+        return waiting + routes + max(outer, layer.outer + 2 * pool + self._group(layer, how.experts) + routed)
+
+    @staticmethod
+    def _group(layer: _Layer, count: int) -> int:
+        """So many experts, each of which may have seen too little and get a copy of what all saw."""
+        sizes = (size + 2 * layer.expert_grams.get(key, 0) for key, size in layer.experts.items())
+        return sum(sorted(sizes, reverse=True)[:count])
 
     @cached_property
     def _work(self) -> int:
