@@ -60,6 +60,30 @@ __device__ inline int64_t scale_index(const GroupScales& scales, int col, int gr
   return int64_t{col / scales.rows} * scales.groups + group;
 }
 
+// The same for one channel after the other, with one division for all of them; channels beyond the
+// last read like it.
+struct ScaleWalk {
+  int64_t at;
+  int left, until_next, rows;
+  int64_t step;
+
+  __device__ ScaleWalk(const GroupScales& scales, int col, int cols, int group)
+      : at(scale_index(scales, min(col, cols - 1), group)),
+        left(cols - 1 - col),
+        until_next(scales.by_panels ? 1 : scales.rows - col % scales.rows),
+        rows(scales.by_panels ? 1 : scales.rows),
+        step(scales.by_panels ? 1 : scales.groups) {}
+
+  __device__ int64_t next() {
+    const int64_t now = at;
+    if (left-- > 0 && --until_next == 0) {
+      at += step;
+      until_next = rows;
+    }
+    return now;
+  }
+};
+
 // Words of the channels col to col + 7 in a word row of the weight.
 __device__ inline void load_words(const PackedWeight& weight, int expert, int col, int word_row,
                                   uint32_t (&words)[kChunk]) {

@@ -186,7 +186,7 @@ class TileGemm {
     group_begin = group_end = 0;
     const int stages = (place.end_unit - place.first_unit + Shape::kUnits - 1) / Shape::kUnits;
     const int total = max(stages, 0) * args.a.planes;
-#pragma unroll
+#pragma unroll 1
     for (int t = 0; t < Shape::kStages - 1; ++t) {
       if (t < total) load(t);
       copy_commit();
@@ -197,7 +197,8 @@ class TileGemm {
       if (t + Shape::kStages - 1 < total) load(t + Shape::kStages - 1);
       copy_commit();
       const int unit = place.first_unit + t / args.a.planes * Shape::kUnits;
-#pragma unroll
+      // Not unrolled: a second copy of what happens at a group's end costs registers, and spills.
+#pragma unroll 1
       for (int u = 0; u < Shape::kOwnUnits; ++u) {
         const int own = warp_k * Shape::kOwnUnits + u;
         if (unit + own < place.end_unit) multiply_unit(t % Shape::kStages, own, unit + own);
@@ -265,22 +266,22 @@ class TileGemm {
     weight_group = unit * Weight::kUnit / scales.columns;
     input_group = unit * Weight::kUnit / scales.input_columns;
     const int64_t base = place.expert * scales.expert_scales;
+    const int cols = args.weight.out_features;
     if (scales.data != nullptr) {
+      ScaleWalk walk(scales, first_col + lane % 4 * 8, cols, weight_group);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
-        factor[i] =
-            load_number(scales.data, scales.dtype, base + scale_index(scales, col, weight_group));
-      }
+      for (int i = 0; i < 8; ++i)
+        factor[i] = load_number(scales.data, scales.dtype, base + walk.next());
     }
     if constexpr (Weight::kScaling == Scaling::kGroups) {
+      if (scales.zero_point == nullptr) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int col = min(first_col + lane / 4 * 4 + j, args.weight.out_features - 1);
-        offset[j] =
-            Weight::offset(scales.zero_point == nullptr
-                               ? 0
-                               : scales.zero_point[base + scale_index(scales, col, weight_group)]);
+        for (int j = 0; j < 4; ++j) offset[j] = Weight::offset(0);
+      } else {
+        ScaleWalk walk(scales, first_col + lane / 4 * 4, cols, weight_group);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          offset[j] = Weight::offset(scales.zero_point[base + walk.next()]);
       }
     }
   }
