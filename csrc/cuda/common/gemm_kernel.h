@@ -326,17 +326,15 @@ class TileGemm {
       const bool corrected = scales.zero_point != nullptr && row < place.row_end;
       const int input =
           corrected ? scales.input_sums[int64_t{row} * scales.groups + weight_group] : 0;
+      ScaleWalk walk(scales, first_col + lane % 4 * 8, args.weight.out_features, weight_group);
+      const int8_t* const zeros = scales.zero_point + place.expert * scales.expert_scales;
       float products[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         int32_t& of_group = part[m][i % 4].v[half * 2 + i / 4];
         int32_t dot = of_group >> 4;
-        if (corrected) {
-          const int col = min(first_col + lane % 4 * 8 + i, args.weight.out_features - 1);
-          const int zero = scales.zero_point[place.expert * scales.expert_scales +
-                                             scale_index(scales, col, weight_group)];
-          dot -= zero * input;
-        }
+        const int64_t at = walk.next();
+        if (corrected) dot -= zeros[at] * input;
         of_group = 0;
         products[i] = mul_rn(static_cast<float>(dot), factor[i]);
         float& sum = sums[m][i % 4].v[half * 2 + i / 4];
