@@ -204,6 +204,12 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _msmodelslim(args: argparse.Namespace) -> int:
+    from .msmodelslim import run
+
+    return run(args)
+
+
 def _env(args: argparse.Namespace) -> int:
     from .env import report
 
@@ -336,6 +342,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("target", help="the folder to be written")
     sub.add_argument("--format", required=True, metavar="NAME", help="compressed-tensors, gptq, awq, fp8")
     sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
+
+    sub = add("msmodelslim", _msmodelslim, "quantize for Ascend NPUs, with the options of its convert_quant_weights.py")
+    from .msmodelslim import add_arguments
+
+    add_arguments(sub)
 
     add("env", _env, "print versions, the instruction set in use, and which libraries are loaded or why not")
     return parser

@@ -24,7 +24,7 @@ from .checkpoint.writer import CheckpointWriter
 from .config.run_config import FP8_SOURCE, RunConfig
 from .data_free import data_free, own_tensors
 from .distributed import ONE, Ranks
-from .errors import DistributedError, Interrupted, QuantkitError
+from .errors import ConfigError, DistributedError, Interrupted, QuantkitError
 from .fingerprint import (
     config_fingerprint,
     data_fingerprint,
@@ -132,6 +132,12 @@ def _run(
         torch.set_num_threads(config.global_.num_threads)
     if statistics is not None:
         config = replace(config, calibration=replace(config.calibration, statistics=str(statistics)))
+    if config.compression.disable_level != "L0":
+        from .fall_back import with_level
+
+        if ranks.world > 1:
+            raise ConfigError("compression.disable_level: measured in one process; name the layers in ignore instead")
+        config = with_level(config, rows, progress=progress)
     with open_plan(config, ranks) as plan:
         if show is not None:
             show(plan)

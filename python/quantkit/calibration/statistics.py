@@ -176,3 +176,16 @@ class Statistics:
     def tensor_absmax(self) -> Tensor:
         """Largest magnitude overall: fp32 [1, 1]."""
         return torch.maximum(self.tensor_min.abs(), self.tensor_max.abs())
+
+
+def tail(seen: Statistics) -> float:
+    """The largest magnitude over the standard deviation of all values; 0 of an input that is always zero."""
+    assert seen.histogram is not None
+    counts, span = seen.histogram.counts.double(), float(seen.histogram.span)
+    bins = counts.numel()
+    centers = (torch.arange(bins, dtype=torch.float64) + 0.5) * (2 * span / bins) - span
+    total = counts.sum()
+    mean = (counts * centers).sum() / total
+    deviation = float(((counts * (centers - mean).square()).sum() / total).sqrt())
+    largest = float(torch.maximum(seen.min.abs().max(), seen.max.abs().max()))
+    return largest / deviation if largest > 0 and deviation > 0 else 0.0

@@ -29,6 +29,7 @@ INPUT_OBSERVERS: dict[str, str] = {
     "entropy": "kl",
     "eq": "eq",
     "admm": "admm",
+    "auto": "auto",
 }
 
 

@@ -174,12 +174,14 @@ class QuantizationConfig:
 class CompressionConfig:
     """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does. What to do stands
     in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's, whose format is `save_name`.
+    `disable_level`: "L3" keeps the three Linears in full precision whose inputs have the longest tails.
     """
 
     quantization: QuantizationConfig | None = None
     recipe: Recipe | None = None
     name: str | tuple[str, ...] = "PTQ"
     save_name: str | None = None
+    disable_level: str = "L0"
 
     def __post_init__(self) -> None:
         names = (self.name,) if isinstance(self.name, str) else self.name
@@ -194,6 +196,8 @@ class CompressionConfig:
         require(not both, "recipe", "and quantization both given; use one of them")
         require(self.quantization is not None or self.recipe is not None, "quantization", "is missing, or recipe")
         misplaced = self.save_name is not None and self.quantization is not None
+        level = re.fullmatch(r"L(0|[1-9]\d*)", self.disable_level) is not None
+        require(level, "disable_level", f"'{self.disable_level}'; write L0 (none), L1, L2, ...")
         require(not misplaced, "save_name", "goes with recipe; beside quantization use quantization.save_name")
 
 
@@ -271,7 +275,8 @@ class RunConfig:
     @property
     def runs_model(self) -> bool:
         """Whether a run needs data: the recipe looks at activations, and no statistics stand in for them."""
-        return self.recipe.needs_data and self.calibration.statistics is None
+        looks = self.recipe.needs_data or self.compression.disable_level != "L0"
+        return looks and self.calibration.statistics is None
 
     @property
     def output_dir(self) -> Path:

@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..calibration.statistics import Statistics, Wants
+from ..calibration.statistics import Statistics, Wants, tail
 from ..config.observers import INPUT_OBSERVERS
 from ..config.schemes import QuantizationArgs
 
 SEARCHES = ("percentile", "mse", "kl", "eq", "admm")
+LONG_TAIL = 50.0  # of `auto`: msModelSlim's bound between searched ranges and whole ones
 
 
 def wants(args: QuantizationArgs) -> Wants:
     """What the observer of static activations needs besides ranges."""
     name = INPUT_OBSERVERS[args.observer or "minmax"]
-    return Wants(histogram=name in SEARCHES, averages=name == "moving_average")
+    return Wants(histogram=name in (*SEARCHES, "auto"), averages=name == "moving_average")
 
 
 def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor, Tensor | None]:
     """The scale (fp32 [1, 1]) and, if asymmetric, zero point (int8 [1, 1]), as the observer of `args` finds them.
 
     minmax: the whole range seen, running minimum and maximum over all tokens. moving_average: that of batch ranges.
-    percentile, mse, kl, eq, admm: a search over the histogram. Linears that read the same input have the same
+    percentile, mse, kl, eq, admm: a search over the histogram. auto: mse, but the whole range where the largest value
+    is further out than LONG_TAIL standard deviations. Linears that read the same input have the same
     statistics, and so the same scale, which servers rely on where they fuse them.
     """
     name = INPUT_OBSERVERS[args.observer or "minmax"]
@@ -31,6 +33,8 @@ def static_scale(statistics: Statistics, args: QuantizationArgs) -> tuple[Tensor
         largest = torch.maximum(statistics.tensor_min.abs(), statistics.tensor_max.abs())
         return ops.nvfp4_global_scale(largest).reshape(1, 1), None
     low, high = statistics.tensor_min, statistics.tensor_max
+    if name == "auto":
+        name = "mse" if tail(statistics) <= LONG_TAIL else "minmax"
     if name in SEARCHES and args.type == "int":
         assert statistics.histogram is not None
         seen = torch.cat((low.reshape(1), high.reshape(1)))
