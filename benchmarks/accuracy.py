@@ -1,12 +1,13 @@
 """Accuracy of every recipe against llm-compressor's: the same model, calibration rows and windows.
 
 usage: python benchmarks/accuracy.py --data DIR [--peer-python PATH] [--models tiny-llama tiny-moe stories260K]
-           [--recipes rtn_w4a16 gptq ...]
+           [--recipes rtn_w4a16 gptq ...] [--statistics]
 
 DIR holds models/<name>, wiki_cal.txt, wikitext2.test.tokens.txt and stories260K.bin. Calibration: the first 64 rows of
 256 tokens; evaluation: 100 windows of 256 tokens, no BOS: perplexity, KL(full precision || quantized) per token and
 top-1 agreement, in fp32, of what either tool has written, read back by `quantkit.evaluate`. With `--client`
-Transformers loads and runs it instead, where it can.
+Transformers loads and runs it instead, where it can. With `--statistics` every recipe is also made from one calibration
+of the full-precision model (`quantkit calibrate`), without errors of one layer reaching the next.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from stories import convert, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit import engine
+from quantkit.calibrate import calibrate
 from quantkit.calibration.dataset import text_rows
 from quantkit.config.recipe_file import recipe_of
 from quantkit.config.run_config import CompressionConfig, DatasetConfig, GlobalConfig, ModelConfig, RunConfig
@@ -46,9 +48,9 @@ def recipe_for(model: str, name: str) -> dict[str, dict[str, Any]]:
     return recipe  # type: ignore[no-any-return]
 
 
-def ours(model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> Path:
+def job(model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> RunConfig:
     dataset = DatasetConfig(data_path="rows", max_seq_length=len(rows[0]), num_samples=len(rows))
-    config = RunConfig(
+    return RunConfig(
         GlobalConfig(save_path=str(folder), overwrite=True),
         ModelConfig(str(model)),
         CompressionConfig(recipe=recipe_of(recipe)),
@@ -56,7 +58,6 @@ def ours(model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Pat
         source=folder,
         stem="ours",
     )
-    return engine.run(config, rows=rows).output
 
 
 def peers(python: str, model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> Path:
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--peer-python")
     parser.add_argument("--client", action="store_true")
+    parser.add_argument("--statistics", action="store_true")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -111,13 +113,18 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = text_rows(args.data / "wiki_cal.txt", tokenizer, 256, 64)
         windows = text_rows(args.data / "wikitext2.test.tokens.txt", tokenizer, 256, 100)
+    who_all = ["quantkit"] + ["statistics"] * args.statistics + ["llm-compressor"] * bool(args.peer_python)
+    if args.statistics:
+        calibrate(job(model, recipe_for(name, "gptq"), rows, folder), folder / "statistics", rows=rows)
     for recipe_name in args.recipes:
         recipe = recipe_for(name, recipe_name)
-        for who in ("quantkit", "llm-compressor") if args.peer_python else ("quantkit",):
+        for who in who_all:
             line = f"{name:<12} {recipe_name:<17} {who:<15}"
             try:
                 if who == "quantkit":
-                    output = ours(model, recipe, rows, folder)
+                    output = engine.run(job(model, recipe, rows, folder), rows=rows).output
+                elif who == "statistics":
+                    output = engine.run(job(model, recipe, rows, folder), statistics=folder / "statistics").output
                 else:
                     output = peers(args.peer_python, model, recipe, rows, folder)
                 if args.client:

@@ -60,12 +60,16 @@ Tensor fp8_product(const char* op, const Tensor& x, const Tensor& packed,
     const int64_t row_bytes = row_bytes_of(cols * 2);
     staged.held = new_tensor(x, {x.size(0), row_bytes}, ScalarType::Char);
     scales = new_tensor(x, {x.size(0), count}, ScalarType::Float);
-    OptionalTensor given = input_scale;
-    if (!given && (*input_block)[0] == -1 && cols > 0) given = tensor_scale(op, x, rows);
+    Tensor made = x;  // keeps the scale that is made here
+    const float* given = pointer<float>(input_scale);
+    if (!given && (*input_block)[0] == -1 && cols > 0) {
+      made = tensor_scale(op, x, rows);
+      given = data<float>(made);
+    }
     if (cols > 0) {
       const Float8Rows how{float_matrix(op, x),
                            args.experts,
-                           pointer<float>(given),
+                           given,
                            static_cast<int>(group),
                            static_cast<int>(count),
                            data<uint16_t>(staged.held),

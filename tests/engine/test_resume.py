@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,3 +62,89 @@ def test_restart_starts_over(tmp_path: Path) -> None:
     assert subprocess.run(command, env=environments(1)[0], capture_output=True, timeout=120).returncode == 7
     done = run("-c", job, "--set", "dataset.num_samples=39", "--restart")
     assert done.returncode == 0 and "starting over" in done.stderr, done.stderr
+
+
+# Kills itself at one of the moments between which files change.
+KILLED = """
+import os, random, signal, sys
+left = int(os.environ["KILL_AT"])
+def tick():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def around(owner, name):
+    usual = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        tick()
+        result = usual(*args, **kwargs)
+        tick()
+        return result
+    setattr(owner, name, wrapped)
+from quantkit import engine
+from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.writer import CheckpointWriter
+from quantkit.modifiers.pipeline import Pipeline
+around(Pipeline, "finish")
+around(CheckpointWriter, "write")
+around(CheckpointWriter, "side_file")
+around(CheckpointWriter, "finish")
+around(Journal, "append")
+around(engine, "audit")
+for name in ("fsync", "rename", "unlink"):
+    around(os, name)
+from quantkit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills: int, tmp_path: Path) -> None:
+    """One job, killed at random moments of every run of it, and each time begun again with the same command."""
+    chance = random.Random(kills)
+    job = str(yaml_of("gptq", tmp_path, tmp_path / "out"))
+    command = [sys.executable, "-c", KILLED, "run", "-c", job]
+    killed = 0
+    while killed < kills:
+        at = {"KILL_AT": str(chance.randrange(1, 60))}
+        done = subprocess.run(command, env=environments(1)[0] | at, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        killed += done.returncode != 0
+        if done.returncode == 0:  # nothing of a finished output is ever at stake
+            shutil.move(tmp_path / "out", tmp_path / f"finished after {killed}")
+    done = run("-c", job)
+    # Killed behind the rename, there is nothing left to do.
+    assert done.returncode == 0 or "exists already" in done.stderr, done.stderr
+    expected = run_all(["gptq"], 1, tmp_path / "whole")["gptq"]
+    for folder in [tmp_path / "out", *tmp_path.glob("finished after *")]:
+        assert not differences(files(folder / "gptq"), expected)
+
+
+def test_damaged_states_and_journals_are_refused(tmp_path: Path) -> None:
+    job = str(yaml_of("gptq", tmp_path, tmp_path / "out"))
+    command = [sys.executable, "-c", STUCK.replace("time.sleep(100)", "sys.exit(7)"), "run", "-c", job]
+    assert subprocess.run(command, env=environments(1)[0], capture_output=True, timeout=120).returncode == 7
+    partial = tmp_path / "out" / "gptq.partial"
+    journal = next(path for path in partial.rglob("*") if "journal" in path.name)
+    whole = journal.read_bytes()
+    for damaged in (whole[:40] + b"x" + whole[41:], whole.replace(b"layer", b"later", 1), b"{}\n" + whole):
+        journal.write_bytes(damaged)
+        refused = run("-c", job)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr and "--restart" in refused.stderr
+    journal.write_bytes(whole[:-3])  # the last line was being written
+    assert run("-c", job).returncode == 0
+    expected = run_all(["gptq"], 1, tmp_path / "whole")["gptq"]
+    assert not differences(files(tmp_path / "out" / "gptq"), expected)
+
+
+def test_a_full_disk_is_said_and_gone_on_from(tmp_path: Path) -> None:
+    job = str(yaml_of("gptq", tmp_path, tmp_path / "out"))
+    limited = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" + STUCK.replace("== 2", "== 99")
+    full = subprocess.run(
+        [sys.executable, "-c", limited, "run", "-c", job], env=environments(1)[0], capture_output=True, text=True
+    )
+    assert full.returncode == 2 and "Traceback" not in full.stderr and "File too large" in full.stderr, full.stderr
+    assert run("-c", job).returncode == 0
+    expected = run_all(["gptq"], 1, tmp_path / "whole")["gptq"]
+    assert not differences(files(tmp_path / "out" / "gptq"), expected)
