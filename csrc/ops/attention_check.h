@@ -1,14 +1,12 @@
-// What the attention ops on the CPU check alike; the words are those of ops/attention.py.
+// What the attention ops check, whichever kernel serves the call; the words are those of
+// ops/attention.py.
 #pragma once
 
 #include <cmath>
-#include <memory>
 
-#include "ops/cpu_ops.h"
+#include "ops/check.h"
 
-namespace qk::cpu {
-
-using OptionalTensor = std::optional<Tensor>;
+namespace qk {
 
 inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                         const char* k_name, const char* v_name, int64_t max_size) {
@@ -53,29 +51,24 @@ inline void check_softmax(const char* op, double scale, int64_t window) {
   check(window >= 0, op, "window must not be negative, got ", window);
 }
 
-// Element b of `bound`, or `otherwise` if there is none.
-inline int64_t bound_of(const OptionalTensor& bound, int64_t b, int64_t otherwise) {
-  if (!bound) return otherwise;
-  return *reinterpret_cast<const int64_t*>(element(*bound, b * bound->stride(0)));
+// q, k and v of attention on numbers.
+inline void check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                            bool causal, double scale, const OptionalTensor& starts,
+                            const OptionalTensor& lengths, int64_t window, int64_t max_size) {
+  check_heads(op, q, k, v, "k", "v", max_size);
+  const struct {
+    const char* name;
+    const Tensor& x;
+  } both[] = {{"k", k}, {"v", v}};
+  for (const auto& [name, x] : both) {
+    check(x.scalar_type() == q.scalar_type(), op, name, " must be of q's dtype ",
+          name_of(q.scalar_type()), ", got ", name_of(x.scalar_type()));
+  }
+  const int64_t tokens = q.size(2), keys = k.size(2);
+  check(tokens <= keys || !(causal || window), op,
+        "with causal or window, q must have no more tokens than k, got ", tokens, " and ", keys);
+  check_bounds(op, q.size(0), starts, lengths);
+  check_softmax(op, scale, window);
 }
 
-// [B, H, T, D] as a view of [B, T, H, D], which is how the projection after it reads it.
-inline Tensor attention_output(const Tensor& q) {
-  return torch::stable::transpose(
-      output(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type()), 1, 2);
-}
-
-// parallel_queue with `bytes` of scratch for each thread, aligned to cache lines: f(i, scratch).
-template <typename Body>
-void parallel_queue_with_scratch(int64_t n, int64_t bytes, const Body& body) {
-  std::atomic<int64_t> next = 0;
-  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<char[]> memory(new char[bytes + 64]);  // not cleared
-    void* const scratch =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-    for (int64_t i = next++; i < n; i = next++) body(i, scratch);
-  });
-}
-
-}  // namespace qk::cpu
+}  // namespace qk

@@ -1,7 +1,7 @@
 // sage_attention and attention on the CPU.
 #include "cpu/attention.h"
 
-#include "ops/attention_check.h"
+#include "ops/attention_cpu.h"
 
 namespace qk::cpu {
 namespace {
@@ -119,20 +119,8 @@ Heads pack_heads(const char* op, const Tensor& k, const Tensor& v, const Optiona
 Tensor attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
               double scale, const OptionalTensor& starts, const OptionalTensor& lengths,
               int64_t window, How how) {
-  check_heads(op, q, k, v, "k", "v", kMaxHeadSize);
-  const struct {
-    const char* name;
-    const Tensor& x;
-  } both[] = {{"k", k}, {"v", v}};
-  for (const auto& [name, x] : both) {
-    check(x.scalar_type() == q.scalar_type(), op, name, " must be of q's dtype ",
-          name_of(q.scalar_type()), ", got ", name_of(x.scalar_type()));
-  }
+  check_attention(op, q, k, v, causal, scale, starts, lengths, window, kMaxHeadSize);
   const int64_t heads = q.size(1), tokens = q.size(2), size = q.size(3), keys = k.size(2);
-  check(tokens <= keys || !(causal || window), op,
-        "with causal or window, q must have no more tokens than k, got ", tokens, " and ", keys);
-  check_bounds(op, q.size(0), starts, lengths);
-  check_softmax(op, scale, window);
   Tensor out = attention_output(q);
   if (q.numel() == 0) return out;
   if (keys == 0) return torch::stable::zero_(out);

@@ -1,6 +1,4 @@
 // sage_attention and attention on CUDA.
-#include "cuda/common/attention.h"
-
 #include "ops/attention_cuda.h"
 
 namespace qk::cuda {
@@ -9,29 +7,14 @@ namespace {
 
 Tensor run(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
            const OptionalTensor& starts, const OptionalTensor& lengths, AttentionHow how) {
-  check_float(op, "q", q);
+  check_attention(op, q, k, v, how.causal, scale, starts, lengths, how.window, kMaxHeadSize);
   const HeadRows queries = head_rows(op, "q", q), keys = head_rows(op, "k", k),
                  values = head_rows(op, "v", v);
+  set_bounds(op, how, scale, starts, lengths);
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), size = q.size(3);
-  check_heads(op, q, k, v, "k", "v");
-  const struct {
-    const char* name;
-    const Tensor& x;
-  } both[] = {{"k", k}, {"v", v}};
-  for (const auto& [name, x] : both) {
-    check(x.scalar_type() == q.scalar_type(), op, name, " must be of q's dtype ",
-          name_of(q.scalar_type()), ", got ", name_of(x.scalar_type()));
-  }
   const int64_t key_count = k.size(2);
-  check(tokens <= key_count || !(how.causal || how.window), op,
-        "with causal or window, q must have no more tokens than k, got ", tokens, " and ",
-        key_count);
-  how.starts = bound_data(op, "starts", starts, batch);
-  how.lengths = bound_data(op, "lengths", lengths, batch);
-  check_softmax(op, scale, how.window);
   check_extent(op, "q", batch * heads * tokens, size);
   check_extent(op, "k", batch * k.size(1) * (key_count + kAttentionPad), size);
-  how.scale = static_cast<float>(scale * kLog2E);
 
   const auto guard = use_device_of(q);
   const Tensor out = new_tensor(q, {batch, tokens, heads, size}, q.scalar_type());

@@ -22,6 +22,7 @@ namespace qk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 using IntList = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 
 // Throws std::runtime_error "quantkit::<op>: <parts>", a RuntimeError in Python, unless `ok`. Not

@@ -11,7 +11,6 @@
 
 namespace qk::cuda {
 
-using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
 inline void check_extent(const char* op, const char* name, int64_t rows, int64_t cols) {

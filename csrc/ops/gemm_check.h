@@ -8,8 +8,6 @@
 
 namespace qk {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Packed weights lie in panels of so many output channels.
 constexpr int64_t kGemmPanel = 64;
 

@@ -9,13 +9,8 @@ Tensor kv_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cach
                     const Tensor& k_scale, const Tensor& v_scale, bool causal, double scale,
                     const OptionalTensor& starts, const OptionalTensor& lengths, int64_t window) {
   constexpr auto kOp = "kv_attention";
-  check_heads(kOp, q, k_cache, v_cache, "k_cache", "v_cache", kMaxCacheHeadSize);
-  check_cache(kOp, "k", k_cache, k_scale);
-  check_cache(kOp, "v", v_cache, v_scale);
-  check(v_cache.scalar_type() == k_cache.scalar_type(), kOp, "v_cache must be of k_cache's dtype ",
-        name_of(k_cache.scalar_type()), ", got ", name_of(v_cache.scalar_type()));
-  check_bounds(kOp, q.size(0), starts, lengths);
-  check_softmax(kOp, scale, window);
+  check_cache_attention(kOp, q, k_cache, v_cache, k_scale, v_scale, scale, starts, lengths, window,
+                        kMaxCacheHeadSize);
   Tensor out = attention_output(q);
   if (q.numel() == 0) return out;
 

@@ -41,21 +41,7 @@ void kv_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
     const char* name;
     const Tensor &x, &cache, &scale;
   } both[] = {{"k", k, k_cache, k_scale}, {"v", v, v_cache, v_scale}};
-  for (const auto& [name, x, cache, scale] : both) {
-    check_float(kOp, name, x);
-    check_cache(kOp, name, cache, scale);
-    const int64_t expected[] = {cache.size(0), cache.size(1),
-                                positions.dim() ? positions.size(-1) : 0, cache.size(3)};
-    bool same = x.dim() == 4;
-    for (int64_t d = 0; same && d < 4; ++d) same = x.size(d) == expected[d];
-    check(same, kOp, name, " must be ", text_of({expected, 4}),
-          " for this cache and these positions, got ", text_of(x.sizes()));
-    check_rows(kOp, name, x);
-  }
-  check(positions.scalar_type() == ScalarType::Long && positions.dim() == 2 &&
-            positions.size(0) == k_cache.size(0),
-        kOp, "positions must be torch.int64 [", k_cache.size(0), ", new tokens], got ",
-        name_of(positions.scalar_type()), " ", text_of(positions.sizes()));
+  check_append(kOp, k, v, k_cache, v_cache, k_scale, v_scale, positions);
   if (k.numel() == 0 && v.numel() == 0) return;
   const int64_t batch = k.size(0), tokens = k.size(2);
   const auto place_of = [&](int64_t b, int64_t t) {
@@ -88,11 +74,7 @@ void kv_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
 Tensor kv_read(const Tensor& cache, const Tensor& scale, int64_t begin, int64_t end,
                ScalarType dtype) {
   constexpr auto kOp = "kv_read";
-  check_cache(kOp, "kv", cache, scale);
-  check(0 <= begin && begin <= end && end <= cache.size(2), kOp,
-        "[begin, end) must lie within the capacity ", cache.size(2), ", got [", begin, ", ", end,
-        ")");
-  check(is_float(dtype), kOp, "dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
+  check_read(kOp, cache, scale, begin, end, dtype);
   const int64_t heads = cache.size(1), tokens = end - begin, size = cache.size(3);
   Tensor out = output(cache, {cache.size(0), heads, tokens, size}, dtype);
   if (out.numel() == 0) return out;

@@ -4,12 +4,11 @@
 
 #include "cpu/rtn.h"
 #include "cpu/scale.h"
+#include "ops/pointwise_check.h"
 #include "ops/token_rows.h"
 
 namespace qk::cpu {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // ---- codes of a row, as int8_quant_per_token and fp8_quant_per_token make them ----
 struct Codes {
@@ -17,9 +16,7 @@ struct Codes {
 };
 
 Codes empty_codes(const char* op, const Tensor& x, const Tokens& tokens, ScalarType dtype) {
-  check(dtype == ScalarType::Char || is_fp8(dtype), op,
-        "dtype must be int8, float8_e4m3fn or float8_e5m2, got ", name_of(dtype));
-  check(tokens.cols > 0, op, "there must be a column to quantize, got ", text_of(x.sizes()));
+  check_codes(op, x, dtype);
   return {output(x, tokens.shape, dtype),
           torch::stable::new_empty(x, tokens.scale_shape, ScalarType::Float)};
 }
@@ -58,7 +55,7 @@ void quantize_rows(const char* op, const Tensor& x, const Tokens& tokens, const 
 struct Norm {
   Tokens tokens;
   const Tensor &x, &weight;
-  const Optional& residual;
+  const OptionalTensor& residual;
   Tensor sum;
   float epsilon;
   DType dtype;
@@ -70,16 +67,11 @@ struct Norm {
   }
 };
 
-Norm check_norm(const char* op, const Tensor& x, const Optional& residual, const Tensor& weight,
-                double epsilon) {
+Norm check_norm(const char* op, const Tensor& x, const OptionalTensor& residual,
+                const Tensor& weight, double epsilon) {
   const Tokens tokens = check_tokens(op, x);
-  check(weight.dim() == 1 && weight.size(0) == tokens.cols && weight.is_contiguous() &&
-            weight.scalar_type() == x.scalar_type(),
-        op, "weight must be ", name_of(x.scalar_type()), " [", tokens.cols, "], got ",
-        name_of(weight.scalar_type()), " ", text_of(weight.sizes()));
-  check_same_device(op, "weight", weight, x);
-  check(epsilon >= 0, op, "epsilon must not be negative, got ", epsilon);
-  if (residual) check_like(op, "residual", *residual, "x", x);
+  check_norm_weight(op, x, residual, weight, epsilon);
+  if (residual) check_rows(op, "residual", *residual);
   Tensor sum = residual ? output(x, tokens.shape, x.scalar_type())
                         : torch::stable::new_empty(x, std::vector<int64_t>{0}, x.scalar_type());
   return {
@@ -98,8 +90,8 @@ struct Gate {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Optional& residual, const Tensor& weight,
-                                    double epsilon) {
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptionalTensor& residual,
+                                    const Tensor& weight, double epsilon) {
   const Norm norm = check_norm("rms_norm", x, residual, weight, epsilon);
   const int64_t cols = norm.tokens.cols, size = x.element_size();
   Tensor out = output(x, norm.tokens.shape, x.scalar_type());
@@ -110,7 +102,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Optional& residual, c
   return {out, norm.sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quant(const Tensor& x, const Optional& residual,
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quant(const Tensor& x, const OptionalTensor& residual,
                                                   const Tensor& weight, double epsilon,
                                                   ScalarType dtype) {
   constexpr auto kOp = "rms_norm_quant";
@@ -124,6 +116,7 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   constexpr auto kOp = "silu_mul";
   const Tokens tokens = check_tokens(kOp, gate, "gate");
   check_like(kOp, "up", up, "gate", gate);
+  check_rows(kOp, "up", up);
   Tensor out = output(gate, tokens.shape, gate.scalar_type());
   if (gate.numel() == 0) return out;
   const Gate row_of{gate, up, tokens.cols, dtype_of(kOp, gate.scalar_type())};
@@ -138,6 +131,7 @@ std::tuple<Tensor, Tensor> silu_mul_quant(const Tensor& gate, const Tensor& up, 
   constexpr auto kOp = "silu_mul_quant";
   const Tokens tokens = check_tokens(kOp, gate, "gate");
   check_like(kOp, "up", up, "gate", gate);
+  check_rows(kOp, "up", up);
   const Codes out = empty_codes(kOp, gate, tokens, dtype);
   if (gate.numel() != 0) {
     const Gate row_of{gate, up, tokens.cols, dtype_of(kOp, gate.scalar_type())};
@@ -148,18 +142,7 @@ std::tuple<Tensor, Tensor> silu_mul_quant(const Tensor& gate, const Tensor& up, 
 
 Tensor rotary_embedding(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
   constexpr auto kOp = "rotary_embedding";
-  check(x.dim() == 4, kOp, "x must be 4-D [batch, heads, tokens, size], got ", x.dim(), "-D");
-  check_float(kOp, "x", x);
-  check_rows(kOp, "x", x);
-  check(cosine.dim() == 3 && cosine.scalar_type() == x.scalar_type() &&
-            (cosine.size(0) == 1 || cosine.size(0) == x.size(0)) && cosine.size(1) == x.size(2) &&
-            cosine.size(2) <= x.size(3) && cosine.size(2) % 2 == 0,
-        kOp, "cos must be ", name_of(x.scalar_type()), " [batch or 1, ", x.size(2),
-        ", an even number up to ", x.size(3), "], got ", name_of(cosine.scalar_type()), " ",
-        text_of(cosine.sizes()));
-  check_rows(kOp, "cos", cosine);
-  check_same_device(kOp, "cos", cosine, x);
-  check_like(kOp, "sin", sine, "cos", cosine);
+  check_rotary(kOp, x, cosine, sine);
   // In the order tokens, heads, so that it is a view of [batch, tokens, heads, size] as x is.
   const int64_t heads = x.size(1), tokens = x.size(2), size = x.size(3), bytes = x.element_size();
   Tensor out = output(x, {x.size(0), tokens, heads, size}, x.scalar_type());

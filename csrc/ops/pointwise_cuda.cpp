@@ -3,19 +3,12 @@
 
 #include <tuple>
 
+#include "ops/pointwise_check.h"
 #include "ops/tokens_cuda.h"
 
 namespace qk::cuda {
 namespace ops {
 namespace {
-
-// `other` is to be what x is, in shape and dtype.
-void check_like(const char* op, const char* name, const Tensor& other, const char* x_name,
-                const Tensor& x) {
-  check(shape_of(other) == shape_of(x) && other.scalar_type() == x.scalar_type(), op, name,
-        " must have ", x_name, "'s shape and dtype, ", name_of(x.scalar_type()), " ",
-        text_of(x.sizes()), ", got ", name_of(other.scalar_type()), " ", text_of(other.sizes()));
-}
 
 struct Codes {
   Tensor codes, scale;
@@ -23,9 +16,7 @@ struct Codes {
 };
 
 Codes new_codes(const char* op, const Tensor& x, const Tokens& tokens, ScalarType dtype) {
-  check(dtype == ScalarType::Char || is_fp8(dtype), op,
-        "dtype must be int8, float8_e4m3fn or float8_e5m2, got ", name_of(dtype));
-  check(tokens.matrix.cols > 0, op, "there must be a column to quantize, got ", text_of(x.sizes()));
+  check_codes(op, x, dtype);
   const Tensor codes = new_tensor(x, tokens.shape, dtype);
   const Tensor scale = new_tensor(x, tokens.scale_shape, ScalarType::Float);
   return {codes, scale, {nullptr, dtype_of(op, dtype), data<uint8_t>(codes), data<float>(scale)}};
@@ -41,16 +32,9 @@ struct Arguments {
 Arguments check_norm(const char* op, const Tensor& x, const OptionalTensor& residual,
                      const Tensor& weight, double epsilon) {
   const Tokens tokens = tokens_of(op, "x", x);
-  check(weight.dim() == 1 && weight.size(0) == tokens.matrix.cols &&
-            weight.scalar_type() == x.scalar_type(),
-        op, "weight must be ", name_of(x.scalar_type()), " [", tokens.matrix.cols, "], got ",
-        name_of(weight.scalar_type()), " ", text_of(weight.sizes()));
-  check(epsilon >= 0, op, "epsilon must not be negative, got ", epsilon);
+  check_norm_weight(op, x, residual, weight, epsilon);
   Matrix other{};
-  if (residual) {
-    check_like(op, "residual", *residual, "x", x);
-    other = tokens_of(op, "residual", *residual).matrix;
-  }
+  if (residual) other = tokens_of(op, "residual", *residual).matrix;
   return {tokens, other, new_tensor(x, residual ? tokens.shape : Shape{0}, x.scalar_type()),
           data_of<char>(op, "weight", weight)};
 }
@@ -106,19 +90,8 @@ std::tuple<Tensor, Tensor> silu_mul_quant(const Tensor& gate, const Tensor& up, 
 
 Tensor rotary_embedding(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
   constexpr auto kOp = "rotary_embedding";
-  check(x.dim() == 4, kOp, "x must be 4-D [batch, heads, tokens, size], got ", x.dim(), "-D");
-  check_float(kOp, "x", x);
+  check_rotary(kOp, x, cosine, sine);
   check(on_device(x), kOp, "x must be on a CUDA device");
-  check(cosine.dim() == 3 && cosine.scalar_type() == x.scalar_type() &&
-            (cosine.size(0) == 1 || cosine.size(0) == x.size(0)) && cosine.size(1) == x.size(2) &&
-            cosine.size(2) <= x.size(3) && cosine.size(2) % 2 == 0,
-        kOp, "cos must be ", name_of(x.scalar_type()), " [batch or 1, ", x.size(2),
-        ", an even number up to ", x.size(3), "], got ", name_of(cosine.scalar_type()), " ",
-        text_of(cosine.sizes()));
-  check_like(kOp, "sin", sine, "cos", cosine);
-  check_rows(kOp, "x", x);
-  check_rows(kOp, "cos", cosine);
-  check_rows(kOp, "sin", sine);
   check_extent(kOp, "x", x.size(0) * x.size(1) * x.size(2), x.size(3));
   const auto guard = use_device_of(x);
   const int batch = static_cast<int>(x.size(0)), heads = static_cast<int>(x.size(1));

@@ -35,16 +35,4 @@ inline Tokens check_tokens(const char* op, const Tensor& x, const char* name = "
   return tokens;
 }
 
-// `other` is to be what x is, in shape and dtype, but for its strides.
-inline void check_like(const char* op, const char* name, const Tensor& other, const char* x_name,
-                       const Tensor& x) {
-  bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = other.size(d) == x.size(d);
-  check(same, op, name, " must have ", x_name, "'s shape and dtype, ", name_of(x.scalar_type()),
-        " ", text_of(x.sizes()), ", got ", name_of(other.scalar_type()), " ",
-        text_of(other.sizes()));
-  check_rows(op, name, other);
-  check_same_device(op, name, other, x);
-}
-
 }  // namespace qk::cpu
