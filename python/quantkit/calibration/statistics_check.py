@@ -6,7 +6,7 @@ Headers, `statistics.json` and small tensors are looked at when the folder is op
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -293,11 +293,3 @@ def _names(value: Any, where: str, unique: bool = True) -> list[str]:
     if unique and len(set(value)) < len(value):
         raise Refused(f"{MAIN}: {where:.200} has a name twice")
     return list(value)
-
-
-def shapes_of(file: StatisticsFile) -> Iterator[tuple[str, int | None]]:
-    """Every Linear that the file names, with the width of its input where it has one."""
-    for name, entry in file.inputs.items():
-        yield name, entry.channels
-    for name in file.contents.silent:
-        yield name, None

@@ -157,11 +157,6 @@ class CheckpointWriter:
         ) from error
 
     @property
-    def resumed(self) -> bool:
-        """Whether this goes on with what an earlier process left."""
-        return self._staging.done is not None
-
-    @property
     def published(self) -> bool:
         """Whether the output is in place: by `finish`, or by an earlier process that had only `seal` left to do."""
         return self._staging.published

@@ -252,12 +252,6 @@ class Skeleton:
             logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return logits
 
-    def head_inputs(self, hidden: Tensor) -> Tensor:
-        """What enters the head, given the last layer's output. Needs `outer`."""
-        with self._stubbed(lambda hidden_states, *args, **kwargs: self._result(hidden)), torch.no_grad():
-            inputs: Tensor = self.base(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return inputs
-
     def _result(self, hidden: Tensor) -> Any:
         return (hidden,) if self._tuples else hidden
 
