@@ -81,28 +81,32 @@ def around(owner, name):
         tick()
         return result
     setattr(owner, name, wrapped)
-from quantkit import engine
+from quantkit import engine, resume
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.modifiers.pipeline import Pipeline
 around(Pipeline, "finish")
 around(CheckpointWriter, "write")
+around(CheckpointWriter, "write_rows")
+around(CheckpointWriter, "copy")
 around(CheckpointWriter, "side_file")
 around(CheckpointWriter, "finish")
 around(Journal, "append")
 around(engine, "audit")
 for name in ("fsync", "rename", "unlink"):
     around(os, name)
+resume.BATCH_SECONDS = 0.0  # of weights that are journaled one by one
 from quantkit.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again(kills: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gptq", "free"])
+def test_killed_again_and_again(kind: str, kills: int, tmp_path: Path) -> None:
     """One job, killed at random moments of every run of it, and each time begun again with the same command."""
     chance = random.Random(kills)
-    job = str(yaml_of("gptq", tmp_path, tmp_path / "out"))
+    job = str(yaml_of(kind, tmp_path, tmp_path / "out"))
     command = [sys.executable, "-c", KILLED, "run", "-c", job]
     killed = 0
     while killed < kills:
@@ -115,9 +119,9 @@ def test_killed_again_and_again(kills: int, tmp_path: Path) -> None:
     done = run("-c", job)
     # Killed behind the rename, there is nothing left to do.
     assert done.returncode == 0 or "exists already" in done.stderr, done.stderr
-    expected = run_all(["gptq"], 1, tmp_path / "whole")["gptq"]
+    expected = run_all([kind], 1, tmp_path / "whole")[kind]
     for folder in [tmp_path / "out", *tmp_path.glob("finished after *")]:
-        assert not differences(files(folder / "gptq"), expected)
+        assert not differences(files(folder / kind), expected)
 
 
 def test_damaged_states_and_journals_are_refused(tmp_path: Path) -> None:
