@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+
+import quantkit.ops as ops
 
 from . import emulated_cuda
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors, which threads only make slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels() -> None:
+    """Without the libraries the references would be compared with themselves."""
+    ops._load.require("cpu")
+    ops._load.require("cuda")
 
 
 @pytest.fixture(scope="session")

@@ -25,20 +25,9 @@ from .calibrated_cases import (
     sweep_cases,
 )
 from .cuda_cases import BLOCKS, FLOATS, SHAPES, assert_same, matrix, relocate, results
+from .device import call
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    """Without the libraries the references would be compared with themselves."""
-    ops._load.require("cpu")
-    ops._load.require("cuda")
-
-
-def call(op: str, args: tuple[Any, ...]) -> Any:
-    placed = [relocate(arg, lambda t: t.cuda()) for arg in args]
-    return results(op, getattr(torch.ops.quantkit, op)(*placed), placed)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 
 
 def cpu(op: str, args: tuple[Any, ...]) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import quantkit.ops as ops
 
@@ -16,33 +15,19 @@ from .cuda_cases import (
     FLOATS,
     FP8,
     SHAPES,
-    assert_same,
     cases,
     check,
     matrix,
     pack_cases,
-    relocate,
     strided,
     token_cases,
 )
+from .device import call, check_current_stream, check_graph
 from .gemm_cases import OPS as GEMMS
+from .test_layer_cuda import OPS as LAYER
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 LARGE = ((2048, 4096), (64, 28672), (20000, 136))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    """Without the library the references would be compared with themselves."""
-    ops._load.require("cuda")
-
-
-def on_device(args: tuple[Any, ...]) -> list[Any]:
-    return [relocate(arg, lambda t: t.cuda()) for arg in args]
-
-
-def call(op: str, args: tuple[Any, ...]) -> Any:
-    return getattr(torch.ops.quantkit, op)(*on_device(args))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -99,40 +84,20 @@ def test_every_code_by_many_scales(dtype: torch.dtype) -> None:
 def all_ops() -> list[tuple[str, tuple[Any, ...]]]:
     x = matrix(130, 264, torch.bfloat16)
     found = [*cases(x, [1, 128]), *cases(x, [-1, -1]), *cases(x, [-1, 1]), *token_cases(x), *pack_cases(9, 33)]
-    assert {op for op, _ in found} == set(ops._library.compiled_ops("CUDA")) - CALIBRATED - GEMMS
+    assert {op for op, _ in found} == set(ops._library.compiled_ops("CUDA")) - CALIBRATED - GEMMS - LAYER
     return found
 
 
+def reference(op: str, args: tuple[Any, ...]) -> Any:
+    return ops._library.REFERENCES[op](*args)
+
+
 def test_runs_on_the_current_stream() -> None:
-    stream = torch.cuda.Stream()
-    for op, args in all_ops():
-        placed = on_device(args)
-        late = [torch.zeros_like(a) if isinstance(a, Tensor) else a for a in placed]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # an op on another stream would read the zeros
-            for source, target in zip(placed, late, strict=True):
-                if isinstance(source, Tensor):
-                    target.copy_(source)
-            got = getattr(torch.ops.quantkit, op)(*late)
-        stream.synchronize()
-        assert_same(op, got, ops._library.REFERENCES[op](*args))
+    check_current_stream(all_ops(), reference)
 
 
 def test_cuda_graph() -> None:
-    for op, args in all_ops():
-        placed = on_device(args)
-        still = [torch.zeros_like(a) if isinstance(a, Tensor) else a for a in placed]
-        getattr(torch.ops.quantkit, op)(*still)  # loads the kernel, which a capture does not allow
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = getattr(torch.ops.quantkit, op)(*still)
-        for source, target in zip(placed, still, strict=True):
-            if isinstance(source, Tensor):
-                target.copy_(source)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same(op, got, ops._library.REFERENCES[op](*args))
+    check_graph(all_ops(), reference)
 
 
 def test_same_bits_every_time() -> None:

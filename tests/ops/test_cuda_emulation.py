@@ -5,7 +5,6 @@ Proves indexing, synchronisation and arithmetic, within the buffers and in any o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,16 +28,10 @@ from .cuda_cases import (
     token_cases,
 )
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The references work on small tensors here, and threads only make that slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-import quantkit.ops as ops
-
-from .cuda_cases import Case, assert_same, relocate
+from .cuda_cases import Case, assert_same
+from .device import call, check_current_stream, check_graph, from_device, on_device
 from .gemm_cases import (
     DEEP,
     GROUPED,
@@ -26,21 +22,8 @@ from .gemm_cases import (
     wna16_cases,
 )
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 LARGE = ((1, 4096, 4096), (16, 4096, 4096), (64, 2048, 8192), (300, 1000, 4096))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    ops._load.require("cuda")
-
-
-def on_device(args: tuple[Any, ...]) -> list[Any]:
-    return [relocate(arg, lambda t: t.cuda()) for arg in args]
-
-
-def call(op: str, args: tuple[Any, ...]) -> Any:
-    return getattr(torch.ops.quantkit, op)(*on_device(args))
 
 
 @pytest.mark.parametrize("shape", (*SHAPES, *DEEP, *LARGE), ids=str)
@@ -73,36 +56,11 @@ def all_ops() -> list[Case]:
 
 
 def test_runs_on_the_current_stream() -> None:
-    stream = torch.cuda.Stream()
-    for op, args in all_ops():
-        placed = on_device(args)
-        wanted = getattr(torch.ops.quantkit, op)(*placed)
-        late = [torch.zeros_like(a) if isinstance(a, Tensor) else a for a in placed]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # an op on another stream would read the zeros
-            for source, target in zip(placed, late, strict=True):
-                if isinstance(source, Tensor):
-                    target.copy_(source)
-            got = getattr(torch.ops.quantkit, op)(*late)
-        stream.synchronize()
-        assert_same(op, got, wanted.cpu())
+    check_current_stream(all_ops(), from_device)
 
 
 def test_cuda_graph() -> None:
-    for op, args in all_ops():
-        placed = on_device(args)
-        wanted = getattr(torch.ops.quantkit, op)(*placed)  # loads the kernel, which a capture does not allow
-        still = [torch.zeros_like(a) if isinstance(a, Tensor) else a for a in placed]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = getattr(torch.ops.quantkit, op)(*still)
-        for source, target in zip(placed, still, strict=True):
-            if isinstance(source, Tensor):
-                target.copy_(source)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same(op, got, wanted.cpu())
+    check_graph(all_ops(), from_device)
 
 
 def test_same_bits_every_time() -> None:
