@@ -1,5 +1,6 @@
-"""sage_attention against F.scaled_dot_product_attention in bf16, with its errors; decoding from an 8-bit KV cache
-against the same function on a bf16 cache, and against two matrix products on it. All in turns, in one run.
+"""sage_attention and attention against F.scaled_dot_product_attention in bf16, with their errors; decoding from an
+8-bit KV cache against the same function on a bf16 cache, and against two matrix products on it. All in turns, in one
+run.
 
     python benchmarks/attention.py                     # everything, about two minutes
     python benchmarks/attention.py --only prefill --tokens 1024 4096
@@ -45,13 +46,19 @@ def prefill(tokens: list[int], heads: int, kv_heads: int, size: int) -> None:
         cases = {
             "SDPA, bf16": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         }
+        cases["all in bf16"] = lambda q=q, k=k, v=v: ops.attention(q, k, v, causal=True)
         for pv, name in enumerate(("values in bf16", "values in int8")):
             for per_token in (True, False):
                 cases[f"{name}, {'token' if per_token else 'block'}"] = lambda q=q, k=k, v=v, pv=pv, p=per_token: (
                     ops.sage_attention(q, k, v, causal=True, pv=pv, per_token=p)
                 )
         operations = 4 * size * n * n / 2 * heads
-        peaks = {"SDPA": BF16_PEAK, "values in bf16": 2 / (1 / INT8_PEAK + 1 / BF16_PEAK), "values in int8": INT8_PEAK}
+        peaks = {
+            "SDPA": BF16_PEAK,
+            "all in bf16": BF16_PEAK,
+            "values in bf16": 2 / (1 / INT8_PEAK + 1 / BF16_PEAK),
+            "values in int8": INT8_PEAK,
+        }
         best = in_turns(cases, max(3, 12 * 1024 // n))
         for name, seconds in best.items():
             peak = peaks[name.split(",")[0]]
@@ -83,6 +90,7 @@ def errors(n: int, heads: int, size: int) -> None:
         logits = (q.double() @ k.double().transpose(2, 3) / math.sqrt(size)).masked_fill(~seen, -math.inf)
         expected = torch.softmax(logits, -1) @ v.double()
         results = {"SDPA, bf16": F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+        results["all in bf16"] = ops.attention(q, k, v, causal=True)
         for pv, name in enumerate(("values in bf16", "values in int8")):
             for per_token, smooth in ((True, True), (False, True), (True, False)):
                 label = f"{name}, {'token' if per_token else 'block'}{'' if smooth else ', not smoothed'}"
