@@ -166,7 +166,7 @@ def test_a_whole_angelslim_file_says_what_has_no_effect() -> None:
     assert "model_path" not in note
 
 
-@pytest.mark.parametrize("name", ["quantization", "PTQ", "ptq", "[PTQ]", "[Quantization]"])
+@pytest.mark.parametrize("name", ["quantization", "PTQ", "ptq", "PTQWeightOnly", "[PTQ]", "[Quantization]"])
 def test_spellings_of_the_compression(name: str) -> None:
     assert load(INT8_DYNAMIC.replace("name: quantization", f"name: {name}")).compression.name == "PTQ"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,24 @@ def test_arguments_fill_placeholders_and_go_over_what_is_written() -> None:
         recipe_of([GPTQ], args={"dampening": 0.6})
     with pytest.raises(ConfigError, match=r"recipe_args.smoothing_strength: 3.0 is not between 0 and 1"):
         recipe_of([SMOOTH, GPTQ], args={"smoothing_strength": 3})
+
+
+def test_compressed_tensors_own_objects_are_taken() -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    presets = pytest.importorskip("compressed_tensors.quantization.quant_scheme").PRESET_SCHEMES
+    scheme = quantization.QuantizationScheme
+    for name in ("W8A8", "W4A16", "W4A16_ASYM", "FP8", "FP8_BLOCK", "MXFP4", "NVFP4"):
+        theirs = QuantizationModifier(
+            config_groups={name: scheme(targets=["Linear"], **presets[name])},
+            kv_cache_scheme=quantization.QuantizationArgs(num_bits=8, type="float", strategy="attn_head"),
+        )
+        ours = QuantizationModifier(scheme=name)
+        want, got = ours.groups[0].scheme, theirs.groups[0].scheme
+        for one, other in ((want.weights, got.weights), (want.input_activations, got.input_activations)):
+            # Which observer finds static scales is left to whoever wrote the scheme.
+            assert one == (other and replace(other, observer=one.observer if one else None)), name
+        cache = theirs.kv_cache
+        assert cache is not None and (cache.type, cache.strategy) == ("float", "attn_head")
 
 
 def test_a_value_of_an_argument_is_only_a_value() -> None:

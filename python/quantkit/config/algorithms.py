@@ -243,13 +243,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
     )
 }
-ALIASES = {"int4_rtn": "int4", "int8_rtn": "int8", "nvfp4_weight_only": "nvfp4a16"}
+ALIASES = {"int4_rtn": "int4", "int8_rtn": "int8", "nvfp4_weight_only": "nvfp4a16", "w4a8_fp8": "w4afp8"}
 PRESETS: dict[str, Algorithm] = {
     name: _algorithm(name, scheme.weights, scheme.input_activations) for name, scheme in presets.PRESETS.items()
 }
 
 # AngelSlim has these; users who come with its files should read more than "unknown".
-NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8_fp8|w4a8i8|int4_gptaq|nvfp4_\w+")
+NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8i8|int4_gptaq|nvfp4_\w+")
 
 
 def algorithm_of(name: str | None, scheme: str | None) -> Algorithm:

@@ -73,11 +73,10 @@ def idle_arguments(cls: type[Any]) -> Mapping[str, str]:
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
-    """`value`, which is of a type that `hint` allows; enums (llm-compressor's) become their values. What is inside
-    lists and mappings, and which words a Literal has, the modifier looks at itself.
+    """`value`, which is of a type that `hint` allows, after `_plain`. What is inside lists and mappings, and which
+    words a Literal has, the modifier looks at itself.
     """
-    if isinstance(value, Enum):
-        value = value.value
+    value = _plain(value)
     options = get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,)
     if all(option in _PLAIN for option in options):
         return check(value, hint, name)
@@ -85,6 +84,17 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, tuple(kind for group in kinds for kind in group)):
         raise FieldError(name, f"expected {' or '.join(map(_word, options))}, got {describe(value)}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """`value` with llm-compressor's enums as their values, and compressed-tensors' QuantizationArgs and
+    QuantizationScheme (pydantic models) as mappings of their fields, also inside mappings.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump())
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _word(option: Any) -> str:

@@ -34,12 +34,16 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "global.model_arch_type": Accepted(str | None, "read from the model's config.json"),
     "model.attn_implementation": Accepted(str, "chosen by architecture"),
     "model.device_map": Accepted(str | None, _LAYERWISE),
+    "model.enable_expert_parallel": Accepted(bool | None, "the processes of torchrun always share the experts"),
     "model.low_cpu_mem_usage": Accepted(bool, _LAYERWISE),
     "model.name": Accepted(str, "the architecture is read from the model's config.json"),
     "model.use_cache": Accepted(bool, "calibration needs no KV cache"),
     "compression.quantization.cpu_convert": Accepted(bool, "packing is done where quantization is"),
     "compression.quantization.quant_analyse": Accepted(bool, "the audit after each run reports every tensor's error"),
     "compression.quantization.quant_method.num_workers": Accepted(int, "`global.num_threads` decides"),
+    "compression.quantization.quant_method.share_gate_up_weight_scale_2": Accepted(
+        bool, "Linears that servers fuse always share NVFP4's global scale"
+    ),
     "dataset.batch_size": Accepted(int, "rows of like length share a forward, some thousand tokens at a time"),
     "dataset.is_sft_data": Accepted(bool, "ranges do not depend on labels"),
 }
@@ -52,7 +56,6 @@ _OFF = (False, None)
 
 NOT_SUPPORTED: dict[str, Refused] = {
     "transform": Refused("rotations (SpinQuant) are not supported"),
-    "model.enable_expert_parallel": Refused("running over several processes is not supported", _OFF),
     "model.use_audio_in_video": Refused("only text is calibrated with", _OFF),
     "compression.QAD": Refused("quantization-aware distillation is not supported"),
     "compression.QAT": Refused("quantization-aware training is not supported"),
@@ -74,6 +77,5 @@ NOT_SUPPORTED: dict[str, Refused] = {
     "compression.quantization.quantization_method": Refused(_DAQ),
     "compression.quantization.scale_search": Refused(_DAQ),
     "compression.quantization.quant_method.dequant_to_bf16": Refused("fake-quantized output is not supported", _OFF),
-    "compression.quantization.quant_method.share_gate_up_weight_scale_2": Refused("NVFP4 is not supported"),
     "dataset.inference_settings": Refused("only text is calibrated with", (None, {})),
 }

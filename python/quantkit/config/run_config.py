@@ -172,8 +172,8 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """`compression`: its `name` is quantization (AngelSlim: PTQ), the only kind that quantkit does. What to do stands
-    in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's, whose format is `save_name`.
+    """`compression`: its `name` is quantization (AngelSlim: PTQ, PTQWeightOnly), the only kind that quantkit does. What
+    to do stands in `quantization` in AngelSlim's words, or in `recipe` in llm-compressor's; its format is `save_name`.
     `disable_level`: "L3" keeps the three Linears in full precision whose inputs have the longest tails.
     """
 
@@ -187,9 +187,9 @@ class CompressionConfig:
         names = (self.name,) if isinstance(self.name, str) else self.name
         for name in names or ("",):
             require(
-                name.lower() in ("ptq", "quantization"),
+                name.lower() in ("ptq", "ptqweightonly", "quantization"),
                 "name",
-                f"no such compression: '{name}'; quantkit does 'quantization', also spelled 'PTQ'",
+                f"no such compression: '{name}'; quantkit does 'quantization', also spelled 'PTQ' and 'PTQWeightOnly'",
             )
         object.__setattr__(self, "name", "PTQ")
         both = self.quantization is not None and self.recipe is not None
