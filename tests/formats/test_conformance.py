@@ -23,7 +23,7 @@ Q, K, UP = (f"model.layers.0.{part}" for part in ("self_attn.q_proj", "self_attn
 NOT_ON_CPU = {
     *("fp8_dynamic", "fp8_static", "FP8", "FP8_BLOCK", "FP8_PER_TENSOR_DYNAMIC"),
     *("W8A16", "int8", "W8A16_ASYM", "W8A16_CHANNEL", "W8A16_CHANNEL_ASYM", "one layer in W8A16"),
-    *("W4A8", "W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16"),
+    *("W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16"),
 }
 # What a client does not take on a GPU.
 REFUSED = {"int8 cache": ("vllm", "sglang"), "W4A8": ("sglang",)}
@@ -56,6 +56,15 @@ def test_what_is_written_is_taken(scheme: str, outputs: Callable[[str], Path]) -
     on_cpu = check_folder(folder, "vllm", hardware="cpu")
     assert on_cpu.ok is (scheme not in NOT_ON_CPU | {"int8 cache"}), on_cpu.render()
     assert not check_folder(folder, "gptqmodel").ok
+
+
+def test_int4_weights_with_int8_activations(tmp_path: Path) -> None:
+    """vLLM on a CPU was seen to serve them by its weight-only kernel (test_vllm_plugin.py)."""
+    folder = quantize_by("tiny-llama", "{QuantizationModifier: {scheme: W4A8}}", tmp_path)
+    for hardware, limits in (("cuda", []), ("cpu", ["activations are kept in 16 bit on cpu"])):
+        verdict = check_folder(folder, "vllm", hardware=hardware)
+        assert verdict.ok and sorted({finding.rule for finding in verdict.findings}) == limits, verdict.render()
+    assert not check_folder(folder, "sglang").ok
 
 
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]

@@ -30,7 +30,7 @@ RUNS_ON = {
     "NVFP4": ("cuda",),
     "MXFP4": ("cuda",),
     "MXFP8": ("cuda",),
-    "WNA8Int": ("cuda",),
+    "WNA8Int": ("cuda", "cpu"),
     "W4A8 FP8": ("cuda",),
     "WNA16": ("cuda", "cpu"),
     "FP8 W8A8": ("cuda", "cpu"),
@@ -446,6 +446,16 @@ def _vllm(
             divides(verdict, stored, rows, cols, row_unit=32, col_unit=32, what=", which the cpu kernel asks for")
         elif not cpu and (rows % 64 or cols % 128) and (rows % 128 or cols % 64):
             verdict.add("limited", stored.name, "sizes that Marlin does not take; a slower kernel serves")
+    elif scheme == "WNA8Int" and cpu:
+        divides(verdict, stored, rows, cols, row_unit=32, col_unit=size or 32, what=", which the cpu kernel asks for")
+        if bits != 4:
+            verdict.add("refused", stored.name, "weight-only kernels on cpu take 4 bit")
+        verdict.add(
+            "limited",
+            f"config_groups.{group.key}",
+            "activations are kept in 16 bit on cpu",
+            "quantkit's plugin quantizes them (docs/integrations/vllm.md)",
+        )
     elif scheme == "FP8 W8A8" and strategy == "block":
         if cpu:
             verdict.add(
