@@ -28,6 +28,17 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// 80, 89, 90 and the like.
+inline int compute_capability(const Tensor& tensor) {
+  int major = 0, minor = 0;
+  const int device = tensor.get_device_index();
+  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  return major * 10 + minor;
+}
+
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

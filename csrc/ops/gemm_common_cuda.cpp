@@ -1,5 +1,12 @@
 // What the GEMMs on CUDA share.
+#include <cstdlib>
+#include <string_view>
+
 #include "ops/gemm_cuda.h"
+
+#if QUANTKIT_CUDA_SM90
+#include "cuda/sm90/gemm.h"
+#endif
 
 namespace qk::cuda {
 
@@ -108,6 +115,34 @@ StagedInput stage_input(const char* op, const Tensor& x, WeightKind kind,
   return {staged, dtype};
 }
 
+#if QUANTKIT_CUDA_SM90
+
+bool takes_sm90(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
+                const Tensor& like) {
+  const char* const variable = std::getenv("QUANTKIT_CUDA_GEMM");
+  const std::string_view wanted = variable ? variable : "";
+  check(wanted.empty() || wanted == "sm80" || wanted == "sm90", op,
+        "QUANTKIT_CUDA_GEMM must be sm80 or sm90, got ", wanted);
+  if (wanted == "sm80" || compute_capability(like) != 90 || !sm90::takes(kind, dtype, args))
+    return false;
+  const int64_t experts = args.experts.count > 1 ? args.experts.count : 1;
+  return wanted == "sm90" || args.a.rows >= sm90::kLeastRows * experts;
+}
+
+void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
+              const Tensor& like) {
+  const bool many = takes_sm90(op, kind, dtype, args, like);
+  const GemmPlan plan = many ? sm90::plan_gemm(kind, args) : plan_gemm(kind, args);
+  const Tensor workspace = new_tensor(like, {plan.workspace}, ScalarType::Int);
+  const auto run = many ? sm90::gemm : gemm;
+  check_launch(op,
+               run(kind, dtype, args, plan, workspace.mutable_data_ptr(), current_stream(like)));
+}
+
+#else
+
+bool takes_sm90(const char*, WeightKind, DType, const GemmArgs&, const Tensor&) { return false; }
+
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
               const Tensor& like) {
   const GemmPlan plan = plan_gemm(kind, args);
@@ -115,5 +150,7 @@ void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args
   check_launch(op,
                gemm(kind, dtype, args, plan, workspace.mutable_data_ptr(), current_stream(like)));
 }
+
+#endif
 
 }  // namespace qk::cuda

@@ -48,6 +48,11 @@ struct StagedInput {
 StagedInput stage_input(const char* op, const Tensor& x, WeightKind kind,
                         const OptionalTensor& perm, const ExpertRows& rows, GemmArgs& args);
 
+// Whether the kernels of sm_90 multiply these: the device is one, there is such a kernel, and rows
+// are many (or QUANTKIT_CUDA_GEMM=sm90; =sm80 is never). `args` may lack the activations' place.
+bool takes_sm90(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
+                const Tensor& like);
+
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
               const Tensor& like);
 

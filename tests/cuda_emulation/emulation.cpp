@@ -10,14 +10,16 @@
 #include <stdexcept>
 #include <vector>
 
+#include "async.h"
 #include "guard.h"
+#include "scheduler.h"
 
 namespace emulation {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State { kReady, kAtBarrier, kAtCollective, kAtShared, kDone };
 
 struct Copy {
   void* target;
@@ -37,6 +39,7 @@ struct Fiber {
   jmp_buf resume;
   bool started = false;
   State state = State::kReady;
+  const void* waits_for = nullptr;        // kAtShared
   std::vector<std::vector<Copy>> groups;  // closed, not waited for
   std::vector<Copy> open;
 };
@@ -124,7 +127,9 @@ std::string describe_deadlock() {
   for (size_t i = 0; i < device.fibers.size(); ++i) {
     const State state = device.fibers[i].state;
     if (state == State::kDone) continue;
-    const char* where = state == State::kAtBarrier ? "barrier" : device.warps[i / kWarpSize].name;
+    const char* where = state == State::kAtBarrier  ? "barrier"
+                        : state == State::kAtShared ? "a barrier in shared memory"
+                                                    : device.warps[i / kWarpSize].name;
     text += " thread " + std::to_string(i) + " at " + where + ",";
     if (text.size() > 400) return text + " ...";
   }
@@ -149,18 +154,23 @@ bool choose_thread(unsigned* thread) {
   return true;
 }
 
+// A fault on the way is an error like those of threads.
+bool land_here() { return _setjmp(device.scheduler) != 0 || land_one(); }
+
 void run_block() {
   std::memset(device.shared->data, 0xFF, device.shared_bytes);
   start_fibers(block_extent.x * block_extent.y * block_extent.z);
+  begin_async(static_cast<unsigned>(device.warps.size()));
   device.favourite = 0;
   while (device.live > 0 && device.error.empty()) {
     unsigned thread = 0;
     if (choose_thread(&thread)) {
       resume(thread);
-    } else {
+    } else if (!land_here()) {
       device.error = describe_deadlock();
     }
   }
+  if (device.error.empty()) device.error = left_under_way();
 }
 
 std::string place() {
@@ -277,5 +287,25 @@ void finish_collective(Collective& collective) {
 }
 
 void wait_for_collective(Collective&) { suspend(State::kAtCollective); }
+
+unsigned current_warp() { return device.current / kWarpSize; }
+size_t draw(size_t count) { return device.random() % count; }
+
+void suspend_for(const void* what) {
+  device.fibers[device.current].waits_for = what;
+  suspend(State::kAtShared);
+}
+
+void wake_waiting(const void* what) {
+  for (unsigned i = 0; i < device.fibers.size(); ++i) {
+    Fiber& fiber = device.fibers[i];
+    if (fiber.state != State::kAtShared || fiber.waits_for != what) continue;
+    fiber.state = State::kReady;
+    device.ready[i / kWarpSize].push_back(i);
+  }
+}
+
+unsigned char* shared_begin() { return device.shared->data; }
+size_t shared_size() { return device.shared_bytes; }
 
 }  // namespace emulation

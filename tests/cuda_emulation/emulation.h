@@ -87,3 +87,5 @@ Out warp_collective(const char* name, const In& operand, Compute compute) {
 }
 
 }  // namespace emulation
+
+#include "async.h"

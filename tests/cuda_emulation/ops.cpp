@@ -3,6 +3,7 @@
 
 #include "emulation.h"
 #include "faults.h"
+#include "faults_async.h"
 #include "guard.h"
 #include "ops/cuda_device.h"
 
@@ -43,6 +44,13 @@ Tensor fault(const Tensor& x, int64_t kind) {
   return out;
 }
 
+Tensor async_fault(const Tensor& x, int64_t kind) {
+  const Tensor out = new_tensor(x, {256}, ScalarType::Int);
+  run_async_fault(static_cast<AsyncFault>(kind), static_cast<const int8_t*>(x.const_data_ptr()),
+                  static_cast<int32_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 void set_seed(int64_t seed) { emulation::set_seed(static_cast<uint64_t>(seed)); }
 
 }  // namespace
@@ -51,6 +59,7 @@ void set_seed(int64_t seed) { emulation::set_seed(static_cast<uint64_t>(seed)); 
 QUANTKIT_CUDA_OPS(m) {
   m.impl("guarded", TORCH_BOX(&qk::cuda::guarded));
   m.impl("fault", TORCH_BOX(&qk::cuda::fault));
+  m.impl("async_fault", TORCH_BOX(&qk::cuda::async_fault));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantkit_emulated, CompositeExplicitAutograd, m) {

@@ -29,12 +29,18 @@ FLAGS = [
     *("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-U_FORTIFY_SOURCE"),
     "-DQUANTKIT_MAX_GRID=3",  # so that grids are cut short and kernels have to loop
+    "-DQUANTKIT_CUDA_SM90=1",
     "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
     *(f"-I{path}" for path in (EMULATION / "override", EMULATION, ROOT / "csrc")),
     *("-isystem", str(TORCH / "include")),
 ]
 CACHE = [path] if (path := shutil.which("ccache")) else []
-OWN_SCHEMAS = ("guarded(Tensor x) -> Tensor", "fault(Tensor x, int kind) -> Tensor", "set_seed(int seed) -> ()")
+OWN_SCHEMAS = (
+    "guarded(Tensor x) -> Tensor",
+    "fault(Tensor x, int kind) -> Tensor",
+    "async_fault(Tensor x, int kind) -> Tensor",
+    "set_seed(int seed) -> ()",
+)
 
 
 def compiler() -> str | None:

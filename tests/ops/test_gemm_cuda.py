@@ -26,24 +26,32 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 LARGE = ((1, 4096, 4096), (16, 4096, 4096), (64, 2048, 8192), (300, 1000, 4096))
 
 
+@pytest.fixture(params=["sm80", "sm90"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels of sm_90 need a device of that")
+    monkeypatch.setenv("QUANTKIT_CUDA_GEMM", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("shape", (*SHAPES, *DEEP, *LARGE), ids=str)
-def test_int8(shape: tuple[int, int, int]) -> None:
+def test_int8(path: str, shape: tuple[int, int, int]) -> None:
     check(call, int8_cases(*shape))
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 64, 3), (200, 66, 40, 34), (512, 1024, 2048, 64)], ids=str)
-def test_int8_experts(shape: tuple[int, int, int, int]) -> None:
+def test_int8_experts(path: str, shape: tuple[int, int, int, int]) -> None:
     check(call, int8_expert_cases(*shape))
 
 
 @pytest.mark.parametrize("shape", (*GROUPED, *LARGE), ids=str)
-def test_groups(shape: tuple[int, int, int]) -> None:
+def test_groups(path: str, shape: tuple[int, int, int]) -> None:
     for cases in (wna16_cases, w4a8_cases, fp8_cases, bf16_cases):
         check(call, cases(*shape))
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 128, 3), (200, 66, 256, 34), (512, 1024, 2048, 16)], ids=str)
-def test_experts(shape: tuple[int, int, int, int]) -> None:
+def test_experts(path: str, shape: tuple[int, int, int, int]) -> None:
     check(call, expert_cases(*shape))
 
 
@@ -53,6 +61,17 @@ def all_ops() -> list[Case]:
     found += [case for cases in (wna16_cases, w4a8_cases, fp8_cases, bf16_cases) for case in cases(*shape)]
     assert {op for op, _ in found} == OPS
     return found
+
+
+def test_both_paths_agree(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers, that is, bit for bit; floats are held to their bounds above."""
+    if path != "sm90":
+        pytest.skip("compared where there are two")
+    for op, args in int8_cases(2048, 1024, 4096):
+        many = call(op, args)
+        monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm80")
+        assert_same(op, many, call(op, args).cpu())
+        monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm90")
 
 
 def test_runs_on_the_current_stream() -> None:

@@ -34,6 +34,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def base_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of sm_80; test_gemm_sm90_emulation.py asks the others."""
+    monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm80")
+
+
 @pytest.mark.parametrize("shape", (*SHAPES, *DEEP), ids=str)
 def test_int8(emulated: Any, shape: tuple[int, int, int]) -> None:
     check(emulated, int8_cases(*shape))

@@ -102,6 +102,16 @@ struct GemmPlan {
 
 enum class WeightKind { kInt8, kInt4ByInt8, kInt4, kByte, kFloat8, kBFloat16 };
 
+// A kernel's tiles: results, columns of K in a unit, units of a stage; and how many tiles keep a
+// large device busy.
+struct TileExtent {
+  int rows, cols;
+  int unit, stage_units;
+  int busy;
+};
+// `whole_segments`: a part of K is made of whole segments, each with its own sums in the workspace.
+GemmPlan plan_tiles(const GemmArgs& args, int shape, const TileExtent& tile, bool whole_segments);
+
 // What the kernels take, for a kind of weight and the activations' 16-bit dtype (kInt8 for codes).
 GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args);
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,

@@ -12,8 +12,8 @@
 // each group.
 #pragma once
 
-#include "cuda/common/gemm_finish.h"
-#include "cuda/common/gemm_weights.h"
+#include "cuda/common/gemm_join.h"
+#include "cuda/common/gemm_tile.h"
 
 namespace qk::cuda {
 
@@ -45,58 +45,6 @@ struct GemmScratch {
   }
 };
 
-// The tile that a block works on.
-struct TilePlace {
-  int expert, row, row_end;
-  int panel;
-  int split, first_unit, end_unit;
-};
-
-// The expert and the rows of row tile number `tile`, by the whole warp; no rows beyond the last.
-__device__ inline TilePlace rows_of_tile(const Experts& experts, int rows, int tile,
-                                         int tile_rows) {
-  TilePlace place{};
-  if (experts.count == 0) {
-    place.row = tile * tile_rows;
-    place.row_end = min(rows, place.row + tile_rows);
-    return place;
-  }
-  const int lane = threadIdx.x % kWarp;
-  int before = 0;  // tiles of the experts before
-  for (int first = 0; first < experts.count; first += kWarp) {
-    const int e = first + lane;
-    // Nobody has looked at the offsets: whatever they are, no row beyond the last is touched.
-    const auto bound = [&](int of) {
-      return static_cast<int>(max(min(offset_of(experts, of), int64_t{rows}), int64_t{0}));
-    };
-    const int begin = e < experts.count ? bound(e) : 0;
-    const int end = e < experts.count ? max(bound(e + 1), begin) : 0;
-    int until = (end - begin + tile_rows - 1) / tile_rows;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = shuffle_from(until, lane - step < 0 ? lane : lane - step);
-      if (lane >= step) until += other;
-    }
-    until += before;
-    // The first lane whose tiles reach beyond this one.
-    int found = until > tile ? lane : kWarp;
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) found = min(found, shuffle_xor(found, mask));
-    if (found < kWarp) {
-      const int own = shuffle_from(until, found == 0 ? 0 : found - 1);
-      const int start = shuffle_from(begin, found), stop = shuffle_from(end, found);
-      place.expert = first + found;
-      place.row = start + (tile - (found == 0 ? before : own)) * tile_rows;
-      place.row_end = min(stop, place.row + tile_rows);
-      return place;
-    }
-    before = shuffle_from(until, kWarp - 1);
-  }
-  return place;
-}
-
-constexpr int kBandTiles = 16;  // row tiles that share weights in the L2 cache
-
 template <typename Weight, typename Shape>
 class TileGemm {
  public:
@@ -115,19 +63,10 @@ class TileGemm {
         warp_n(static_cast<int>(threadIdx.x) / kWarp / Shape::kWarpsM % Shape::kWarpsN),
         warp_k(static_cast<int>(threadIdx.x) / kWarp / (Shape::kWarpsM * Shape::kWarpsN)) {}
 
-  // Row tiles are neighbours within a band of them, then panels, so that weights are read once.
   __device__ void run(int64_t index) {
-    const int64_t of_band = int64_t{kBandTiles} * plan.panel_tiles * plan.splits;
-    const int band = static_cast<int>(index / of_band);
-    const int rest = static_cast<int>(index - band * of_band);
-    const int tiles = min(kBandTiles, plan.row_tiles - band * kBandTiles);
-    place = rows_of_tile(args.experts, args.a.rows, band * kBandTiles + rest % tiles, Shape::kRows);
-    if (place.row >= place.row_end) return;
-    place.panel = rest / tiles % plan.panel_tiles * Scratch::kPanels;
-    place.split = rest / tiles / plan.panel_tiles;
     const int units = (args.a.depth + Weight::kUnit - 1) / Weight::kUnit;
-    place.first_unit = place.split * plan.split_units;
-    place.end_unit = min(units, place.first_unit + plan.split_units);
+    place = place_of_tile(args, plan, index, Shape::kRows, Scratch::kPanels, units);
+    if (place.row >= place.row_end) return;
     first_col = place.panel * kPanel + warp_n * 32;
     multiply();
     if constexpr (Shape::kWarpsK > 1) add_warps();
@@ -342,24 +281,13 @@ class TileGemm {
       }
       // Of a split, the products of every group, which the second kernel adds in order.
       if (plan.splits > 1 && row < place.row_end) {
-        store_part(static_cast<float*>(workspace), weight_group, row, products);
+        store_part(args, static_cast<float*>(workspace), weight_group, row,
+                   first_col + lane % 4 * 8, products);
       }
     }
   }
 
   // --- results
-
-  template <typename Number>
-  __device__ void store_part(Number* parts, int index, int row, const Number (&values)[8]) const {
-    const int col = first_col + lane % 4 * 8, pitch = part_pitch(args.weight.out_features);
-    if (col >= pitch) return;
-    Number* const to = parts + (int64_t{index} * args.a.rows + row) * pitch + col;
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const auto word = [&](int k) { return __builtin_bit_cast(uint32_t, values[i + k]); };
-      store_vector(to + i, Words4{{word(0), word(1), word(2), word(3)}});
-    }
-  }
 
   // The warps that share units leave their sums in the scratch, and the first adds them in order.
   __device__ void add_warps() {
@@ -429,7 +357,7 @@ class TileGemm {
         if (plan.splits == 1) {
           finish_chunk<Weight>(args, place.expert, row, col, values);
         } else if constexpr (Weight::kScaling != Scaling::kIntGroups) {
-          store_part(static_cast<Number*>(workspace), place.split, row, values);
+          store_part(args, static_cast<Number*>(workspace), place.split, row, col, values);
         }
       }
     }
@@ -459,35 +387,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) tile.run(index);
 }
 
-// Adds the parts of a split in order.
-template <typename Weight>
-__global__ void __launch_bounds__(kThreads)
-    join_kernel(const __grid_constant__ GemmArgs args, int parts, const void* workspace) {
-  using Number = SumOf<Weight>;
-  const int pitch = part_pitch(args.weight.out_features);
-  for_each_chunk(args.a.rows, args.weight.out_features, [&](int row, int col, int) {
-    Number values[8] = {};
-    for (int part = 0; part < parts; ++part) {
-      const auto* const from =
-          static_cast<const Number*>(workspace) + (int64_t{part} * args.a.rows + row) * pitch + col;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Words4 four = load_vector<Words4>(from + half * 4);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          Number& value = values[half * 4 + i];
-          if constexpr (__is_same(Number, int32_t)) {
-            value += static_cast<int32_t>(four.w[i]);
-          } else {
-            value = add_rn(value, float_of(four.w[i]));
-          }
-        }
-      }
-    }
-    finish_chunk<Weight>(args, expert_of(args.experts, row), row, col, values);
-  });
-}
-
 template <typename Weight, typename Shape>
 cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* workspace,
                         cudaStream_t stream) {
@@ -497,9 +396,7 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* worksp
              sizeof(GemmScratch<Weight, Shape>), stream, args, plan, workspace);
   if (status != cudaSuccess || plan.splits == 1) return status;
   const int parts = Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
-  const ChunkGrid over = chunk_grid(args.a.rows, args.weight.out_features);
-  return launch(join_kernel<Weight>, over.grid, over.block, 0, stream, args, parts,
-                static_cast<const void*>(workspace));
+  return launch_join<Weight>(args, parts, workspace, stream);
 }
 
 }  // namespace qk::cuda

@@ -29,39 +29,36 @@ auto with_weight(WeightKind kind, DType dtype, Function f) {
   }
 }
 
-template <typename Weight, typename Shape>
-GemmPlan plan_of(const GemmArgs& args, int shape) {
+}  // namespace
+
+GemmPlan plan_tiles(const GemmArgs& args, int shape, const TileExtent& tile, bool whole_segments) {
   const int rows = args.a.rows, experts = args.experts.count;
   GemmPlan plan = {};
   plan.shape = shape;
   // Each expert may have a tile that is not full.
-  plan.row_tiles = experts == 0 ? static_cast<int>(ceil_div(rows, Shape::kRows))
-                                : rows / Shape::kRows + (experts < rows ? experts : rows);
-  plan.panel_tiles = static_cast<int>(ceil_div(args.weight.out_features, Shape::kCols));
-  const int64_t units = ceil_div(args.a.depth, Weight::kUnit);
+  plan.row_tiles = experts == 0 ? static_cast<int>(ceil_div(rows, tile.rows))
+                                : rows / tile.rows + (experts < rows ? experts : rows);
+  plan.panel_tiles = static_cast<int>(ceil_div(args.weight.out_features, tile.cols));
+  const int64_t units = ceil_div(args.a.depth, tile.unit);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.panel_tiles;
-  int64_t splits = (shape == 0 ? kBusyFew : kBusy) / tiles;
-  const int64_t most = units / (Shape::kUnits * kLeastStages);
+  int64_t splits = tile.busy / tiles;
+  const int64_t most = units / (tile.stage_units * kLeastStages);
   splits = splits < most ? splits : most;
   splits = splits < kMostSplits ? splits : kMostSplits;
-  const bool whole = Weight::kScaling == Scaling::kIntGroups && args.groups.segment == 0;
+  const bool whole = whole_segments && args.groups.segment == 0;
   if (splits < 2 || whole) splits = 1;
   // Parts are whole stages, and whole segments where their order counts.
-  int64_t step = Shape::kUnits;
-  if (splits > 1 && Weight::kScaling == Scaling::kIntGroups)
-    step = args.groups.segment / Weight::kUnit;
+  int64_t step = tile.stage_units;
+  if (splits > 1 && whole_segments) step = args.groups.segment / tile.unit;
   const int64_t length = ceil_div(ceil_div(units, splits), step) * step;
   plan.split_units = static_cast<int>(length > 0 ? length : 1);
   plan.splits = static_cast<int>(units > 0 ? ceil_div(units, plan.split_units) : 1);
   if (plan.splits > 1) {
-    const int64_t parts =
-        Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
+    const int64_t parts = whole_segments ? args.groups.groups : plan.splits;
     plan.workspace = parts * rows * part_pitch(args.weight.out_features);
   }
   return plan;
 }
-
-}  // namespace
 
 GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
   const int experts = args.experts.count;
@@ -74,8 +71,13 @@ GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
       odd.shape = kOddGroups;
       return odd;
     }
-    return with_tiles<Weight>(
-        shape, [&](auto tiles) { return plan_of<Weight, decltype(tiles)>(args, shape); });
+    return with_tiles<Weight>(shape, [&](auto tiles) {
+      using Shape = decltype(tiles);
+      return plan_tiles(
+          args, shape,
+          {Shape::kRows, Shape::kCols, Weight::kUnit, Shape::kUnits, shape == 0 ? kBusyFew : kBusy},
+          Weight::kScaling == Scaling::kIntGroups);
+    });
   });
 }
 

@@ -24,7 +24,7 @@ constexpr size_t kPlainSharedBytes = 48 << 10;  // more has to be asked for; eve
 
 template <typename Shared>
 __device__ inline Shared& shared() {
-  extern __shared__ __align__(16) unsigned char storage[];
+  extern __shared__ __align__(1024) unsigned char storage[];
   return *reinterpret_cast<Shared*>(storage);
 }
 
@@ -40,6 +40,15 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return cudaGetLastError();
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
+  return count;
+}
+
 #else
 
 template <typename Shared>
@@ -53,6 +62,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   emulation::run(grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
   return cudaSuccess;
 }
+
+inline int multiprocessors() { return QUANTKIT_MAX_GRID; }
 
 #endif
 

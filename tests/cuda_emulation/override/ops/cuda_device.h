@@ -22,6 +22,8 @@ inline NoGuard use_device_of(const Tensor&) { return {}; }
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 
+inline int compute_capability(const Tensor&) { return 90; }
+
 inline int fetch(const Tensor& word) { return *static_cast<const int*>(word.const_data_ptr()); }
 
 }  // namespace qk::cuda
