@@ -11,6 +11,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "rtn_w8a8": {"QuantizationModifier": {"scheme": "W8A8", **IGNORE}},
     "rtn_w4a16": {"QuantizationModifier": {"scheme": "W4A16", **IGNORE}},
     "gptq": {"GPTQModifier": {"scheme": "W4A16", **IGNORE}},
+    "gptq_fp8_dynamic": {"GPTQModifier": {"scheme": "FP8_DYNAMIC", **IGNORE}},
+    "gptq_nvfp4a16": {"GPTQModifier": {"scheme": "NVFP4A16", **IGNORE}},
+    "rtn_nvfp4a16": {"QuantizationModifier": {"scheme": "NVFP4A16", **IGNORE}},
     "smoothquant_gptq": {
         "SmoothQuantModifier": {"smoothing_strength": 0.8},
         "GPTQModifier": {"scheme": "W8A8", **IGNORE},

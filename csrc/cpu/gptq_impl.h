@@ -230,10 +230,39 @@ inline void settle(const GptqStripe& stripe, const GptqPanel& panel, const float
   }
 }
 
+// The value of e2m1 that is nearest to x; the sum has the same unit in the last place (see encode).
+QK_INLINE F32 nearest_float4(F32 x) {
+  const F32 size = min(broadcast(Float4E2M1::kMax), magnitude(x));
+  const I32 exponent = max(bits(size) & broadcast(0x7f800000), broadcast(127 << 23));
+  const F32 magic = from_bits(exponent + broadcast(22 << 23));
+  return from_bits(bits((size + magic) - magic) | (bits(x) & broadcast(INT32_MIN)));
+}
+
+// The code of a number, and what it stands for in steps of the scale.
+struct Rounded {
+  I32 code;
+  F32 value;
+};
+
+template <class Grid>
+QK_INLINE Rounded round_on(Grid, const GptqStripe& stripe, F32 w, F32 step, F32 offset) {
+  if constexpr (std::is_same_v<Grid, int8_t>) {
+    const I32 code = code_of(stripe, w, step, offset);
+    return {code + round(offset), to_float(code)};
+  } else if constexpr (std::is_same_v<Grid, Float8E4M3>) {
+    const I32 code = encode<Grid, false>(w * (broadcast(1.0f) / step), Grid{});
+    return {code, decode(code, Grid{})};
+  } else {
+    const F32 value = nearest_float4(w * (broadcast(1.0f) / step));
+    return {encode<Float8E4M3, true>(value, Float8E4M3{}), value};
+  }
+}
+
 // Rounds the columns of a tile one after the other, and lets those after each make up for it.
 // `weights` are theirs at the beginning.
-QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int64_t begin,
-                          const float* weights, int8_t* codes) {
+template <class Grid>
+QK_INLINE void round_tile(Grid grid, const GptqStripe& stripe, const GptqPanel& panel,
+                          int64_t begin, const float* weights, uint8_t* codes) {
   const float* const factor = own_rows(stripe, begin);
   float* const values = panel.values + stripe.first * kPanel;
   Tile tile = made_up<FloatWords>(values + begin * kPanel, values, begin, factor);
@@ -249,9 +278,9 @@ QK_INLINE void round_tile(const GptqStripe& stripe, const GptqPanel& panel, int6
       const int at = v * kLanes;
       const F32 w = tile.column[j][v], step = load(scale + at, Full{});
       const F32 offset = load(zero + at, Full{});
-      const I32 code = code_of(stripe, w, step, offset);
-      store_bytes(codes + c * kPanel + at, code + round(offset), Full{});
-      const F32 rounded = to_float(code) * step;
+      const Rounded found = round_on(grid, stripe, w, step, offset);
+      store_bytes(codes + c * kPanel + at, found.code, Full{});
+      const F32 rounded = found.value * step;
       const F32 fell = load(weights + c * kPanel + at, Full{}) - rounded;
       store(values + c * kPanel + at, fell, Full{});
       const F32 error = (rounded - w) * broadcast(stripe.diagonal[c]);
@@ -332,8 +361,17 @@ void sweep_stripe(const GptqStripe& stripe, const GptqPanel& panel, const float*
     settle(stripe, panel, weights, scratch);
     fit_to(stripe, panel, scratch, scratch + (stripe.width + kColumns) * kPanel);
   }
-  for (int64_t c = 0; c < stripe.width; c += kColumns) {
-    round_tile(stripe, panel, c, weights, codes);
+  const auto round_tiles = [&](auto grid) {
+    for (int64_t c = 0; c < stripe.width; c += kColumns) {
+      round_tile(grid, stripe, panel, c, weights, reinterpret_cast<uint8_t*>(codes));
+    }
+  };
+  if (stripe.float_bits == 0) {
+    round_tiles(int8_t{});
+  } else if (stripe.float_bits == 8) {
+    round_tiles(Float8E4M3{});
+  } else {
+    round_tiles(Float4E2M1{});
   }
   store_codes(stripe, panel, codes);
   if (kPairs && stripe.pairs) keep_pairs(stripe, panel, stripe.first + stripe.width);

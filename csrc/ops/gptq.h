@@ -37,6 +37,7 @@ struct SweepArguments {
   double search_range;
   int64_t search_steps;
   bool symmetric, signs;
+  int64_t float_bits;
 };
 
 inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
@@ -65,6 +66,10 @@ inline SweepShape check_sweep(const char* op, const SweepArguments& a) {
         a.search_range);
   check(!a.signs || (a.symmetric && !a.scale && a.q_min < 0), op,
         "signs are for symmetric codes with a negative q_min, and scales that are computed here");
+  check(a.float_bits == 0 || a.float_bits == 4 || a.float_bits == 8, op,
+        "float_bits must be 0 (integers), 4 or 8, got ", a.float_bits);
+  check(a.float_bits == 0 || (a.scale && !a.zero_point), op,
+        "float_bits go with a given scale and no zero_point");
   shape.size = a.group_size == -1 ? (cols > 0 ? cols : 1) : a.group_size;
   shape.groups = (cols + shape.size - 1) / shape.size;
 

@@ -58,10 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
     const Tensor& w, const Tensor& factor, const Optional& scale, const Optional& zero_point,
     int64_t group_size, int64_t q_min, int64_t q_max, bool symmetric, double divisor,
     ScalarType scale_dtype, const Optional& g_idx, double search_range, int64_t search_steps,
-    bool signs) {
+    bool signs, int64_t float_bits) {
   const SweepShape shape =
       check_sweep(kOp, {w, factor, scale, zero_point, g_idx, group_size, q_min, q_max, scale_dtype,
-                        search_range, search_steps, symmetric, signs});
+                        search_range, search_steps, symmetric, signs, float_bits});
   const int64_t rows = shape.rows, cols = shape.cols, groups = shape.groups;
   const bool with_zero = scale ? zero_point.has_value() : !symmetric;
   Tensor codes = output(w, shape.with(cols), ScalarType::Char);
@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
                              .divisor = static_cast<float>(signs ? -q_min : divisor),
                              .scale_dtype = dtype_of(kOp, scale_dtype),
                              .q_min = static_cast<int>(q_min),
-                             .q_max = static_cast<int>(q_max)};
+                             .q_max = static_cast<int>(q_max),
+                             .float_bits = static_cast<int>(float_bits)};
   const Plan plan(common, cols, std::min(fit ? shape.size : kStripe, cols), tile);
 
   // Panels of rows, those of each matrix of the batch after the ones before.

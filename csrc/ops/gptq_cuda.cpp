@@ -35,10 +35,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
     const Tensor& w, const Tensor& factor, const OptionalTensor& scale,
     const OptionalTensor& zero_point, int64_t group_size, int64_t q_min, int64_t q_max,
     bool symmetric, double divisor, ScalarType scale_dtype, const OptionalTensor& g_idx,
-    double search_range, int64_t search_steps, bool signs) {
+    double search_range, int64_t search_steps, bool signs, int64_t float_bits) {
   const SweepShape shape =
       check_sweep(kOp, {w, factor, scale, zero_point, g_idx, group_size, q_min, q_max, scale_dtype,
-                        search_range, search_steps, symmetric, signs});
+                        search_range, search_steps, symmetric, signs, float_bits});
   check(on_device(w), kOp, "w must be on a CUDA device");
   check_same_device(kOp, "factor", factor, w);
   if (scale) check_same_device(kOp, "scale", *scale, w);
@@ -103,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_sweep(
               dtype_of(kOp, scale_dtype),
               static_cast<int>(q_min),
               static_cast<int>(q_max),
+              static_cast<int>(float_bits),
               search_range,
               static_cast<int>(search_steps)};
   const Tensor workspace =

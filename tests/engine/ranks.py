@@ -30,6 +30,8 @@ JOBS = {
     "experts fp8": ("tiny-moe", "{QuantizationModifier: {scheme: FP8}}"),
     "two forwards": ("tiny-llama", "{GPTQModifier: {scheme: W4A16, actorder: group}}"),
     "on disk": ("tiny-llama", "{GPTQModifier: {scheme: W4A16_ASYM}}"),
+    "gptq fp4": ("tiny-moe", "{GPTQModifier: {scheme: NVFP4}}"),
+    "gptq fp8": ("tiny-llama", "{GPTQModifier: {scheme: FP8_BLOCK}}"),
     "every expert": ("tiny-moe", "{GPTQModifier: {scheme: W4A16, moe_calibrate_all_experts: true}}"),
     "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
 }

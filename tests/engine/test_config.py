@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from quantkit.config.algorithms import ALGORITHMS, STRATEGY_OF, QuantMethod
+from quantkit.config.algorithms import ALGORITHMS, GRANULARITY_OF, STRATEGY_OF, QuantMethod
 from quantkit.config.dialect import NOT_SUPPORTED, WITHOUT_EFFECT
 from quantkit.config.fields import type_name
 from quantkit.config.presets import LLM_COMPRESSOR, PRESETS
@@ -405,7 +405,7 @@ def test_no_model_says_how_to_give_one() -> None:
         (f"{Q}.name=null", f"{Q}.name: is required, or scheme instead of it; algorithms: int8_dynamic"),
         (f"{Q}.name=int8_dinamic", "no such algorithm: 'int8_dinamic' (did you mean 'int8_dynamic'?)"),
         (f"{Q}.name=w4a17", "no such algorithm: 'w4a17' (did you mean 'W4A16'?)"),
-        (f"{Q}.name=nvfp4_gptq", "'nvfp4_gptq' is not supported by quantkit"),
+        (f"{Q}.name=nvfp4_gptaq", "'nvfp4_gptaq' is not supported by quantkit"),
         (f"{Q}.name=MXFP6", "'MXFP6' is not supported by quantkit"),
         (f"{Q}.name=INT8", "'INT8' is ambiguous: write name: int8, or scheme: INT8, which differ"),
         (f"{Q}.scheme=W8A8", "say the same thing twice"),
@@ -501,7 +501,7 @@ def test_every_combination_that_is_allowed_is_a_valid_scheme() -> None:
             for activation in algorithm.activations or (None,):
                 for zero_point in algorithm.zero_point:
                     method, scheme = algorithm.resolve(QuantMethod(weight, activation, zero_point=zero_point))
-                    assert scheme.weights.strategy == STRATEGY_OF[weight]
+                    assert GRANULARITY_OF[scheme.weights.strategy] == weight
                     assert scheme.weights.symmetric is not zero_point
                     inputs = scheme.input_activations
                     assert (inputs and inputs.strategy) == (activation and STRATEGY_OF[activation])
@@ -542,6 +542,10 @@ def test_calibrated_algorithms_are_modifiers() -> None:
     # AngelSlim's order of columns leaves no g_idx.
     assert gptq.actorder == "weight" and gptq.groups[0].scheme.weights.actorder is None
     assert of("name: int4_gptq, quant_method: {actorder: false}")[0].actorder is None
+    (nvfp4,) = of("name: nvfp4_gptq, bits: 4, quant_method: {weight: per-group, group_size: 16, actorder: true}")
+    assert isinstance(nvfp4, GPTQModifier) and nvfp4.actorder == "weight"
+    assert nvfp4.groups[0].scheme.weights.scales == "nvfp4" and nvfp4.groups[0].scheme.input_activations is None
+    assert of("name: nvfp4_gptq")[0] == nvfp4 and of("name: nvfp4_gptq, quant_method: {actorder: false}")[0] != nvfp4
     (awq,) = of(AWQ)
     assert isinstance(awq, AWQModifier) and not awq.clip and not awq.groups[0].scheme.weights.symmetric
     assert of(AWQ.replace("mse_range: false", "mse_range: true"))[0].clip

@@ -13,7 +13,18 @@ import pytest
 from .ranks import RUN_ALL, differences, ended, files, run_all, start, yaml_of
 
 FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free")
-MORE = ("fp8", "histogram", "few tokens", "in groups", "experts fp8", "two forwards", "on disk", "every expert")
+MORE = (
+    "gptq fp4",
+    "gptq fp8",
+    "fp8",
+    "histogram",
+    "few tokens",
+    "in groups",
+    "experts fp8",
+    "two forwards",
+    "on disk",
+    "every expert",
+)
 
 # The process RANK stops working in the third layer and says so, or raises.
 STUCK = """

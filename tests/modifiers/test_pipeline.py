@@ -82,6 +82,16 @@ def one_linear(rows: int, cols: int) -> tuple[Working, Statistics, Tensor]:
     return Working(layer, {"l.m": seen}, offset_norms=False), seen, x
 
 
+class _Alone:
+    """NVFP4's global scale is each Linear's own."""
+
+    def of(self, module: str, weight: Any) -> None:
+        return None
+
+
+ALONE: Any = _Alone()
+
+
 def planned(rows: int, cols: int, scheme: QuantizationScheme, modifier: QuantizationModifier) -> dict[str, Any]:
     return {"l.m": PlannedModule("l.m", rows, cols, "F32", scheme, modifier)}
 
@@ -96,7 +106,7 @@ def test_gptq_beats_rounding_whatever_the_order(actorder: Any, group_size: int |
     modifier = GPTQModifier(scheme=int4(group_size, symmetric), actorder=actorder, dampening_frac=0.0)
     args = modifier.groups[0].scheme
     modules = planned(48, 64, args, modifier)
-    outcome = gptq.quantize(modifier, ["l.m"], working, modules, {"l.m": torch.float32}, {"l.m": False})["l.m"]
+    outcome = gptq.quantize(modifier, ["l.m"], working, modules, {"l.m": torch.float32}, {"l.m": False}, ALONE)["l.m"]
     assert (outcome.quantized.g_idx is not None) == (actorder == "group")
     weight = working.weight("l.m")
 
@@ -109,6 +119,27 @@ def test_gptq_beats_rounding_whatever_the_order(actorder: Any, group_size: int |
     plain = QuantizationModifier(scheme=int4(group_size, symmetric)).groups[0].scheme.weights
     nearest = gptq.quantize_weight("l.m", weight, plain, scale_dtype=torch.float32, pack=False)
     assert loss(outcome.quantized) < (0.75 if actorder is None else 0.6) * loss(nearest)
+
+
+@pytest.mark.parametrize("actorder", [None, "weight"])
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8A16", "MXFP4A16", "NVFP4A16"])
+def test_gptq_of_floats_keeps_the_scales_and_beats_rounding(scheme: str, actorder: Any) -> None:
+    rows, cols = 150, 160  # a block of 128 x 128 and parts of three
+    working, _, x = one_linear(rows, cols)
+    modifier = GPTQModifier(scheme=scheme, actorder=actorder, dampening_frac=0.0)
+    args = modifier.groups[0].scheme.weights
+    modules = planned(rows, cols, modifier.groups[0].scheme, modifier)
+    found = gptq.quantize(modifier, ["l.m"], working, modules, {"l.m": torch.float32}, {"l.m": False}, ALONE)["l.m"]
+    weight = working.weight("l.m")
+    nearest = gptq.quantize_weight("l.m", weight, args, scale_dtype=torch.float32, pack=False)
+    assert torch.equal(found.quantized.scale, nearest.scale) and found.quantized.packed == args.fp4
+    assert (found.quantized.global_scale is None) == (args.scales != "nvfp4")
+
+    def loss(quantized: QuantizedTensor) -> float:
+        return float((x.double() @ (quantized.dequantize().double() - weight.double()).T).square().mean())
+
+    assert found.loss == pytest.approx(loss(found.quantized), rel=2e-3)
+    assert loss(found.quantized) < 0.75 * loss(nearest)
 
 
 def test_experts_in_one_batch_are_what_they_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,10 @@ def sweep_cases(rows: int, cols: int, batch: int = 0, shared: bool = False) -> I
     scale, zero_point = (t.view(shape) for t in pair)
     yield w, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, None, 0.0, 0, False
     yield wide, u, scale, zero_point, 32, -8, 7, False, 0.0, torch.float32, g_idx, 0.0, 0, False
+    for bits, most in ((8, 448.0), (4, 6.0)):
+        scale = ops.symmetric_scale(0.9 * ops.absmax(flat, [1, 32]), most).view(shape)  # the largest saturate
+        yield w, u, scale, None, 32, -1, 1, True, 0.0, torch.float32, None, 0.0, 0, False, bits
+        yield wide, u, scale, None, 32, -1, 1, True, 0.0, torch.float32, g_idx, 0.0, 0, False, bits
 
 
 def gram_cases(tokens: int, cols: int) -> Iterator[Arguments]:

@@ -237,6 +237,85 @@ def test_given_scales_in_another_order(kernel: Any, symmetric: bool) -> None:
     assert got[1].data_ptr() != scale.data_ptr()
 
 
+# All finite numbers of e4m3fn and of e2m1, in their order.
+FLOATS = {
+    8: torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double(),
+    4: torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kernel", implementations(), ids=["kernel", "reference"])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(40, 70, 24), (49, 131, 32), (60, 300, -1)])
+def test_floats_like_the_textbook(kernel: Any, rows: int, cols: int, group: int, bits: int, in_order: bool) -> None:
+    w, g = problem(rows, cols)
+    numbers = FLOATS[bits]
+    width = cols if group == -1 else group
+    scale = ops.symmetric_scale(0.8 * ops.absmax(w, [1, group]), float(numbers[-1]))  # the largest saturate
+    g_idx = torch.arange(cols, dtype=torch.int32) // width
+    if not in_order:
+        g_idx = g_idx[torch.randperm(cols, generator=torch.Generator().manual_seed(1))]
+    factor, _ = ops.gptq_factor(g, 0.01)
+    rest = (-1, 1, True, 0.0, torch.float32, None if in_order else g_idx, 0.0, 0, False, bits)
+    codes, found, zero_point, loss = kernel(w, factor, scale, None, group, *rest)
+    assert torch.equal(found, scale)
+    assert zero_point.shape == (0,)
+    values = codes.view(torch.float8_e4m3fn).double()
+    assert torch.isin(values.abs(), numbers).all()
+
+    # Column by column: the nearest number, up to ties that fp32 may break the other way, and then on from what it took.
+    u, left, exact_loss = textbook_factor(g, 0.01), w.double(), torch.zeros(rows, dtype=torch.float64)
+    for c in range(cols):
+        step = scale[:, g_idx[c]].double()
+        exact = (left[:, c] / step).clamp(-numbers[-1], numbers[-1])
+        distance = (exact.abs()[:, None] - numbers).abs().amin(1)
+        slack = 1e-4 * exact.abs().clamp(min=1e-2)
+        assert ((values[:, c] - exact).abs() <= distance + slack).all()
+        error = (left[:, c] - values[:, c] * step) / u[c, c]
+        exact_loss += error.square() / 2
+        left[:, c + 1 :] -= error[:, None] * u[c, c + 1 :]
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=5e-3, atol=1e-9)
+    even = torch.tensor([[2.5, -2.5, 3.5, 0.25]])  # alone, ties go to the even one
+    alone = kernel(even, torch.eye(4), torch.ones(1, 1), None, -1, *rest[:5], None, 0.0, 0, False, 4)[0]
+    assert alone.view(torch.float8_e4m3fn).tolist() == [[2.0, -2.0, 4.0, 0.0]]
+
+
+def test_floats_with_less_error_than_to_nearest() -> None:
+    w, g = problem(64, 256)
+    factor, _ = ops.gptq_factor(g, 0.01)
+    for bits, most in ((8, 448.0), (4, 6.0)):
+        scale = ops.symmetric_scale(ops.absmax(w, [1, 32]), most)
+        codes, _, _, loss = ops.gptq_sweep(w, factor, scale=scale, group_size=32, float_bits=bits)
+        assert codes.dtype == torch.float8_e4m3fn
+        plain = ops.quantize_fp8(w, scale, [1, 32], torch.float8_e4m3fn)
+        if bits == 4:
+            plain = ops.unpack_fp4(ops.quantize_fp4(w, scale, 32))
+        damped = g.double() + 0.01 * g.double().diagonal().mean() * torch.eye(256)
+        errors = []
+        for q in (codes, plain):
+            difference = q.double() * scale.double().repeat_interleave(32, 1) - w
+            errors.append(0.5 * ((difference @ damped) * difference).sum(1))
+        torch.testing.assert_close(loss.double(), errors[0], rtol=1e-3, atol=0)
+        assert errors[0].sum() < 0.7 * errors[1].sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"float_bits": 6}, "float_bits must be 0"),
+        ({"float_bits": 8}, "float_bits go with a given scale and no zero_point"),
+        (
+            {"float_bits": 4, "scale": torch.ones(2, 1), "zero_point": torch.zeros(2, 1, dtype=torch.int8)},
+            "and no zero",
+        ),
+    ],
+)
+def test_floats_refuse(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RuntimeError, match=f"quantkit::gptq_sweep: .*{words}"):
+        ops.gptq_sweep(torch.ones(2, 4), torch.eye(4), **options)
+
+
 def test_less_error_than_rounding_to_nearest() -> None:
     w, g = problem(64, 256)
     factor, _ = ops.gptq_factor(g, 0.01)

@@ -42,6 +42,31 @@ struct RunScales {
   }
 };
 
+// The value of e2m1 that is nearest to x, as the CPU rounds: the sum's unit in the last place is
+// the value's.
+__device__ float nearest_float4(float x) {
+  const uint32_t sign = bits_of(x) & 0x80000000u;
+  const float size = fminf(6.0f, float_of(bits_of(x) ^ sign));
+  const float least = fmaxf(1.0f, float_of(bits_of(size) & 0x7F800000u));  // a power of two
+  const float magic = mul_rn(least, 4194304.0f);
+  return float_of(bits_of(sub_rn(add_rn(size, magic), magic)) | sign);
+}
+
+// Columns' codes (the byte) and what they stand for in steps of the scale.
+template <int kFloatBits>
+__device__ uint32_t round_column(float scaled, float low, float high, float zero, float* value) {
+  if constexpr (kFloatBits == 0) {
+    const int code = round_to_int(fmaxf(low, fminf(high, scaled)));
+    *value = static_cast<float>(code);
+    return static_cast<uint32_t>(code + static_cast<int>(zero)) & 0xFFu;
+  }
+  const float near = kFloatBits == 4 ? nearest_float4(scaled) : scaled;
+  const uint32_t code = narrow_float8_e4m3x2(near, 0.0f) & 0xFFu;
+  *value = float8_e4m3_value(code);
+  return code;
+}
+
+template <int kFloatBits>
 __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int first, int width) {
   StripeScratch& scratch = shared<StripeScratch>();
   const int lane = threadIdx.x % kTeam, own_row = threadIdx.x / kTeam;
@@ -111,8 +136,10 @@ __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int 
         for (int e = 0; e < 4; ++e) {
           const int c = start + owner * 4 + e;
           // Every thread rounds its own column, the owner's counts.
-          const int code = round_to_int(fmaxf(low[e], fminf(high[e], mul_rn(w[i][e], inverse[e]))));
-          const float rounded = mul_rn(static_cast<float>(code), scales.scale[e]);
+          float value;
+          const uint32_t code = round_column<kFloatBits>(mul_rn(w[i][e], inverse[e]), low[e],
+                                                         high[e], scales.zero[e], &value);
+          const float rounded = mul_rn(value, scales.scale[e]);
           const float own_fell = sub_rn(float_of(were.w[e]), rounded);
           const float own_error = mul_rn(sub_rn(rounded, w[i][e]), scratch.diagonal[c]);
           const float fell = shuffle_from(own_fell, leader + owner);
@@ -120,8 +147,7 @@ __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int 
           loss = add_rn(loss, mul_rn(mul_rn(0.5f, error), error));
           const float* const share = scratch.share[c];
           if (lane == owner) {
-            const int whole = code + static_cast<int>(scales.zero[e]);
-            codes |= (static_cast<uint32_t>(whole) & 0xFFu) << (e * 8);
+            codes |= code << (e * 8);
             w[i][e] = fell;
           }
           const Words4 near = load_vector<Words4>(share + col);
@@ -162,8 +188,11 @@ __global__ void __launch_bounds__(kSweepThreads) stripe_kernel(Sweep sweep, int 
 
 cudaError_t sweep_stripe(const Sweep& sweep, int first, int width, cudaStream_t stream) {
   const dim3 grid(grid_extent(sweep.batch * ceil_div(sweep.rows, kRows)));
-  return launch(stripe_kernel, grid, dim3(kSweepThreads), sizeof(StripeScratch), stream, sweep,
-                first, width);
+  const auto kernel = sweep.float_bits == 0   ? stripe_kernel<0>
+                      : sweep.float_bits == 4 ? stripe_kernel<4>
+                                              : stripe_kernel<8>;
+  return launch(kernel, grid, dim3(kSweepThreads), sizeof(StripeScratch), stream, sweep, first,
+                width);
 }
 
 }  // namespace qk::cuda

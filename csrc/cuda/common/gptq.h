@@ -39,6 +39,8 @@ struct Sweep {
   float divisor;
   DType scale_dtype;
   int q_min, q_max;
+  // 0: integer codes. 8, 4: values of e4m3 and e2m1, both as e4m3 codes; scales are given then.
+  int float_bits;
   double search_range;
   int search_steps;
 

@@ -113,8 +113,8 @@ class Algorithm:
             group_size=group_size,
             zero_point=zero_point,
             block_size=block,
-            actorder=True if "actorder" in self.options and method.actorder is None else method.actorder,
-            mse_range=True if "mse_range" in self.options and method.mse_range is None else method.mse_range,
+            actorder=self._default("actorder", method.actorder),
+            mse_range=self._default("mse_range", method.mse_range),
         )
         weights = _weights(self.scheme.weights, str(weight), group_size, block, zero_point)
         inputs = self.scheme.input_activations
@@ -131,9 +131,21 @@ class Algorithm:
                 require(value is None, key, f"'{value}', but {self.name} keeps activations in 16 bit; leave it out")
         require(method.group_size in (None, -1, size), "group_size", f"{method.group_size}: {self.name} has {size}")
         for key in ("zero_point", "block_size", "actorder", "mse_range"):
-            require(not getattr(method, key), key, f"{self.name} does not have it; leave it out")
+            fits = key in self.options or not getattr(method, key)
+            require(fits, key, f"{self.name} does not have it; leave it out")
         activation = self.activations[0] if self.activations else None
-        return replace(method, weight="per-group", activation=activation, group_size=size, zero_point=False)
+        return replace(
+            method,
+            weight="per-group",
+            activation=activation,
+            group_size=size,
+            zero_point=False,
+            actorder=self._default("actorder", method.actorder),
+        )
+
+    def _default(self, option: str, value: bool | None) -> bool | None:
+        """On, for an option that it has."""
+        return True if option in self.options and value is None else value
 
     def is_weight_only(self, zero_point: bool) -> bool:
         """Whether it keeps activations in 16 bit, and can have such weights."""
@@ -234,6 +246,13 @@ ALGORITHMS: dict[str, Algorithm] = {
             modifier=GPTQModifier,
         ),
         _algorithm(
+            "nvfp4_gptq",
+            presets.PRESETS["NVFP4A16"].weights,
+            None,
+            options=("actorder",),
+            modifier=GPTQModifier,
+        ),
+        _algorithm(
             "int4_awq",
             presets.int_weights(4, GROUP_SIZE, symmetric=False),
             None,
@@ -249,7 +268,7 @@ PRESETS: dict[str, Algorithm] = {
 }
 
 # AngelSlim has these; users who come with its files should read more than "unknown".
-NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8i8|int4_gptaq|nvfp4_\w+")
+NOT_SUPPORTED = re.compile(r"fp8_lepto|daq|w4a8i8|\w+_gptaq")
 
 
 def algorithm_of(name: str | None, scheme: str | None) -> Algorithm:

@@ -152,12 +152,13 @@ class QuantizationModifier(Modifier):
 class GPTQModifier(QuantizationModifier):
     """GPTQ (Frantar et al., 2022): columns are rounded one by one, each error taken off the columns still to come.
 
-    `actorder`: "weight" (alias "static") takes columns with the largest inputs first and leaves groups where they are;
-    "group" makes groups of columns in that order too (written as g_idx, read by few servers); None takes them as they
-    come. `min_tokens_per_module`: an expert that saw fewer tokens gets what `low_data` says: "rtn", "all_tokens" (the
-    statistics of all its layer's experts), or "error". `signed_scales`: 4-bit symmetric groups and rows may get a
-    negative scale, so that the larger of their tails reaches the code -8, which no positive one lets the upper tail do;
-    only where activations are not quantized. False keeps all scales positive, for readers that insist on it.
+    `actorder`: "weight" (alias "static") takes columns with the largest inputs first and leaves groups where they
+    are; "group" makes groups of columns in that order too (written as g_idx, read by few servers); None takes them
+    as they come. FP8, MX and NVFP4 weights keep the scales of rounding to nearest. `min_tokens_per_module`: an
+    expert that saw fewer tokens gets what `low_data` says: "rtn", "all_tokens" (the statistics of all its layer's
+    experts), or "error". `signed_scales`: 4-bit symmetric groups and rows may get a negative scale, so that the
+    larger of their tails reaches the code -8, which no positive one lets the upper tail do; only where activations
+    are not quantized. False keeps all scales positive, for readers that insist on it.
     """
 
     kind: ClassVar[str] = "gptq"
@@ -200,16 +201,16 @@ class GPTQModifier(QuantizationModifier):
         for group in self.groups:
             weights = group.scheme.weights
             require(
-                weights.type == "int" and weights.strategy in ("channel", "group", "tensor"),
+                weights.type == "float" or weights.strategy in ("channel", "group", "tensor"),
                 "scheme",
                 f"{group.scheme.name}: GPTQ rounds to integers per channel or group; use QuantizationModifier for "
                 f"{weights.type} weights per {weights.strategy}",
             )
             if self.actorder == "group":
                 require(
-                    weights.strategy == "group" and group.scheme.input_activations is None,
+                    weights.strategy == "group" and weights.type == "int" and group.scheme.input_activations is None,
                     "actorder",
-                    f"'group' needs weight-only groups, which {group.scheme.name} does not have; use 'weight'",
+                    f"'group' needs weight-only groups of integers, not {group.scheme.name}; use 'weight'",
                 )
 
 

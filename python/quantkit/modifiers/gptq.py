@@ -21,7 +21,9 @@ from ..errors import CalibrationError
 from ..plan import PlannedModule
 from ..quantized import QuantizedTensor
 from .division import gathered, own_rows, owners, row_counts
-from .rtn import check_finite, quantize_weight, weight_scale
+from .given_scales import given_scales
+from .rtn import check_finite, quantize_weight
+from .shared import GlobalScales
 from .working import Working
 
 # Rows of the weight from which the output's energy is estimated, for the relative loss.
@@ -80,6 +82,7 @@ def quantize(
     modules: Mapping[str, PlannedModule],
     scale_dtypes: Mapping[str, torch.dtype],
     packs: Mapping[str, bool],
+    shared: GlobalScales,
     ranks: Ranks = ONE,
 ) -> dict[str, Outcome]:
     """Every Linear in `names`, by the statistics of its input. Of several `ranks` each works on some rows of a dense
@@ -97,7 +100,7 @@ def quantize(
                     f"{modifier.min_tokens_per_module}; use more data, or low_data: rtn or all_tokens"
                 )
             if modifier.low_data == "rtn":
-                found[name] = _rtn(name, seen.count, working, modules, scale_dtypes, packs)
+                found[name] = _rtn(name, seen.count, working, modules, scale_dtypes, packs, shared)
                 continue
             if id(seen) not in extended:
                 extended[id(seen)] = _with_all_tokens(name, seen, working)
@@ -114,7 +117,7 @@ def quantize(
     def work(jobs: Sequence[Job], ranks: Ranks) -> dict[str, Outcome]:
         made: dict[str, Outcome] = {}
         for batch in _batches(jobs):
-            for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs, ranks), strict=True):
+            for job, outcomes in zip(batch, _sweep(modifier, batch, working, packs, shared, ranks), strict=True):
                 method = "gptq (few tokens)" if id(job.seen) in few else "gptq"
                 made.update({name: replace(outcome, method=method) for name, outcome in outcomes.items()})
         return made
@@ -136,9 +139,15 @@ def _rtn(
     modules: Mapping[str, PlannedModule],
     scale_dtypes: Mapping[str, torch.dtype],
     packs: Mapping[str, bool],
+    shared: GlobalScales,
 ) -> Outcome:
     quantized = quantize_weight(
-        name, working.weight(name), modules[name].scheme.weights, scale_dtype=scale_dtypes[name], pack=packs[name]
+        name,
+        working.weight(name),
+        modules[name].scheme.weights,
+        scale_dtype=scale_dtypes[name],
+        pack=packs[name],
+        global_scale=shared.of(name, working.weight),
     )
     return Outcome(quantized, "rtn (few tokens)", tokens)
 
@@ -172,10 +181,12 @@ def _order(modifier: GPTQModifier, diagonal: Tensor, group_size: int) -> Tensor 
         return None
     if modifier.actorder == "group" or group_size == -1:
         return torch.argsort(diagonal, descending=True, stable=True)
-    groups = diagonal.view(-1, group_size)
+    whole = len(diagonal) // group_size * group_size  # a shorter last group stays the last
+    groups = diagonal[:whole].view(-1, group_size)
     outer = torch.argsort(groups.mean(1), descending=True, stable=True)
     inner = torch.argsort(groups, dim=1, descending=True, stable=True)
-    return (outer[:, None] * group_size + inner[outer]).reshape(-1)
+    last = whole + torch.argsort(diagonal[whole:], descending=True, stable=True)
+    return torch.cat([(outer[:, None] * group_size + inner[outer]).reshape(-1), last])
 
 
 def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tuple[Tensor, list[int], list[float]]:
@@ -202,11 +213,17 @@ def _factor(modifier: GPTQModifier, grams: Tensor, batch: Sequence[Job]) -> tupl
 
 
 def _sweep(
-    modifier: GPTQModifier, batch: Sequence[Job], working: Working, packs: Mapping[str, bool], ranks: Ranks
+    modifier: GPTQModifier,
+    batch: Sequence[Job],
+    working: Working,
+    packs: Mapping[str, bool],
+    shared: GlobalScales,
+    ranks: Ranks,
 ) -> list[dict[str, Outcome]]:
     """All jobs of one shape at once; each one's rows are cut apart again. `ranks` share the rows."""
-    args, cols, size = batch[0].args, batch[0].cols, batch[0].args.group_size or -1
-    one_scale = args.strategy == "tensor"
+    args, cols, size = batch[0].args, batch[0].cols, batch[0].args.block[1]
+    floats = args.type == "float"
+    one_scale = args.strategy == "tensor" and not floats
     mine = own_rows(batch[0].rows, ranks)
     weights, grams, orders = [], [], []
     for job in batch:
@@ -222,28 +239,27 @@ def _sweep(
         orders.append(order)
     factor, dead, dampening = _factor(modifier, _stacked(grams), batch)
     weight = _stacked(weights)
-    scale = zero_point = None
-    if one_scale:
-        scale, zero_point = _one_scale(batch, weight)
-        weight, scale = weight[:, mine], scale[:, mine]
-        zero_point = None if zero_point is None else zero_point[:, mine]
+    given = given_scales(batch, weight, orders, working, shared).of_rows(mine)
+    weight = weight[:, mine] if one_scale else weight
     q_min, q_max = args.q_range
-    search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 else (0.0, 0)
+    search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 and not floats else (0.0, 0)
     codes, scale, zero, loss = ops.gptq_sweep(
         weight,
         factor,
         q_min=q_min,
         q_max=q_max,
         group_size=size,
-        scale=scale,
-        zero_point=zero_point,
+        scale=given.scale,
+        zero_point=given.zero_point,
         symmetric=args.symmetric,
         divisor=args.divisor,
-        scale_dtype=batch[0].scale_dtype,
+        scale_dtype=torch.float32 if floats else batch[0].scale_dtype,
         search_range=search_range,
         search_steps=search_steps,
         signs=batch[0].signs,
+        float_bits=args.num_bits if floats else 0,
     )
+    codes = codes.view(torch.int8)
     counts = row_counts(batch[0].rows, ranks)
     found: list[dict[str, Outcome]] = []
     for i, job in enumerate(batch):
@@ -259,7 +275,7 @@ def _sweep(
                 groups = torch.argsort(order[::size] // size)
                 job_scale = job_scale[:, groups]
                 job_zero = None if job_zero is None else job_zero[:, groups]
-        together = all(packs[name] for name in job.members)
+        together = not floats and all(packs[name] for name in job.members)
         if together:
             job_codes = ops.pack_int32(job_codes, args.num_bits)
         made = [job_codes, job_scale, loss[i], *([] if job_zero is None else [job_zero])]
@@ -273,13 +289,17 @@ def _sweep(
             if one_scale:
                 part_scale, part_zero = part_scale[:1], None if part_zero is None else part_zero[:1]
             part_codes = job_codes[rows]
-            packed = ops.pack_int32(part_codes, args.num_bits) if packs[name] and not together else part_codes
+            if floats:
+                quantized = given.filled(name, part_codes)
+            else:
+                packed = ops.pack_int32(part_codes, args.num_bits) if packs[name] and not together else part_codes
+                quantized = QuantizedTensor(
+                    packed, part_scale, part_zero, args, part_codes.shape[0], cols, packs[name], g_idx=g_idx
+                )
             total = 2.0 * float(job_loss[rows].sum(dtype=torch.float64))
             power = energy(working.weight(name), job.seen)
             found[i][name] = Outcome(
-                QuantizedTensor(
-                    packed, part_scale, part_zero, args, part_codes.shape[0], cols, packs[name], g_idx=g_idx
-                ),
+                quantized,
                 "gptq",
                 job.seen.count,
                 loss=total / (max(1, job.seen.count) * part_codes.shape[0]),
@@ -303,18 +323,6 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
     one = matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
     matrices.clear()
     return one
-
-
-def _one_scale(batch: Sequence[Job], weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One scale for all rows of each job, as a scale for each row."""
-    args = replace(batch[0].args, strategy="tensor")
-    scales, zeros = [], []
-    for job, rows in zip(batch, weight, strict=True):
-        scale, zero = weight_scale(job.members[0], rows, args, scale_dtype=job.scale_dtype)
-        scales.append(scale.expand(job.rows, 1))
-        zeros.append(None if zero is None else zero.expand(job.rows, 1))
-    first = None if zeros[0] is None else torch.stack([z for z in zeros if z is not None])
-    return torch.stack(scales), first
 
 
 def energy(weight: Tensor, seen: Statistics) -> float:

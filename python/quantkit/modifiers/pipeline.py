@@ -129,7 +129,9 @@ class Pipeline:
         started = time.perf_counter()
         if isinstance(modifier, GPTQModifier):
             ranks = self._among(working.layer)
-            outcomes = gptq.quantize(modifier, names, working, self.modules, self.scale_dtypes, self.packs, ranks)
+            outcomes = gptq.quantize(
+                modifier, names, working, self.modules, self.scale_dtypes, self.packs, self.shared, ranks
+            )
         else:
             outcomes = {
                 name: self._round(name, working.weight(name), working, self.shared.of(name, working.weight))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ._library import check_code_range, declare
+from .fp4 import E4M3_MAX, FP4_MAX
 from .scale import _asymmetric_reference, _check_scale_dtype, _symmetric_reference
 
 _INDEFINITE = "not positive definite"
@@ -81,6 +82,7 @@ def _check_sweep(
     search_range: float,
     search_steps: int,
     signs: bool = False,
+    float_bits: int = 0,
 ) -> tuple[int, ...]:
     """Shape of the scales; says what is wrong with the arguments in the words of the compiled kernel."""
     op = "gptq_sweep"
@@ -115,6 +117,14 @@ def _check_sweep(
         lambda: (
             f"quantkit::{op}: signs are for symmetric codes with a negative q_min, and scales that are computed here"
         ),
+    )
+    torch._check(
+        float_bits in (0, 4, 8),
+        lambda: f"quantkit::{op}: float_bits must be 0 (integers), 4 or 8, got {float_bits}",
+    )
+    torch._check(
+        float_bits == 0 or (scale is not None and zero_point is None),
+        lambda: f"quantkit::{op}: float_bits go with a given scale and no zero_point",
     )
     size = max(cols, 1) if group_size == -1 else group_size
     shape = (*w.shape[:-1], -(-cols // size))
@@ -156,6 +166,7 @@ def _sweep_fake(
     search_range: float,
     search_steps: int,
     signs: bool = False,
+    float_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
         w,
@@ -171,6 +182,7 @@ def _sweep_fake(
         search_range,
         search_steps,
         signs,
+        float_bits,
     )
     without = symmetric if scale is None else zero_point is None
     return (
@@ -192,10 +204,23 @@ class _Rounding:
     scale_dtype: torch.dtype
     shrinks: tuple[float, ...]
     signs: bool
+    float_bits: int
 
     def codes(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        if self.float_bits:
+            return self._float_values(w * (1.0 / scale))
         # As quantize_int: the inverse of the scale, clamped before it is rounded. Less the zero point.
         return torch.round((w * (1.0 / scale)).clamp(self.q_min - zero, self.q_max - zero))
+
+    def _float_values(self, x: Tensor) -> Tensor:
+        mantissa, least, most = (1, 0, FP4_MAX) if self.float_bits == 4 else (3, -6, E4M3_MAX)
+        x = x.clamp(-most, most)
+        exponent = (torch.frexp(x).exponent - 1).clamp(min=least) - mantissa
+        return torch.ldexp(torch.round(torch.ldexp(x, -exponent)), exponent)
+
+    def bytes(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """What is stored of `codes`."""
+        return codes.to(torch.float8_e4m3fn).view(torch.int8) if self.float_bits else (codes + zero).to(torch.int8)
 
     def range_scale(self, group: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
         if self.symmetric:
@@ -259,7 +284,7 @@ def _sweep_one(
             scales[:, g], zeros[:, g] = rounding.fit(before[:, part] + moved, factor[part, part], group_size != -1)
         step, zero = scales[:, g], zeros[:, g].float()
         code = rounding.codes(w[:, c], step, zero)
-        codes[:, c] = (code + zero).to(torch.int8)
+        codes[:, c] = rounding.bytes(code, zero)
         error = (w[:, c] - code * step) * factor[c, c]
         loss += 0.5 * error * error
         fell = before[:, c] - code * step
@@ -282,6 +307,7 @@ def _sweep_reference(
     search_range: float,
     search_steps: int,
     signs: bool = False,
+    float_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _check_sweep(
         w,
@@ -297,11 +323,12 @@ def _sweep_reference(
         search_range,
         search_steps,
         signs,
+        float_bits,
     )
     _check_values(w, g_idx, shape[-1])
     without = symmetric if scale is None else zero_point is None
     shrinks = tuple(1.0 - search_range * i / search_steps if i else 1.0 for i in range(search_steps + 1))
-    rounding = _Rounding(q_min, q_max, symmetric, -q_min if signs else divisor, scale_dtype, shrinks, signs)
+    rounding = _Rounding(q_min, q_max, symmetric, -q_min if signs else divisor, scale_dtype, shrinks, signs, float_bits)
     scales = w.new_empty(shape) if scale is None else scale.clone()
     zeros = torch.zeros(shape, dtype=torch.int8, device=w.device) if zero_point is None else zero_point.clone()
     codes = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
@@ -340,7 +367,7 @@ _factor = declare(
 _sweep = declare(
     "gptq_sweep(Tensor w, Tensor factor, Tensor? scale, Tensor? zero_point, int group_size, int q_min, int q_max, "
     "bool symmetric, float divisor, ScalarType scale_dtype, Tensor? g_idx, float search_range, int search_steps, "
-    "bool signs=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool signs=False, int float_bits=0) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_sweep_fake,
     reference=_sweep_reference,
 )
@@ -380,8 +407,8 @@ def gptq_sweep(
     w: Tensor,
     factor: Tensor,
     *,
-    q_min: int,
-    q_max: int,
+    q_min: int = -128,
+    q_max: int = 127,
     group_size: int = -1,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
@@ -392,6 +419,7 @@ def gptq_sweep(
     search_range: float = 0.0,
     search_steps: int = 0,
     signs: bool = False,
+    float_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes int8 [R, K], scale fp32 [R, groups], zero point int8 (empty if symmetric) and loss fp32 [R] of w [R, K].
 
@@ -408,13 +436,16 @@ def gptq_sweep(
     range is max|w| = -q_min steps instead of `divisor`, and after all positive scales the same ones negated are tried,
     so that either tail of a group may be the one that reaches q_min; scales may then be negative.
 
+    `float_bits` 8 or 4 rounds to the values of FP8 (e4m3fn) or FP4 (e2m1) instead of integers, with a given scale;
+    codes are then float8_e4m3fn [R, K], which holds FP4's values, too. q_min and q_max mean nothing there.
+
     w may also be [B, R, K], say experts of one shape, with a factor [B, K, K], or [K, K] for all of them; all results
     then have B in front.
 
     Beyond 512 columns a CPU with dot products of bf16 pairs sums what stripes of columns leave to later ones from
     numbers rounded to bf16, an error of 2^-9 in what is itself an error: some codes differ from elsewhere, none worse.
     """
-    return _sweep(
+    codes, scales, zeros, loss = _sweep(
         w,
         factor,
         scale,
@@ -429,4 +460,6 @@ def gptq_sweep(
         search_range,
         search_steps,
         signs,
+        float_bits,
     )
+    return codes.view(torch.float8_e4m3fn) if float_bits else codes, scales, zeros, loss
