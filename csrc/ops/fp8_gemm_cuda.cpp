@@ -1,4 +1,5 @@
-// fp8_gemm and moe_fp8_gemm on CUDA: codes of x are multiplied as the fp16 numbers that they are.
+// fp8_gemm and moe_fp8_gemm on CUDA: codes of x are multiplied as they are from sm_89 on, else as
+// the fp16 numbers that they are.
 #include <numeric>
 
 #include "cuda/common/scale.h"
@@ -29,6 +30,13 @@ Tensor tensor_scale(const char* op, const Tensor& x, const ExpertRows& rows) {
   return scale;
 }
 
+// Of x's codes as they are multiplied: as they are where the device and the segments allow it.
+DType dtype_of_codes(const char* op, const GemmArgs& args, const Tensor& x) {
+  const bool codes = takes_sm90(op, WeightKind::kFloat8, DType::kFloat8E4M3, args, x) ||
+                     takes_float8_codes(op, args, x);
+  return codes ? DType::kFloat8E4M3 : DType::kFloat16;
+}
+
 // All arguments are checked.
 Tensor fp8_product(const char* op, const Tensor& x, const Tensor& packed,
                    const Tensor& weight_scale, const Fp8Grid& grid, int64_t out_features,
@@ -51,15 +59,26 @@ Tensor fp8_product(const char* op, const Tensor& x, const Tensor& packed,
   groups.groups = static_cast<int>(grid.groups);
   groups.expert_scales = rows ? weight_scale.numel() / rows.count() : 0;
 
+  const bool quantized = input_scale || input_block;
+  int64_t group = cols;
+  if (input_block && (*input_block)[1] > 0) group = std::min(cols, (*input_block)[1]);
+  // Runs within which no scale changes, all of one length.
+  const auto run = [&](int64_t length) { return length < cols ? length : 0; };
+  groups.segment = static_cast<int>(std::gcd(run(grid.columns), run(group)));
+
   StagedInput staged{x, DType::kFloat16};
   Tensor scales = x;
-  int64_t group = cols;
-  if (input_scale || input_block) {
-    if (input_block && (*input_block)[1] > 0) group = std::min(cols, (*input_block)[1]);
+  if (quantized) {
+    staged.dtype = dtype_of_codes(op, args, x);
+    const bool codes = staged.dtype == DType::kFloat8E4M3;
     const int64_t count = cols > 0 ? (cols + group - 1) / group : 0;
-    const int64_t row_bytes = row_bytes_of(cols * 2);
+    const int64_t row_bytes = row_bytes_of(codes ? cols : cols * 2);
     staged.held = new_tensor(x, {x.size(0), row_bytes}, ScalarType::Char);
     scales = new_tensor(x, {x.size(0), count}, ScalarType::Float);
+    // Tiles of many rows read the scales of one group after the other.
+    const bool by_groups = codes && takes_sm90(op, WeightKind::kFloat8, staged.dtype, args, x);
+    groups.input_row_step = by_groups ? 1 : count;
+    groups.input_group_step = by_groups ? x.size(0) : 1;
     Tensor made = x;  // keeps the scale that is made here
     const float* given = pointer<float>(input_scale);
     if (!given && (*input_block)[0] == -1 && cols > 0) {
@@ -72,22 +91,21 @@ Tensor fp8_product(const char* op, const Tensor& x, const Tensor& packed,
                            given,
                            static_cast<int>(group),
                            static_cast<int>(count),
-                           data<uint16_t>(staged.held),
+                           data<void>(staged.held),
+                           codes,
                            row_bytes,
-                           data<float>(scales)};
+                           data<float>(scales),
+                           groups.input_row_step,
+                           groups.input_group_step};
       check_launch(op, float8_rows(how, current_stream(x)));
     }
     args.a.data = staged.held.const_data_ptr();
     args.a.row_bytes = row_bytes;
     groups.input = data<float>(scales);
     groups.input_columns = extent(group > 0 ? group : 1);
-    groups.input_groups = static_cast<int>(count);
   } else {
     staged = stage_input(op, x, WeightKind::kFloat8, std::nullopt, rows, args);
   }
-  // Runs within which no scale changes, all of one length.
-  const auto run = [&](int64_t length) { return length < cols ? length : 0; };
-  groups.segment = static_cast<int>(std::gcd(run(grid.columns), run(group)));
   run_gemm(op, WeightKind::kFloat8, staged.dtype, args, x);
   return out;
 }

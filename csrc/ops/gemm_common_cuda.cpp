@@ -115,24 +115,45 @@ StagedInput stage_input(const char* op, const Tensor& x, WeightKind kind,
   return {staged, dtype};
 }
 
+namespace {
+
+// The highest architecture whose kernels may be taken, and whether by QUANTKIT_CUDA_GEMM: then they
+// are wherever they can.
+struct Floor {
+  int arch;
+  bool wanted;
+};
+Floor floor_of(const char* op, const Tensor& like) {
+  const int device = compute_capability(like);
+  const char* const variable = std::getenv("QUANTKIT_CUDA_GEMM");
+  const std::string_view wanted = variable ? variable : "";
+  if (wanted.empty()) return {device, false};
+  check(wanted == "sm80" || wanted == "sm89" || wanted == "sm90", op,
+        "QUANTKIT_CUDA_GEMM must be sm80, sm89 or sm90, got ", wanted);
+  const int arch = wanted == "sm80" ? 80 : wanted == "sm89" ? 89 : 90;
+  return {arch < device ? arch : device, true};
+}
+
+}  // namespace
+
+bool takes_float8_codes(const char* op, const GemmArgs& args, const Tensor& like) {
+  return floor_of(op, like).arch >= 89 && args.groups.segment % kFloat8Segment == 0;
+}
+
 #if QUANTKIT_CUDA_SM90
 
 bool takes_sm90(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
                 const Tensor& like) {
-  const char* const variable = std::getenv("QUANTKIT_CUDA_GEMM");
-  const std::string_view wanted = variable ? variable : "";
-  check(wanted.empty() || wanted == "sm80" || wanted == "sm90", op,
-        "QUANTKIT_CUDA_GEMM must be sm80 or sm90, got ", wanted);
-  if (wanted == "sm80" || compute_capability(like) != 90 || !sm90::takes(kind, dtype, args))
-    return false;
+  const Floor floor = floor_of(op, like);
+  if (floor.arch != 90 || !sm90::takes(kind, dtype, args)) return false;
   const int64_t experts = args.experts.count > 1 ? args.experts.count : 1;
-  return wanted == "sm90" || args.a.rows >= sm90::kLeastRows * experts;
+  return floor.wanted || args.a.rows >= sm90::kLeastRows * experts;
 }
 
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
               const Tensor& like) {
   const bool many = takes_sm90(op, kind, dtype, args, like);
-  const GemmPlan plan = many ? sm90::plan_gemm(kind, args) : plan_gemm(kind, args);
+  const GemmPlan plan = many ? sm90::plan_gemm(kind, dtype, args) : plan_gemm(kind, dtype, args);
   const Tensor workspace = new_tensor(like, {plan.workspace}, ScalarType::Int);
   const auto run = many ? sm90::gemm : gemm;
   check_launch(op,
@@ -145,7 +166,7 @@ bool takes_sm90(const char*, WeightKind, DType, const GemmArgs&, const Tensor&) 
 
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
               const Tensor& like) {
-  const GemmPlan plan = plan_gemm(kind, args);
+  const GemmPlan plan = plan_gemm(kind, dtype, args);
   const Tensor workspace = new_tensor(like, {plan.workspace}, ScalarType::Int);
   check_launch(op,
                gemm(kind, dtype, args, plan, workspace.mutable_data_ptr(), current_stream(like)));

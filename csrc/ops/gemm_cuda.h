@@ -49,9 +49,13 @@ StagedInput stage_input(const char* op, const Tensor& x, WeightKind kind,
                         const OptionalTensor& perm, const ExpertRows& rows, GemmArgs& args);
 
 // Whether the kernels of sm_90 multiply these: the device is one, there is such a kernel, and rows
-// are many (or QUANTKIT_CUDA_GEMM=sm90; =sm80 is never). `args` may lack the activations' place.
+// are many. QUANTKIT_CUDA_GEMM says otherwise: sm80 and sm89 allow kernels of these and below, sm90
+// takes them for any rows. `args` may lack the activations' place.
 bool takes_sm90(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
                 const Tensor& like);
+
+// Whether FP8 codes can be multiplied as they are, by the kernels of sm_89.
+bool takes_float8_codes(const char* op, const GemmArgs& args, const Tensor& like);
 
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,
               const Tensor& like);

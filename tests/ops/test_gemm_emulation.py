@@ -70,6 +70,13 @@ def test_fp8(emulated: Any, shape: tuple[int, int, int]) -> None:
     check(emulated, fp8_cases(*shape))
 
 
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_fp8_by_codes(emulated: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    """By mma of e4m3, as from sm_89 on."""
+    monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm89")
+    check(emulated, fp8_cases(*shape))
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 128, 3), (40, 70, 256, 5), (150, 66, 128, 34)], ids=str)
 def test_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
     check(emulated, expert_cases(*shape))

@@ -10,7 +10,17 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
-from .gemm_cases import check, codes, int8_cases, int8_expert_cases
+from .gemm_cases import (
+    assert_within,
+    check,
+    codes,
+    expected_fp8,
+    expert_cases,
+    fp8_cases,
+    int8_cases,
+    int8_expert_cases,
+    wna16_cases,
+)
 
 pytestmark = [
     pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler: set CXX"),
@@ -20,6 +30,10 @@ pytestmark = [
 # (M, N, K): tiles of 128 and 256 rows and two panels, full and not, several for a block; depths of less than a stage
 # (128 codes), and two that are split, one into parts longer than the ring.
 SHAPES = ((1, 1, 1), (70, 130, 129), (130, 140, 72), (300, 300, 200), (65, 128, 1100), (140, 130, 1400))
+
+
+# Groups of 64, 128 and all of K; two stages of FP8 codes and more; a split of K.
+GROUPED = ((1, 1, 24), (70, 130, 192), (130, 70, 384), (140, 300, 128), (66, 128, 1408))
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +59,35 @@ def test_int8_at_its_limits(emulated: Any) -> None:
     assert emulated("int8_gemm", (a, ops.pack_w8a8(w), 3))[0].tolist() == [2048 * 16384, -2048 * 16256, 2048 * 16384]
 
 
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_fp8(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, fp8_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_wna16(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, (case for case in wna16_cases(*shape) if case[1][6] == 4))
+
+
+@pytest.mark.parametrize("shape", [(40, 70, 256, 5), (300, 66, 128, 3)], ids=str)
+def test_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
+    check(emulated, expert_cases(*shape))
+
+
+@pytest.mark.parametrize("path", ["sm89", "sm90"])
+def test_sums_of_fp8_are_added_in_fp32_every_128_columns(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Sums that all grow would lose more in 14 bits over 3000 columns than is allowed here."""
+    monkeypatch.setenv("QUANTKIT_CUDA_GEMM", path)
+    random = torch.Generator().manual_seed(1)
+    x = torch.rand(70, 3000, generator=random) + 0.5
+    weight = (torch.rand(20, 3000, generator=random) * 100 + 50).to(torch.float8_e4m3fn)
+    args = (x, ops.pack_fp8(weight), torch.full((20, 1), 0.01), [1, -1], 20, None, [1, -1], None)
+    assert_within(emulated("fp8_gemm", args), *expected_fp8(*args))
+
+
 def test_a_path_that_is_none(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm75")
-    with pytest.raises(RuntimeError, match="QUANTKIT_CUDA_GEMM must be sm80 or sm90, got sm75"):
+    with pytest.raises(RuntimeError, match="QUANTKIT_CUDA_GEMM must be sm80, sm89 or sm90, got sm75"):
         emulated("int8_gemm", (codes(2, 8), ops.pack_w8a8(codes(4, 8)), 4))

@@ -35,10 +35,10 @@ struct PackedWeight {
   int out_features;
 };
 
-// Scales of the weight, [out_features / rows][groups] of each expert, and of its activations,
-// [rows][input_groups], or null. K is cut into segments within which neither changes; their product
-// multiplies a segment's sum. Segments that are no whole units of the kernel (32 columns, 64 of
-// codes) go to a slower one.
+// Scales of the weight, [out_features / rows][groups] of each expert, and of the activations, of
+// each row and so many of its columns, or null. K is cut into segments within which neither
+// changes; their product multiplies a segment's sum. Segments that are no whole units of the kernel
+// (32 columns, 64 of codes) go to a slower one.
 struct GroupScales {
   const void* data;  // null: ones
   DType dtype;
@@ -48,7 +48,8 @@ struct GroupScales {
   int64_t expert_scales;     // from one expert to the next
   bool by_panels;            // scales lie as [panels][groups][64], for rows = 1
   const float* input;
-  int input_columns, input_groups;
+  int input_columns;
+  int64_t input_row_step, input_group_step;
   const int32_t* input_sums;  // of codes, [rows][groups]: for the zero points of W4A8
   int segment;                // columns; 0: all of K
 };
@@ -100,6 +101,10 @@ struct GemmPlan {
   int64_t workspace;  // words
 };
 
+// FP8 codes by FP8 codes: sums are added to others after so many columns, for tensor cores may keep
+// no more than 14 bits; segments are multiples of half of that.
+constexpr int kFloat8Columns = 128, kFloat8Segment = 64;
+
 enum class WeightKind { kInt8, kInt4ByInt8, kInt4, kByte, kFloat8, kBFloat16 };
 
 // A kernel's tiles: results, columns of K in a unit, units of a stage; and how many tiles keep a
@@ -112,8 +117,9 @@ struct TileExtent {
 // `whole_segments`: a part of K is made of whole segments, each with its own sums in the workspace.
 GemmPlan plan_tiles(const GemmArgs& args, int shape, const TileExtent& tile, bool whole_segments);
 
-// What the kernels take, for a kind of weight and the activations' 16-bit dtype (kInt8 for codes).
-GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args);
+// What the kernels take, for a kind of weight and the activations' dtype, of 16 bits or that of
+// codes: kInt8, kFloat8E4M3 (from sm_89 on).
+GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args);
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
                  void* workspace, cudaStream_t stream);
 

@@ -51,7 +51,8 @@ class TileGemm {
   using Scratch = GemmScratch<Weight, Shape>;
   using Part = typename Weight::Part;
   static constexpr int kTilesM = Shape::kTilesM;
-  static constexpr bool kGrouped = Weight::kScaling != Scaling::kRows;
+  static constexpr bool kGrouped =
+      Weight::kScaling == Scaling::kGroups || Weight::kScaling == Scaling::kIntGroups;
 
   __device__ TileGemm(const GemmArgs& args, const GemmPlan& plan, void* workspace)
       : args(args),
@@ -244,9 +245,10 @@ class TileGemm {
   __device__ void end_row(int m, int half, int row) {
     if constexpr (Weight::kScaling == Scaling::kGroups) {
       const GroupScales& scales = args.groups;
-      const float input = scales.input == nullptr || row >= place.row_end
-                              ? 1.0f
-                              : scales.input[int64_t{row} * scales.input_groups + input_group];
+      const float input =
+          scales.input == nullptr || row >= place.row_end
+              ? 1.0f
+              : scales.input[row * scales.input_row_step + input_group * scales.input_group_step];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& of_group = part[m][i % 4].v[half * 2 + i / 4];
@@ -326,7 +328,7 @@ class TileGemm {
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if constexpr (Weight::kScaling == Scaling::kRows) {
+          if constexpr (!kGrouped) {
             f((m * 4 + j) * 4 + i, part[m][j].v[i]);
           } else {
             f((m * 4 + j) * 4 + i, sums[m][j].v[i]);
@@ -348,7 +350,7 @@ class TileGemm {
         Number values[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if constexpr (Weight::kScaling == Scaling::kRows) {
+          if constexpr (!kGrouped) {
             values[i] = part[m][i % 4].v[half * 2 + i / 4];
           } else {
             values[i] = sums[m][i % 4].v[half * 2 + i / 4];

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) odd_kernel(const __grid_constant__ G
       const float input =
           kInt || scales.input == nullptr
               ? 1.0f
-              : scales.input[int64_t{row} * scales.input_groups + first / scales.input_columns];
+              : scales.input[row * scales.input_row_step +
+                             first / scales.input_columns * scales.input_group_step];
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if constexpr (kInt) {

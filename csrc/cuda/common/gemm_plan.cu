@@ -23,6 +23,7 @@ auto with_weight(WeightKind kind, DType dtype, Function f) {
     case WeightKind::kByte:
       return half ? f(WeightByte<Float16>{}) : f(WeightByte<BFloat16>{});
     case WeightKind::kFloat8:
+      if (dtype == DType::kFloat8E4M3) return f(WeightFloat8Codes{});
       return half ? f(WeightFloat8<Float16>{}) : f(WeightFloat8<BFloat16>{});
     default:
       return f(WeightBFloat16{});
@@ -60,11 +61,11 @@ GemmPlan plan_tiles(const GemmArgs& args, int shape, const TileExtent& tile, boo
   return plan;
 }
 
-GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args) {
+GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
   const int experts = args.experts.count;
   const int64_t rows = experts == 0 ? args.a.rows : ceil_div(args.a.rows, experts);
   const int shape = rows <= 16 ? 0 : rows <= 32 ? 1 : rows <= 64 ? 2 : 3;
-  return with_weight(kind, DType::kBFloat16, [&](auto weight) {
+  return with_weight(kind, dtype, [&](auto weight) {
     using Weight = decltype(weight);
     if (args.groups.segment % Weight::kUnit != 0) {
       GemmPlan odd = {};
@@ -85,7 +86,15 @@ cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmP
                  void* workspace, cudaStream_t stream) {
   if (plan.shape == kOddGroups) return gemm_of_odd_groups(kind, dtype, args, stream);
   return with_weight(kind, dtype, [&](auto weight) {
-    return gemm_of<decltype(weight)>(args, plan, workspace, stream);
+    using Weight = decltype(weight);
+    if constexpr (__is_same(Weight, WeightFloat8Codes)) {
+      GemmArgs cut = args;
+      cut.groups.segment =
+          args.groups.segment % kFloat8Columns == 0 ? kFloat8Columns : kFloat8Segment;
+      return gemm_of<Weight>(cut, plan, workspace, stream);
+    } else {
+      return gemm_of<Weight>(args, plan, workspace, stream);
+    }
   });
 }
 

@@ -102,20 +102,30 @@ __global__ void __launch_bounds__(kMaxTeam)
     } else if (tile.rows > 0) {
       scale = rows.scale[rows.experts.count == 0 ? 0 : expert_of(rows.experts, tile.row)];
     }
-    if (lane == 0 && index < count(blocks)) rows.scales[index] = scale;
+    if (lane == 0 && index < count(blocks)) {
+      rows.scales[index / rows.groups * rows.scale_row_step +
+                  index % rows.groups * rows.scale_group_step] = scale;
+    }
     const float inverse = div_rn(1.0f, scale);
     for (int chunk = lane; chunk < tile.chunks; chunk += team) {
       const auto at = tile.at(chunk);
       const Chunk<Element> values = load_chunk<Element>(rows.x, at.row, at.col, at.n);
-      float decoded[kChunk];
+      Words2 codes = {};
 #pragma unroll
       for (int i = 0; i < kChunk; i += 2) {
-        const uint32_t codes =
-            narrow_float8_e4m3x2(mul_rn(values[i], inverse), mul_rn(values[i + 1], inverse));
-        decoded[i] = float8_e4m3_value(codes & 0xFFu);
-        decoded[i + 1] = float8_e4m3_value(codes >> 8 & 0xFFu);
+        codes.w[i / 4] |=
+            narrow_float8_e4m3x2(mul_rn(values[i], inverse), mul_rn(values[i + 1], inverse))
+            << (i % 4 * 8);
       }
-      char* const target = reinterpret_cast<char*>(rows.values) + at.row * rows.row_bytes;
+      char* const target = static_cast<char*>(rows.data) + at.row * rows.row_bytes;
+      if (rows.codes) {
+        store_codes(reinterpret_cast<uint8_t*>(target) + at.col, codes, at.n);
+        continue;
+      }
+      float decoded[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        decoded[i] = float8_e4m3_value(codes.w[i / 4] >> (i % 4 * 8) & 0xFFu);
       store_chunk<Float16>(reinterpret_cast<uint16_t*>(target) + at.col, decoded, at.n);
     }
   }

@@ -24,16 +24,18 @@ struct Int8Rows {
 };
 cudaError_t int8_rows(const Int8Rows& rows, cudaStream_t stream);
 
-// The values of FP8 codes (e4m3fn) of rows, in fp16, without their scales. A scale for each `group`
-// columns of a row, found or given as above.
+// FP8 codes (e4m3fn) of rows, or their values in fp16, without their scales. A scale for each
+// `group` columns of a row, found or given as above.
 struct Float8Rows {
   Matrix x;
   Experts experts;
   const float* scale;
   int group, groups;
-  uint16_t* values;
+  void* data;
+  bool codes;
   int64_t row_bytes;
-  float* scales;  // [rows][groups]
+  float* scales;  // of each row and group, so far apart
+  int64_t scale_row_step, scale_group_step;
 };
 cudaError_t float8_rows(const Float8Rows& rows, cudaStream_t stream);
 

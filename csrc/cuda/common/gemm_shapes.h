@@ -39,7 +39,15 @@ struct ShapesOf<2, true> {
 };
 
 template <typename Weight>
-using Shapes = ShapesOf<Weight::kWords, Weight::kScaling == Scaling::kIntGroups>;
+struct ShapesFor : ShapesOf<Weight::kWords, Weight::kScaling == Scaling::kIntGroups> {};
+// Twice the sums of WeightInt8 would not fit into the registers.
+template <>
+struct ShapesFor<WeightFloat8Codes> : ShapesOf<4, false> {
+  using More = Tiles<2, 4, 1, 2, 2, 4>;
+  using Many = Tiles<4, 2, 1, 2, 2, 4>;
+};
+template <typename Weight>
+using Shapes = ShapesFor<Weight>;
 
 // Calls f with the tiles that a plan names.
 template <typename Weight, typename Function>
@@ -86,6 +94,8 @@ template <>
 cudaError_t gemm_of<WeightFloat8<BFloat16>>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>
 cudaError_t gemm_of<WeightFloat8<Float16>>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
+template <>
+cudaError_t gemm_of<WeightFloat8Codes>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>
 cudaError_t gemm_of<WeightBFloat16>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 

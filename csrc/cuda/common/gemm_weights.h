@@ -16,8 +16,8 @@ namespace qk::cuda {
 
 constexpr int kUnitBytes = 64;
 
-// How sums become results.
-enum class Scaling { kRows, kGroups, kIntGroups };
+// How sums become results: as they are, by scales of rows and channels, by those of groups along K.
+enum class Scaling { kNone, kRows, kGroups, kIntGroups };
 
 // `value` is a code of a word, of kPerWord, less half its range: for the kernel of odd groups.
 //
@@ -190,11 +190,28 @@ struct WeightFloat8 {
   }
 };
 
+// e4m3fn codes by e4m3fn codes, as from sm_89 on. The tensor cores of some devices keep but 14 bits
+// of a sum, so that groups have to be short: 128 columns.
+struct WeightFloat8Codes {
+  using Element = Float8E4M3;
+  static constexpr int kWords = 4, kUnit = 64;
+  static constexpr Scaling kScaling = Scaling::kGroups;
+  static constexpr float kFactor = 1.0f;
+  static constexpr bool kNanRow = true;
+  using Part = Sums;
+
+  __device__ static Offset offset(int) { return {0}; }
+  __device__ static void decode(const uint32_t (&words)[4], Offset, uint32_t (&b)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i] = permute_bytes(words[i], 0, 0x3120);
+  }
+};
+
 // Pairs of bf16.
 struct WeightBFloat16 {
   using Element = BFloat16;
   static constexpr int kWords = 4, kUnit = 32;
-  static constexpr Scaling kScaling = Scaling::kGroups;
+  static constexpr Scaling kScaling = Scaling::kNone;
   static constexpr float kFactor = 1.0f;
   static constexpr bool kNanRow = false;
   using Part = Sums;

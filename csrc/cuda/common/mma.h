@@ -67,6 +67,21 @@ __device__ __forceinline__ void multiply_add(Sums& sums, const Left& left, const
 
 #undef QK_MMA
 
+// sums += left * right, of e4m3: from sm_89 on, which is the caller's to know.
+template <>
+__device__ __forceinline__ void multiply_add<Float8E4M3>(Sums& sums, const Left& left,
+                                                         const Right& right) {
+#if __CUDA_ARCH__ >= 890
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])
+      : "r"(left.w[0]), "r"(left.w[1]), "r"(left.w[2]), "r"(left.w[3]), "r"(right.w[0]),
+        "r"(right.w[1]));
+#else
+  asm volatile("trap;");
+#endif
+}
+
 // sums += left * right, of int8, modulo 2^32.
 __device__ __forceinline__ void multiply_add(IntSums& sums, const Left& left, const Right& right) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -138,36 +153,61 @@ void multiply_add(Sums& sums, const Left& left, const Right& right) {
       });
 }
 
-inline void multiply_add(IntSums& sums, const Left& left, const Right& right) {
+// What m16n8k32 gives: add(sum, row, column) of the bytes' values.
+template <typename Sums, typename Value, typename Add>
+void multiply_add_bytes(Sums& sums, const Left& left, const Right& right, Value value, Add add) {
   struct Operand {
     Left left;
     Right right;
-    IntSums sums;
+    Sums sums;
   };
-  const auto value = [](uint32_t word, int i) {
-    return static_cast<int32_t>(static_cast<int8_t>(word >> (8 * i)));
-  };
-  sums = emulation::warp_collective<Operand, IntSums>(
-      "multiply_add", Operand{left, right, sums}, [value](const Operand* in, IntSums* out) {
-        int32_t a[16][32], b[8][32];
+  sums = emulation::warp_collective<Operand, Sums>(
+      "multiply_add", Operand{left, right, sums}, [value, add](const Operand* in, Sums* out) {
+        decltype(value(0u)) a[16][32], b[8][32];
         for (int lane = 0; lane < kWarp; ++lane) {
           for (int i = 0; i < 16; ++i) {
             const int part = i / 4;
             a[lane / 4 + part % 2 * 8][lane % 4 * 4 + part / 2 * 16 + i % 4] =
-                value(in[lane].left.w[part], i % 4);
+                value(in[lane].left.w[part] >> (i % 4 * 8) & 0xFFu);
           }
-          for (int i = 0; i < 8; ++i)
-            b[lane / 4][lane % 4 * 4 + i / 4 * 16 + i % 4] = value(in[lane].right.w[i / 4], i % 4);
+          for (int i = 0; i < 8; ++i) {
+            b[lane / 4][lane % 4 * 4 + i / 4 * 16 + i % 4] =
+                value(in[lane].right.w[i / 4] >> (i % 4 * 8) & 0xFFu);
+          }
         }
         for (int lane = 0; lane < kWarp; ++lane) {
           for (int i = 0; i < 4; ++i) {
-            int32_t sum = 0;
-            const int32_t *row = a[lane / 4 + i / 2 * 8], *col = b[lane % 4 * 2 + i % 2];
-            for (int k = 0; k < 32; ++k) sum += row[k] * col[k];
-            out[lane].v[i] = static_cast<int32_t>(static_cast<uint32_t>(in[lane].sums.v[i]) +
-                                                  static_cast<uint32_t>(sum));
+            out[lane].v[i] =
+                add(in[lane].sums.v[i], a[lane / 4 + i / 2 * 8], b[lane % 4 * 2 + i % 2]);
           }
         }
+      });
+}
+
+inline void multiply_add(IntSums& sums, const Left& left, const Right& right) {
+  multiply_add_bytes(
+      sums, left, right,
+      [](uint32_t byte) { return static_cast<int32_t>(static_cast<int8_t>(byte)); },
+      [](int32_t before, const int32_t* row, const int32_t* col) {
+        auto sum = static_cast<uint32_t>(before);
+        for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(row[k] * col[k]);
+        return static_cast<int32_t>(sum);
+      });
+}
+
+// Of a float, what sums of FP8 keep: a mantissa of 14 bits, cut off.
+inline float keep_14_bits(float value) {
+  return is_finite(value) ? float_of(bits_of(value) & ~0x3FFu) : value;
+}
+
+template <>
+inline void multiply_add<Float8E4M3>(Sums& sums, const Left& left, const Right& right) {
+  multiply_add_bytes(
+      sums, left, right, [](uint32_t byte) { return static_cast<double>(float8_e4m3_value(byte)); },
+      [](float before, const double* row, const double* col) {
+        auto sum = static_cast<double>(before);
+        for (int k = 0; k < 32; ++k) sum += row[k] * col[k];
+        return keep_14_bits(static_cast<float>(sum));
       });
 }
 

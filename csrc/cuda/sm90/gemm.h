@@ -13,11 +13,11 @@ namespace qk::cuda::sm90 {
 // Derived, not measured; QUANTKIT_CUDA_GEMM=sm80|sm90 takes either.
 constexpr int kLeastRows = 65;
 
-// Whether there is a kernel for this: codes of 8 bits on both sides, or 16-bit numbers, in one
-// plane, by int4 in groups of 64 columns or multiples of them.
+// Whether there is a kernel for this: int8 or FP8 codes on both sides, the latter with scales for
+// multiples of 128 columns, or 16-bit numbers, in one plane, by int4 in groups of multiples of 64.
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args);
 
-GemmPlan plan_gemm(WeightKind kind, const GemmArgs& args);
+GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args);
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
                  void* workspace, cudaStream_t stream);
 

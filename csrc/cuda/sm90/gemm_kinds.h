@@ -15,7 +15,6 @@ namespace qk::cuda::sm90 {
 
 constexpr int kStageBytes = kTileRowBytes;
 constexpr int kSteps = kStageBytes / 32;
-constexpr int kGroupRows = 64;  // channels of a warp group: a panel
 constexpr int kWordRowBytes = 4 * kPanel;
 
 // A stage's words of a panel, [word rows][2][128 bytes], as copy_tile swizzles them. Word rows of
@@ -40,12 +39,63 @@ struct KindInt8 {
   using Product = Int8;
   static constexpr int kStageRows = 32;  // word rows
   static constexpr int kDepth = 128;     // columns of a stage
-  static constexpr bool kPromotes = false;
+  static constexpr bool kFloat = false, kEveryStage = false;
 
   __device__ static Left left(const StageWords& words, int step, const Offset (&)[2]) {
     const int row = step * 8 + static_cast<int>(threadIdx.x) % 4;
     const Words2 first = words(row), second = words(row + 4);
     return {{first.w[0], first.w[1], second.w[0], second.w[1]}};
+  }
+};
+
+// e4m3 on both sides. Codes of a word are k = 0, 2, 1, 3.
+struct KindFloat8 {
+  using Weight = WeightFloat8<Float16>;
+  using Product = Float8E4M3;
+  static constexpr int kStageRows = 32, kDepth = 128;
+  static constexpr bool kFloat = true;
+  static constexpr bool kEveryStage = true;  // sums are added to others
+  static constexpr float kFactor = 1.0f;
+
+  __device__ static Left left(const StageWords& words, int step, const Offset (&)[2]) {
+    const int row = step * 8 + static_cast<int>(threadIdx.x) % 4;
+    const Words2 first = words(row), second = words(row + 4);
+    const auto in_order = [](uint32_t word) { return permute_bytes(word, 0, 0x3120); };
+    return {
+        {in_order(first.w[0]), in_order(first.w[1]), in_order(second.w[0]), in_order(second.w[1])}};
+  }
+};
+
+// Two neighbouring numbers of a word: pair `which` of it.
+__device__ inline uint32_t pair_of(WeightInt4<BFloat16>, uint32_t word, int which, Offset offset) {
+  return fma_bfloat16x2(set_codes(word >> (4 * which), 0x000F000Fu, 0x43004300u), kOnesBFloat16,
+                        offset.w);
+}
+__device__ inline uint32_t pair_of(WeightInt4<Float16>, uint32_t word, int which, Offset offset) {
+  return fma_float16x2(set_codes(word >> (4 * which), 0x000F000Fu, 0x64006400u), kOnesFloat16,
+                       permute_bytes(offset.w, 0, 0x1010));
+}
+
+// By numbers of 16 bits.
+template <typename Weight_>
+struct KindSixteen {
+  using Weight = Weight_;
+  using Product = typename Weight::Element;
+  static constexpr int kStageRows = 8 * Weight::kWords, kDepth = 64;
+  static constexpr bool kFloat = true, kEveryStage = false;
+  static constexpr float kFactor = Weight::kFactor;
+
+  __device__ static Left left(const StageWords& words, int step, const Offset (&offset)[2]) {
+    // Of 8 numbers, the thread has pair lane % 4, of word row `row` and of the first one after
+    // them.
+    constexpr int kPairs = 4 / Weight::kWords;  // of a word
+    const int pair = static_cast<int>(threadIdx.x) % 4;
+    const int row = step * 2 * Weight::kWords + pair / kPairs, which = pair % kPairs;
+    const Words2 first = words(row), second = words(row + Weight::kWords);
+    return {{pair_of(Weight{}, first.w[0], which, offset[0]),
+             pair_of(Weight{}, first.w[1], which, offset[1]),
+             pair_of(Weight{}, second.w[0], which, offset[0]),
+             pair_of(Weight{}, second.w[1], which, offset[1])}};
   }
 };
 

@@ -15,13 +15,19 @@
 
 namespace qk::cuda::sm90 {
 
-// What is multiplied: 32 bytes of each row and column.
-struct Int8 {
-  using Sum = int32_t;
+// What is multiplied, 32 bytes of each row and column: Int8, Float8E4M3 (whose sums keep about 14
+// bits), BFloat16, Float16.
+struct Int8 {};
+template <typename Kind>
+struct SumOfProduct {
+  using Type = float;
 };
-struct Float8 {  // e4m3; the sums keep about 14 bits
-  using Sum = float;
+template <>
+struct SumOfProduct<Int8> {
+  using Type = int32_t;
 };
+template <typename Kind>
+using SumOf = typename SumOfProduct<Kind>::Type;
 
 // Columns in shared memory that copy_tile has put there, a row of the tile for each: where they
 // begin, 1024 bytes aligned, and 8 of them after 1024 bytes, their bytes swizzled.
@@ -113,7 +119,7 @@ __device__ __forceinline__ void wait_products(Sum (&sums)[kSums]) {
 
 // sums = left * columns, and what they were where `add` says so; 2 kSums columns.
 template <typename Kind, int kSums>
-__device__ __forceinline__ void begin_product(typename Kind::Sum (&sums)[kSums], const Left& left,
+__device__ __forceinline__ void begin_product(SumOf<Kind> (&sums)[kSums], const Left& left,
                                               const Columns& columns, int add) {
   static_assert(kSums == 64 || (kSums == 128 && __is_same(Kind, Int8)));
   if constexpr (__is_same(Kind, Int8)) {
@@ -122,7 +128,7 @@ __device__ __forceinline__ void begin_product(typename Kind::Sum (&sums)[kSums],
     } else {
       QK_WGMMA_64("k32.s32.s8.s8", "+r", "");
     }
-  } else if constexpr (__is_same(Kind, Float8)) {
+  } else if constexpr (__is_same(Kind, Float8E4M3)) {
     QK_WGMMA_64("k32.f32.e4m3.e4m3", "+f", ", 1, 1");
   } else if constexpr (__is_same(Kind, BFloat16)) {
     QK_WGMMA_64("k16.f32.bf16.bf16", "+f", ", 1, 1, 0");
@@ -163,11 +169,11 @@ inline uint8_t byte_of_column(uint64_t descriptor, int column, int k) {
 
 template <typename Kind>
 struct ProductNumber {  // of 32 bytes: how many, and their values
-  static constexpr int kCount = __is_same(Kind, Int8) || __is_same(Kind, Float8) ? 32 : 16;
+  static constexpr int kCount = __is_same(Kind, Int8) || __is_same(Kind, Float8E4M3) ? 32 : 16;
   static auto value(const uint8_t* bytes, int k) {
     if constexpr (__is_same(Kind, Int8)) {
       return static_cast<int32_t>(static_cast<int8_t>(bytes[k]));
-    } else if constexpr (__is_same(Kind, Float8)) {
+    } else if constexpr (__is_same(Kind, Float8E4M3)) {
       return static_cast<double>(float8_e4m3_value(bytes[k]));
     } else {
       const uint32_t bits = bytes[2 * k] | static_cast<uint32_t>(bytes[2 * k + 1]) << 8;
@@ -177,15 +183,9 @@ struct ProductNumber {  // of 32 bytes: how many, and their values
   }
 };
 
-// Of a float, what sums of FP8 keep: a mantissa of 14 bits, cut off.
-inline float keep_14_bits(float value) {
-  return is_finite(value) ? float_of(bits_of(value) & ~0x3FFu) : value;
-}
-
 template <typename Kind, int kSums>
-void begin_product(typename Kind::Sum (&sums)[kSums], const Left& left, const Columns& columns,
-                   int add) {
-  using Sum = typename Kind::Sum;
+void begin_product(SumOf<Kind> (&sums)[kSums], const Left& left, const Columns& columns, int add) {
+  using Sum = SumOf<Kind>;
   using Number = ProductNumber<Kind>;
   struct Operand {
     Sum* sums;
@@ -220,7 +220,7 @@ void begin_product(typename Kind::Sum (&sums)[kSums], const Left& left, const Co
               double total = owner.add ? static_cast<double>(sum) : 0.0;
               for (int k = 0; k < kCount; ++k) total += a[row][k] * b[k];
               sum = static_cast<float>(total);
-              if constexpr (__is_same(Kind, Float8)) sum = keep_14_bits(sum);
+              if constexpr (__is_same(Kind, Float8E4M3)) sum = keep_14_bits(sum);
             }
           }
         }
