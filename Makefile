@@ -59,7 +59,7 @@ test-gpu: $(VENV)/.tools
 	rm -f $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'cuda and not slow and not bench' $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/ops_cuda.py
-	$(BIN)/python benchmarks/gemm_cuda.py
+	$(BIN)/python benchmarks/gemm_cuda.py --paths default,sm80
 
 lint: build
 	$(BIN)/ruff check .
