@@ -91,6 +91,7 @@ def oneshot(
     min_tokens_per_module: float | None = None,
     moe_calibrate_all_experts: bool | None = None,
     save_compressed: bool = True,
+    save_name: str = "compressed-tensors",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     precision: str = "auto",
@@ -117,7 +118,8 @@ def oneshot(
         recipe_args: values for `{{ name }}` in YAML, or for arguments of modifiers by name.
         num_calibration_samples: rows at most; None: all. `max_seq_length`: tokens of a row at most.
         min_tokens_per_module: of GPTQ's experts; below 1 a share of all tokens. See GPTQModifier.
-        save_compressed: False writes plain weights with the values of the codes.
+        save_compressed: False writes plain weights with the values of the codes. `save_name`: the format otherwise,
+            e.g. "gptq" or "mindie".
         precision: dtype of the calibration forward; auto: the model's own.
         calibration_forwards: of each layer: 1, 2, or auto: 1 where that does. See docs/algorithms.md.
 
@@ -135,6 +137,7 @@ def oneshot(
         precision,
         calibration_forwards,
         save_compressed,
+        save_name,
         max_shard_size,
         overwrite,
         shuffle_calibration_samples,
@@ -205,6 +208,7 @@ class _Options:
     precision: str
     calibration_forwards: int | str
     save_compressed: bool
+    save_name: str
     max_shard_size: int | str
     overwrite: bool
     shuffle_calibration_samples: bool
@@ -293,7 +297,7 @@ class _Options:
                 calibration_forwards=self.calibration_forwards,
             ),
             ModelConfig(model, self.trust_remote_code_model, self.precision),
-            CompressionConfig(recipe=recipe),
+            CompressionConfig(recipe=recipe, save_name=self.save_name),
             dataset,
             source=Path(_IN_MEMORY),
             stem=folder.name,

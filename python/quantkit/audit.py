@@ -25,7 +25,7 @@ from .errors import CheckpointError
 from .models.families import family_of
 from .models.mappings import OFFSET_NORMS
 from .parallel import each, single_threaded_ops
-from .plan import attention_modules, collapse, kv_heads
+from .plan import attention_modules, cache_shape, collapse
 from .quantized import QuantizedTensor
 from .report.progress import Progress
 from .report.table import table
@@ -190,7 +190,7 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
             expected[name] = OutputTensor(name, info.dtype, info.shape)
     if quantized.kv_cache is not None:
         for attention in attention_modules(family_of(source.config), source.tensors):
-            stored = fmt.kv_tensors(attention, quantized.kv_cache, kv_heads(source.config) or 1)
+            stored = fmt.kv_tensors(attention, quantized.kv_cache, cache_shape(source, attention))
             expected.update({t.name: t for t in stored})
     for name in sorted(set(expected) - set(written.tensors)):
         result.problems.append(f"{name}: missing")
@@ -208,12 +208,10 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
 
 
 def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult, show: bool) -> None:
-    from .formats.source import CACHE_PARTS
-
     family = family_of(source.config)
     for attention in quantized.cache_quantizers:
-        for part in CACHE_PARTS:
-            _check_scale(f"{attention}.{part}", quantized.checkpoint, result)
+        for name in quantized.cache_names(attention)[:2]:
+            _check_scale(name, quantized.checkpoint, result)
     names = list(source.tensors)
     found = [AuditResult("") for _ in names]
     with Progress("audit", total=source.total_bytes, unit="B", enabled=show) as progress:

@@ -67,7 +67,7 @@ class Gatherer:
 
     def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
         """Written."""
-        self._writer.add(ranges, {name: (recorder.key, recorder.value) for name, recorder in caches.items()})
+        self._writer.add(ranges, {name: recorder.heads() for name, recorder in caches.items()})
 
 
 def statistics_folder(config: RunConfig) -> Path:

@@ -101,8 +101,8 @@ def _schemes(read: WeightSource, fmt: Format) -> dict[str, QuantizationScheme]:
     found = {m: read.schemes[m] if read.schemes[m] in needed else scheme for m, scheme in found.items()}
     for scheme in dict.fromkeys(found.values()):
         fmt.check(scheme)
-    if read.kv_cache is not None and fmt.NAME in ("gptq", "awq"):
-        raise ConfigError(f"format '{fmt.NAME}' has no place for KV-cache scales, which the source has")
+    if read.kv_cache is not None and (read.format is None or fmt.CACHE != read.format.CACHE):
+        raise ConfigError(f"format '{fmt.NAME}' has no place for KV-cache scales as the source has them")
     return found
 
 

@@ -34,7 +34,7 @@ from .fingerprint import (
 )
 from .formats.folded import Folded
 from .formats.fp8_source import open_source
-from .plan import Plan, build_plan, config_bytes
+from .plan import Plan, build_plan, cache_shape, config_bytes
 from .report.calibration import CalibrationReport
 from .report.model_card import model_card
 from .report.progress import Progress
@@ -352,7 +352,8 @@ class WrittenOutput:
             self._biases[name] = value
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
-        for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale).items():
+        shape = cache_shape(self.plan.checkpoint, attention)
+        for name, tensor in self.plan.format.kv_scales(attention, key_scale, value_scale, shape).items():
             self.writer.write(name, tensor)
 
 

@@ -104,6 +104,20 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
+def _cache(read: WeightSource, told: str) -> str:
+    """The KV cache's scheme and the range of its scales."""
+    import torch
+
+    scales = [read.cache_scales(attention) for attention in read.cache_quantizers]
+    if not scales:
+        return f"{told}; no attention layer has scales"
+    parts = []
+    for what, values in zip(("keys", "values"), zip(*scales, strict=True), strict=True):
+        every = torch.cat([scale.flatten() for scale in values])
+        parts.append(f"{what} {float(every.min()):.2e} to {float(every.max()):.2e}")
+    return f"{told}; {len(scales)} attention layers, scales of {' and '.join(parts)}"
+
+
 def inspect_folder(folder: str | Path, *, progress: bool = True) -> Inspection:
     """Read every quantized Linear of the checkpoint in `folder`. A plain checkpoint has none, which is told.
     CheckpointError for a damaged one.
@@ -128,7 +142,7 @@ def inspect_folder(folder: str | Path, *, progress: bool = True) -> Inspection:
             family.model_type,
             "not quantized" if read.format is None else read.format.NAME,
             schemes,
-            "" if read.kv_cache is None else describe(read.kv_cache),
+            "" if read.kv_cache is None else _cache(read, describe(read.kv_cache)),
             checkpoint.total_bytes,
             other,
             kept=[w.module for w in family.linear_weights(shapes) if w.module not in read.modules],

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config.schemes import QuantizationArgs
-from .formats.source import cache_quantizer, fake_quantize
+from .formats.source import Quantizer, cache_quantizer, fake_quantize
 
 
 class InputQuantizer:
@@ -30,12 +30,23 @@ class InputQuantizer:
 
 class CacheQuantizer:
     """For an attention module, registered `with_kwargs`: it gets a cache that rounds what is put into it. Scales are
-    fp32 [1], or [heads].
+    fp32 [1], [heads], or [heads * head size] per channel. `rounders`: what rounds keys and values, if not these.
     """
 
-    def __init__(self, args: QuantizationArgs, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self,
+        args: QuantizationArgs,
+        keys: Tensor,
+        values: Tensor,
+        rounders: tuple[Quantizer, Quantizer] | None = None,
+    ) -> None:
         self.args, self.scales = args, (keys, values)
-        self.keys, self.values = cache_quantizer(args, keys), cache_quantizer(args, values)
+        self.keys, self.values = rounders or (cache_quantizer(args, keys), cache_quantizer(args, values))
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a `QuantizedCache` can hold codes with these scales."""
+        return self.args.strategy != "channel"
 
     def __call__(
         self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,6 +17,7 @@ from .checkpoint.hub import resolve_model
 from .checkpoint.reader import Checkpoint
 from .config.recipe import AWQModifier, Modifier, QuantizationModifier, Recipe, SmoothQuantModifier
 from .config.run_config import CompressionConfig, DatasetConfig, GlobalConfig, ModelConfig, RunConfig
+from .config.schemes import QuantizationArgs
 from .errors import ConfigError
 
 # --act_method: how ranges of static inputs are found.
@@ -113,7 +114,7 @@ def job_of(args: argparse.Namespace, texts: Path) -> Job:
     experts = any(".experts." in name for name in known)
     common: dict[str, Any] = {"ignore": tuple(n for n in names if n != head)}
     if args.use_kvcache_quant:
-        common["kv_cache_scheme"] = "int8"
+        common["kv_cache_scheme"] = QuantizationArgs(8, "int", strategy="channel")
     if scheme == "W8A8_STATIC_ASYM":
         common["input_observer"] = OBSERVERS[args.act_method]
     if scheme == "W8A8_STATIC_ASYM" and experts:

@@ -23,6 +23,7 @@ from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import PlanError
 from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name, written_config
+from .formats.cache import CacheShape
 from .memory import Means, means
 from .models.families import Family, family_of, text_config
 from .models.mappings import Smoothing, smoothings
@@ -174,7 +175,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     warnings += notes
     rewritten = _rewritten(places, modules, shapes)
     attentions = _attentions(recipe, family, checkpoint, shapes)
-    if recipe.kv_cache is not None and recipe.kv_cache.type == "int":
+    if recipe.kv_cache is not None and recipe.kv_cache.type == "int" and fmt.NAME != "mindie":
         warnings.append("an int8 KV cache: vLLM reads FP8 ones only, and refuses this model; Transformers reads it")
     if any(m.scheme.weights.actorder == "group" for m in modules.values()):
         warnings.append(
@@ -185,7 +186,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
     outputs, carried, stored_bytes = _outputs(checkpoint, fmt, modules, rewritten)
     if recipe.kv_cache is not None:
         for attention in attentions:
-            outputs += fmt.kv_tensors(attention, recipe.kv_cache, kv_heads(checkpoint.config) or 1)
+            outputs += fmt.kv_tensors(attention, recipe.kv_cache, cache_shape(checkpoint, attention))
     clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
     if clashes:
         raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
@@ -285,6 +286,14 @@ def kv_heads(config: Mapping[str, Any]) -> int | None:
     text = text_config(config)
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
     return heads if isinstance(heads, int) and not text.get("kv_lora_rank") else None
+
+
+def cache_shape(checkpoint: Checkpoint, attention: str) -> CacheShape:
+    """Of the keys and values that `attention` makes in a plain checkpoint."""
+    made = [checkpoint.tensors.get(f"{attention}.{part}.weight") for part in ("k_proj", "v_proj")]
+    keys, values = (0 if info is None else info.shape[0] for info in made)
+    dtype = None if made[0] is None else made[0].dtype
+    return CacheShape(kv_heads(checkpoint.config) or 1, keys, values, dtype)
 
 
 def _attentions(

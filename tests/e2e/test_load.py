@@ -22,7 +22,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import main
 from quantkit.errors import CheckpointError, ConfigError, PlanError
 from quantkit.evaluate import evaluate
-from quantkit.formats.source import CACHE_PARTS, WeightSource
+from quantkit.formats.source import WeightSource
 from quantkit.live_hooks import CacheQuantizer
 from quantkit.models.live import LiveCheckpoint
 from quantkit.runtime.experts import ExpertLinears
@@ -85,7 +85,7 @@ def reference(source: Path, output: Path, dtype: torch.dtype) -> Any:
         for name, rounded in weights.input_quantizers.items():
             live.module(name).register_forward_pre_hook(lambda _, args, f=rounded: (f(args[0]),))
         for name in weights.cache_quantizers:
-            scales = (checkpoint.tensor(f"{name}.{part}").float().clone() for part in CACHE_PARTS)
+            scales = weights.cache_scales(name)
             hook = CacheQuantizer(weights.kv_cache, *scales)  # type: ignore[arg-type]
             live.module(name).register_forward_pre_hook(hook, with_kwargs=True)
     return model

@@ -250,8 +250,10 @@ def test_kv_cache() -> None:
     calibration_text()
     assert of("fp8_dynamic", "per-tensor") == of("int4", "per-tensor") == QuantizationArgs(8, "float")
     assert of("int8_dynamic", "per-head") == QuantizationArgs(8, "int", strategy="attn_head")
-    message = refused(quantization("name: fp8_dynamic, quant_method: {kv_cache: per-channel}", DATASET))
-    assert f"{Q}.quant_method.kv_cache: 'per-channel': servers hold" in message and "per-tensor, per-head" in message
+    message = refused(quantization("name: fp8_dynamic, quant_method: {kv_cache: per-token}", DATASET))
+    assert f"{Q}.quant_method.kv_cache: 'per-token': servers hold" in message and "per-tensor, per-head" in message
+    config = load(quantization("name: int8_static, save_name: mindie, quant_method: {kv_cache: per-channel}", DATASET))
+    assert config.recipe.kv_cache == QuantizationArgs(8, "int", strategy="channel")
     message = refused(quantization("name: fp8_dynamic, quant_method: {kv_cache: per-tensor}"))
     assert "dataset: fp8_dynamic looks at activations, and there is no such section" in message
 

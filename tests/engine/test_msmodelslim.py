@@ -27,9 +27,11 @@ def command(data: Path, to: Path, *more: str) -> list[str]:
 def test_the_command_of_mindie(method: str, tmp_path: Path) -> None:
     q = "model.layers.1.mlp.down_proj"
     more = ("--anti_method", "m1", "--act_method", method, "--disable_level", "L2", "--disable_names", q)
+    more += ("--use_kvcache_quant", "True")
     assert main(command(tmp_path / "boolq.jsonl", tmp_path / "out", *more)) == 0
     described = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     assert described["model_quant_type"] == "W8A8" and described[f"{q}.weight"] == "FLOAT"
+    assert described["kv_quant_type"] == described["model.layers.0.self_attn.k_proj.kv_cache_scale"] == "C8"
     kept = [n for n, kind in described.items() if n.endswith("_proj.weight") and kind == "FLOAT"]
     assert 3 <= len(kept) <= 5  # what reads one input falls back together
     assert check_folder(tmp_path / "out", "mindie").ok
@@ -44,7 +46,6 @@ def test_the_command_of_mindie(method: str, tmp_path: Path) -> None:
         (("--disable_level", "3"), "disable_level"),
         (("--co_sparse", "True"), "--co_sparse True: quantkit does only False"),
         (("--w_bit", "4"), "--w_bit 4 --a_bit 8"),
-        (("--use_kvcache_quant", "True"), "a KV cache in 8 bit is not written"),
     ],
 )
 def test_what_it_does_not_do_is_refused(

@@ -333,17 +333,20 @@ def test_keys_and_values_are_measured_as_they_are_cached(tmp_path: Path) -> None
     visitor.caches = tuple(f"model.layers.{i}.self_attn" for i in range(3))
     run(tmp_path, batches(tokens, 64), visitor, ["model.layers.2.mlp.down_proj"])
     model = whole(tmp_path)
-    expected = torch.zeros(3, 2, 2)
+    expected = torch.zeros(3, 2, 2, 16)
     for row in tokens:
         with torch.no_grad():
             cache = model(input_ids=torch.tensor([row]), use_cache=True).past_key_values
         for i, layer in enumerate(cache.layers):
-            seen = torch.stack([x.abs().amax((0, 2, 3)) for x in (layer.keys, layer.values)])
+            seen = torch.stack([x.abs().amax((0, 2)) for x in (layer.keys, layer.values)])
             expected[i] = torch.maximum(expected[i], seen)
     for i, name in enumerate(visitor.caches):
         recorder = visitor.recorders[name]
         assert recorder.key is not None and recorder.value is not None
         torch.testing.assert_close(torch.stack((recorder.key, recorder.value)), expected[i], rtol=1e-4, atol=1e-5)
+        key, value = recorder.heads()
+        assert key is not None and value is not None
+        torch.testing.assert_close(torch.stack((key, value)), expected[i].amax(-1), rtol=1e-4, atol=1e-5)
 
 
 # Visitors

@@ -180,7 +180,9 @@ class InputHooks:
 
 
 class CacheRecorder:
-    """Stands in for a KV cache: gives keys and values back as they came, and keeps each head's largest magnitude."""
+    """Stands in for a KV cache: gives keys and values back as they came, and keeps the largest magnitude of each of
+    their channels: fp32 [heads, head size].
+    """
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -194,13 +196,18 @@ class CacheRecorder:
         return keys, values
 
     def _seen(self, before: Tensor | None, x: Tensor) -> Tensor:
-        magnitude = x.detach().abs().amax(-1)
+        magnitude = x.detach().abs()
         if self.mask is not None:
-            magnitude = magnitude.masked_fill(~self.mask[:, None], 0)
+            magnitude = magnitude.masked_fill(~self.mask[:, None, :, None], 0)
         largest = magnitude.amax((0, 2)).float()
         if not bool(torch.isfinite(largest).all()):
             raise CalibrationError(f"{self.where}: NaN or Inf in keys or values; the model does not run in this dtype")
         return largest if before is None else torch.maximum(before, largest)
+
+    def heads(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of each head: fp32 [heads]."""
+        key, value = (None if largest is None else largest.amax(1) for largest in (self.key, self.value))
+        return key, value
 
     def merge(self, key: Tensor | None, value: Tensor | None) -> None:
         """Take in what another one kept."""

@@ -24,8 +24,8 @@ GRANULARITY_OF = {strategy: granularity for granularity, strategy in STRATEGY_OF
     "tensor_group": "per-group"
 }
 GROUP_SIZE = 128
-# quant_method.kv_cache; AngelSlim's per-channel is read by no server.
-KV_STRATEGY_OF: dict[str, Strategy] = {"per-tensor": "tensor", "per-head": "attn_head"}
+# quant_method.kv_cache; per-channel is read on NPUs only (save_name mindie).
+KV_STRATEGY_OF: dict[str, Strategy] = {"per-tensor": "tensor", "per-head": "attn_head", "per-channel": "channel"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class QuantMethod:
         if cache is not None and cache not in KV_STRATEGY_OF:
             raise FieldError(
                 "kv_cache",
-                f"'{cache}': servers hold the cache with a scale per tensor or per head; {_one_of(KV_STRATEGY_OF)}",
+                f"'{cache}': servers hold the cache with a scale per tensor or per head, NPUs also per channel; "
+                f"{_one_of(KV_STRATEGY_OF)}",
             )
         size = self.group_size
         require(

@@ -31,7 +31,7 @@ def names(key: str, value: object) -> tuple[str, ...]:
 
 
 def kv_cache_args(value: object) -> QuantizationArgs | None:
-    """`kv_cache_scheme` as QuantizationArgs: 8 bit, static, symmetric, per tensor or per head."""
+    """`kv_cache_scheme` as QuantizationArgs: 8 bit, static, symmetric, per tensor, per head, or in int8 per channel."""
     if value is None or isinstance(value, QuantizationArgs):
         args = value
     elif isinstance(value, str):
@@ -42,8 +42,10 @@ def kv_cache_args(value: object) -> QuantizationArgs | None:
     else:
         raise FieldError("kv_cache_scheme", f"expected fp8, int8 or the fields of QuantizationArgs, got {value!r}")
     if args is not None:
-        fits = args.num_bits == 8 and args.symmetric and not args.dynamic and args.strategy in ("tensor", "attn_head")
-        require(fits, "kv_cache_scheme", "servers hold the cache in 8 bit, symmetric, static, per tensor or attn_head")
+        strategies = ("tensor", "attn_head") if args.type == "float" else ("tensor", "attn_head", "channel")
+        fits = args.num_bits == 8 and args.symmetric and not args.dynamic and args.strategy in strategies
+        known = "servers hold the cache in 8 bit, symmetric, static, per tensor or attn_head; NPUs in int8 per channel"
+        require(fits, "kv_cache_scheme", known)
     return args
 
 

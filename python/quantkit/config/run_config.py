@@ -155,8 +155,9 @@ class QuantizationConfig:
         common: dict[str, Any] = {"scheme": scheme, "ignore": self.ignore_layers}
         if method.kv_cache is not None:
             inputs = scheme.input_activations
-            # FP8 is what servers read; an int8 cache goes with int8 activations only, as in AngelSlim.
-            kind: Literal["int", "float"] = "int" if inputs is not None and inputs.type == "int" else "float"
+            # FP8 is what servers read; an int8 cache goes with int8 activations only, as in AngelSlim, and with NPUs.
+            integers = self.save_name == "mindie" or (inputs is not None and inputs.type == "int")
+            kind: Literal["int", "float"] = "int" if integers else "float"
             common["kv_cache_scheme"] = QuantizationArgs(8, kind, strategy=KV_STRATEGY_OF[method.kv_cache])
         quantizer: Modifier
         if self.algorithm.modifier is GPTQModifier:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..checkpoint.folder import DESCRIPTION
+from ..formats.mindie_cache import CACHE, KEYS, KIND
+from ..plan import attention_modules, kv_heads
 from .inventory import FLOATS, Inventory, Stored
 from .rules import expect, fused_alike, same_in_fused, sound_scales
 from .verdict import Verdict
 
 KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A16")
 WIDEST = 65535  # of npu_quant_matmul
+NZ = 32  # channels of a head that lie together in an int8 cache
 
 
 def check(found: Inventory, verdict: Verdict) -> None:
@@ -29,9 +35,55 @@ def check(found: Inventory, verdict: Verdict) -> None:
             continue
         verdict.count(kind)
         _linear(stored, kind, dtype, found, verdict)
+    _caches(found, block, dtype, verdict)
     fused_alike(found, verdict, lambda stored: block.get(f"{stored.name}.weight"))
     same_in_fused(found, verdict, ("input_scale", "input_offset"), "the fused layer keeps one of them")
     sound_scales(found, verdict, lambda stored: False)
+
+
+def _caches(found: Inventory, block: Mapping[str, Any], dtype: str, verdict: Verdict) -> None:
+    """A KV cache in int8: of every attention, told in the description, with scales as vLLM-Ascend uses them."""
+    import torch
+
+    kinds = {str(block[key]) for key in KEYS if block.get(key)}
+    tensors = found.checkpoint.tensors
+    if not kinds:
+        for name in tensors:
+            if name.endswith(CACHE):
+                verdict.add(
+                    "wrong", name, f"scales a KV cache, and {DESCRIPTION} has no {KEYS[0]}; it is not looked at"
+                )
+        return
+    if kinds != {KIND}:
+        verdict.add("refused", KEYS[0], f"is {', '.join(sorted(kinds))}; served is {KIND}, int8 per channel")
+        return
+    for key in KEYS:
+        if not block.get(key):
+            verdict.add("limited", key, "is not there; MindIE looks for kv_quant_type, vLLM-Ascend for kv_cache_type")
+    if dtype != "float16":
+        verdict.add("limited", "config.json", f"dtype is {dtype}; MindIE documents its int8 KV cache for float16 only")
+    if not any(block.get(f"{stored.name}.weight") == "W8A8" for stored in found.quantized):
+        verdict.add("limited", KEYS[0], "MindIE documents it beside W8A8, of which there is no Linear")
+    heads = kv_heads(found.config) or 1
+    for attention in attention_modules(found.family, tensors):
+        verdict.count(f"KV cache {KIND}")
+        for name in (f"{attention}.{part}" for part in CACHE):
+            info, maker = tensors.get(name), tensors.get(f"{name.rpartition('.')[0]}.weight")
+            if info is None:
+                verdict.add("wrong", name, "is not there, and the cache is scaled by 1", "quantize again")
+                continue
+            channels = 0 if maker is None else maker.shape[0]
+            if info.dtype not in FLOATS:
+                verdict.add("refused", name, f"is {info.dtype}; read is {' or '.join(FLOATS)}")
+            if tuple(info.shape) not in ((channels,), (channels, 1)):
+                verdict.add("refused", name, f"is {list(info.shape)}; its Linear makes {channels} channels")
+            elif (channels // heads) % NZ:
+                verdict.add("limited", name, f"heads of {channels // heads}: vLLM-Ascend's cache is laid out by {NZ}")
+            value = found.checkpoint.tensor(name).float()
+            if name.endswith("offset") and bool((value != 0).any()):
+                verdict.add("wrong", name, "is not zero, and vLLM-Ascend reads its cache by the scales alone")
+            elif name.endswith("scale") and not bool((torch.isfinite(value) & (value > 0)).all()):
+                verdict.add("wrong", name, "has values that are not finite and positive", "quantize again")
 
 
 def _linear(stored: Stored, kind: str, dtype: str, found: Inventory, verdict: Verdict) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..config.groups import SchemeGroup
     from ..config.schemes import QuantizationArgs, QuantizationScheme
     from ..quantized import QuantizedTensor
+    from .cache import CacheShape
     from .compressed_tensors import Schemes
     from .folded import Folded
 
@@ -24,7 +25,8 @@ class Format(Protocol):
     """What a format module offers. A new format is one new file and one line in FORMATS. `PARTS`: the last names of the
     tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: whether config.json has its block. `FOLDS`:
     whether the scales of a static input take in the weight and the bias. `ZERO_POINT`: its zero point's last name.
-    `BY_ROWS`: whether each of its tensors has rows for rows of the weight, or is the same for all of them.
+    `BY_ROWS`: whether each of its tensors has rows for rows of the weight, or is the same for all of them. `CACHE`:
+    what an attention module with an 8-bit cache has: the scales of keys and values, and whatever else.
     """
 
     NAME: str
@@ -34,6 +36,7 @@ class Format(Protocol):
     FOLDS: bool
     BY_ROWS: bool
     ZERO_POINT: str
+    CACHE: tuple[str, ...]
 
     def check(self, scheme: QuantizationScheme) -> None: ...
     def packs(self, scheme: QuantizationScheme) -> bool: ...
@@ -51,8 +54,8 @@ class Format(Protocol):
         folded: Folded | None = None,
         args: QuantizationArgs | None = None,
     ) -> dict[str, Tensor]: ...
-    def kv_tensors(self, attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]: ...
-    def kv_scales(self, attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]: ...
+    def kv_tensors(self, attention: str, args: QuantizationArgs, shape: CacheShape) -> list[OutputTensor]: ...
+    def kv_scales(self, attention: str, k_scale: Tensor, v_scale: Tensor, shape: CacheShape) -> dict[str, Tensor]: ...
     def config_block(
         self,
         groups: Sequence[SchemeGroup],

@@ -29,6 +29,7 @@ VERSION = ""
 IN_CONFIG, FOLDS = True, False
 BY_ROWS = False  # they are its columns
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
+CACHE = ()
 PARTS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

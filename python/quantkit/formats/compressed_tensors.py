@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..config.groups import SchemeGroup
     from ..quantized import QuantizedTensor
+    from .cache import CacheShape
     from .folded import Folded
 
 NAME = "compressed-tensors"
@@ -32,6 +33,7 @@ VERSION = "0.18.0"
 IN_CONFIG, FOLDS = True, False
 BY_ROWS = True
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
+CACHE = ("k_scale", "v_scale")
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale"),
@@ -146,13 +148,20 @@ def stored_tensors(
     return tensors
 
 
-def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
-    """What the scales of the keys and values that the module `attention` caches become on disk."""
-    shape = (heads, 1, 1) if args.strategy == "attn_head" else (1,)
-    return [OutputTensor(f"{attention}.{part}", "F32", shape) for part in ("k_scale", "v_scale")]
+def kv_tensors(attention: str, args: QuantizationArgs, shape: CacheShape) -> list[OutputTensor]:
+    """What the scales of the keys and values that the module `attention` caches become on disk. ConfigError for scales
+    per channel.
+    """
+    if args.strategy == "channel":
+        raise ConfigError(
+            "kv_cache_scheme: scales per channel are read on NPUs only; use save_name 'mindie', or strategy tensor or "
+            "attn_head (in YAML per-tensor or per-head)"
+        )
+    stored = (shape.heads, 1, 1) if args.strategy == "attn_head" else (1,)
+    return [OutputTensor(f"{attention}.{part}", "F32", stored) for part in CACHE]
 
 
-def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
+def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor, shape: CacheShape) -> dict[str, Tensor]:
     """The named tensors of `kv_tensors`; the scales are fp32 [1], or [heads] per head."""
     scales = {f"{attention}.k_scale": k_scale, f"{attention}.v_scale": v_scale}
     return {name: s.reshape(1) if s.numel() == 1 else s.reshape(-1, 1, 1) for name, s in scales.items()}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAME = "fp8"
 VERSION = ""
 
-IN_CONFIG, FOLDS, BY_ROWS, ZERO_POINT = ct.IN_CONFIG, ct.FOLDS, ct.BY_ROWS, ct.ZERO_POINT
+IN_CONFIG, FOLDS, BY_ROWS, ZERO_POINT, CACHE = ct.IN_CONFIG, ct.FOLDS, ct.BY_ROWS, ct.ZERO_POINT, ct.CACHE
 PARTS = ("weight", "weight_scale", "weight_scale_inv", "input_scale")
 BLOCK = (128, 128)
 

@@ -3,7 +3,8 @@
 A static W8A8 Linear [n, k] is `weight` int8 [n, k], `input_scale` and `input_offset` [1] in the model's dtype,
 `quant_bias` int32 [n], `deq_scale` [n], fp32 for a bf16 model and the bits of fp32 in int64 for an fp16 one, and
 `weight_scale` fp32 [n, 1] with `weight_offset`, zeros. `W8A8_DYNAMIC` (experts must be it) and `W8A16` have weight,
-weight_scale and weight_offset. What each tensor is stands in `quant_model_description.json`; config.json says nothing.
+weight_scale and weight_offset. A KV cache in int8 is in `mindie_cache`. What each tensor is stands in
+`quant_model_description.json`; config.json says nothing.
 Source: the format's documentation and the loaders of MindIE-LLM and vLLM-Ascend.
 
 The NPU computes q = rint(x * r + offset) with r = 1 / input_scale in the model's dtype, and (q @ weight.T + quant_bias)
@@ -22,6 +23,7 @@ from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from .compressed_tensors import Schemes
+from .mindie_cache import CACHE, KEYS, KIND, kv_scales, kv_tensors, snapped
 from .single import suffixed
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from ..quantized import QuantizedTensor
     from .folded import Folded
 
+__all__ = ["CACHE", "kv_scales", "kv_tensors", "snapped"]
+
 NAME = "mindie"
 VERSION = "1.0.0"
 PARTS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
@@ -41,7 +45,6 @@ BY_ROWS = True
 ZERO_POINT = "input_offset"
 # Kinds, the one that names the model first.
 KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A16")
-CANDIDATES = 4  # numbers from the input scale upwards that are tried: at most 1.6 % of the range in bf16
 FP19 = 13  # bits of fp32's mantissa that the fp16 path of the hardware does not keep
 
 
@@ -90,6 +93,8 @@ def stem(schemes: Iterable[QuantizationScheme]) -> str:
 
 def _name_of(schemes: Iterable[QuantizationScheme]) -> str:
     kinds = {kind_of(scheme) for scheme in schemes}
+    if not kinds:
+        raise ConfigError(f"save_name '{NAME}': a KV cache in int8 goes with quantized Linears; the recipe has none")
     return next(kind for kind in KINDS if kind in kinds)
 
 
@@ -168,23 +173,6 @@ def pack_activations(
     }
 
 
-def snapped(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number of `dtype`, among the CANDIDATES from fp32 `scale` [1] upwards, whose inverse in `dtype` is nearest to
-    its own; never less than `scale`, so that the range stays covered.
-    """
-    import torch
-
-    bits = scale.to(dtype)
-    if float(bits) < float(scale):
-        bits = torch.nextafter(bits, torch.full_like(bits, torch.inf))
-    candidates = [bits]
-    while len(candidates) < CANDIDATES:
-        candidates.append(torch.nextafter(candidates[-1], torch.full_like(bits, torch.inf)))
-    every = torch.cat(candidates)
-    mismatch = ((1 / every.float()).to(dtype).double() * every.double() - 1).abs()
-    return every[int(mismatch.argmin())].reshape(1)
-
-
 def as_bits(scale: Tensor) -> Tensor:
     """fp32 [n] as int64 [n] with its bits, rounded to those that the hardware keeps."""
     import torch
@@ -194,16 +182,6 @@ def as_bits(scale: Tensor) -> Tensor:
     return (bits + half) & ~((1 << FP19) - 1)
 
 
-def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
-    """Not written yet."""
-    raise ConfigError(f"save_name '{NAME}': a KV cache in 8 bit is not written; leave kv_cache_scheme out")
-
-
-def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
-    """Not written yet."""
-    raise ConfigError(f"save_name '{NAME}': a KV cache in 8 bit is not written; leave kv_cache_scheme out")
-
-
 def config_block(
     groups: Sequence[SchemeGroup],
     ignore: Sequence[str],
@@ -211,13 +189,12 @@ def config_block(
     kv_cache: QuantizationArgs | None = None,
 ) -> dict[str, Any]:
     """The description without its tensors, and what names the format; it is kept out of config.json."""
-    if kv_cache is not None:
-        raise ConfigError(f"save_name '{NAME}': a KV cache in 8 bit is not written; leave kv_cache_scheme out")
     return {
         "quant_method": NAME,
         "model_quant_type": _name_of(group.scheme for group in groups),
         "version": VERSION,
         "group_size": 0,
+        **({} if kv_cache is None else dict.fromkeys(KEYS, KIND)),
     }
 
 
@@ -228,8 +205,10 @@ def side_files(
     described = {key: value for key, value in block.items() if key != "quant_method"}
     for name in tensors:
         module, _, part = name.rpartition(".")
-        quantized = module in schemes and part in PARTS
-        described[name] = str(kind_of(schemes[module])) if quantized else "FLOAT"
+        if module in schemes and part in PARTS:
+            described[name] = str(kind_of(schemes[module]))
+        else:
+            described[name] = KIND if name.endswith(CACHE) else "FLOAT"
     described.setdefault("lm_head.weight", "FLOAT")  # a tied head has no tensor, and loaders look it up
     return {DESCRIPTION: (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()}
 
@@ -252,10 +231,11 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
 
 
 def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
-    """None; CheckpointError for one, which is not read."""
-    if block.get("kv_quant_type") or block.get("kv_cache_type"):
-        raise CheckpointError(f"{DESCRIPTION}: a KV cache in 8 bit (C8) is not read")
-    return None
+    """int8 per channel where the description has C8; CheckpointError for another kind of cache."""
+    kinds = [block[key] for key in KEYS if block.get(key)]
+    if any(kind != KIND for kind in kinds):
+        raise CheckpointError(f"{DESCRIPTION}: a KV cache of kind {', '.join(map(str, kinds))} is not read; read is C8")
+    return QuantizationArgs(8, "int", strategy="channel") if kinds else None
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:

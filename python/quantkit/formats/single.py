@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.layout import OutputTensor
     from ..config.groups import SchemeGroup
+    from .cache import CacheShape
     from .folded import Folded
 
 
@@ -40,10 +41,10 @@ def weight_only(name: str) -> tuple[Callable[..., Any], Callable[..., Any], Call
     ) -> dict[str, Tensor]:
         raise ConfigError(f"{module}: save_name '{name}' holds no activation scales")
 
-    def kv_tensors(attention: str, args: QuantizationArgs, heads: int) -> list[OutputTensor]:
+    def kv_tensors(attention: str, args: QuantizationArgs, shape: CacheShape) -> list[OutputTensor]:
         raise refuse_cache(name)
 
-    def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
+    def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor, shape: CacheShape) -> dict[str, Tensor]:
         raise refuse_cache(name)
 
     return pack_activations, kv_tensors, kv_scales

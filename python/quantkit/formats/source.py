@@ -19,14 +19,12 @@ from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
 from ..microscale import rounded
 from . import format_of_checkpoint
+from .mindie_cache import emulate
 
 if TYPE_CHECKING:
     from ..quantized import QuantizedTensor
 
 FP8 = torch.float8_e4m3fn
-# What an attention module that caches in 8 bit has.
-CACHE_PARTS = ("k_scale", "v_scale")
-
 Quantizer = Callable[[Tensor], Tensor]
 
 
@@ -47,10 +45,11 @@ class WeightSource:
         if self.format is None:
             return
         self.kv_cache = self.format.read_kv_cache(checkpoint.config["quantization_config"])
-        if self.kv_cache is not None:
+        if self.kv_cache is not None and self.format.CACHE:
+            keys, values = (f".{part}" for part in self.format.CACHE[:2])
             for name in checkpoint.tensors:
-                attention = name.removesuffix(".k_scale")
-                if attention != name and f"{attention}.v_scale" in checkpoint.tensors:
+                attention = name.removesuffix(keys)
+                if attention != name and f"{attention}{values}" in checkpoint.tensors:
                     self.cache_quantizers[attention] = self._cache_quantizers(attention, self.kv_cache)
         schemes = self.format.read_schemes(checkpoint.config["quantization_config"])
         self.schemes = {module: schemes(module) for module in self.format.quantized_modules(checkpoint.tensors)}
@@ -67,13 +66,24 @@ class WeightSource:
     def names(self) -> set[str]:
         """The names that `get` knows: those of the plain checkpoint."""
         stored = {name for module in self.modules for name in self.stored(module)}
-        stored |= {f"{attention}.{part}" for attention in self.cache_quantizers for part in CACHE_PARTS}
+        stored |= {name for attention in self.cache_quantizers for name in self.cache_names(attention)}
         return (set(self.checkpoint.tensors) - stored) | {f"{module}.weight" for module in self.modules}
 
     def stored(self, module: str) -> list[str]:
         """Which tensors of the checkpoint are the quantized form of `module`'s weight and input."""
         parts = self.format.PARTS if self.format is not None else ()
         return [n for n in (f"{module}.{part}" for part in parts) if n in self.checkpoint.tensors]
+
+    def cache_names(self, attention: str) -> list[str]:
+        """The scales of the keys and of the values that `attention` caches, and what else of them there is."""
+        parts = self.format.CACHE if self.format is not None else ()
+        names = [f"{attention}.{part}" for part in parts]
+        return names[:2] + [name for name in names[2:] if name in self.checkpoint.tensors]
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """Of its keys and values: fp32 [1], [heads, 1, 1], or [channels of all heads]."""
+        keys, values = (self.checkpoint.tensor(name).float().clone() for name in self.cache_names(attention)[:2])
+        return keys, values
 
     def prefetch(self, name: str) -> None:
         """Start reading from disk what `get(name)` needs; returns at once. Names that are not there are left to it."""
@@ -123,8 +133,18 @@ class WeightSource:
         return f"{module}.{self.format.scale_name(self.schemes[module])}"
 
     def _cache_quantizers(self, attention: str, args: QuantizationArgs) -> tuple[Quantizer, Quantizer]:
-        keys, values = (self.checkpoint.tensor(f"{attention}.{part}").float().clone() for part in CACHE_PARTS)
-        return cache_quantizer(args, keys), cache_quantizer(args, values)
+        scales = self.cache_scales(attention)
+        if args.strategy != "channel":
+            return cache_quantizer(args, scales[0]), cache_quantizer(args, scales[1])
+        # Read from MindIE's format, whose arithmetic is in the model's dtype.
+        dtype = torch_dtype(self.checkpoint.model_dtype or "F32")
+        offsets = [self.checkpoint.tensor(name).clone() for name in self.cache_names(attention)[2:]]
+        offsets = offsets if len(offsets) == 2 else [torch.zeros(1), torch.zeros(1)]
+        found = [
+            partial(emulate, scale=scale.to(dtype), offset=offset)
+            for scale, offset in zip(scales, offsets, strict=True)
+        ]
+        return found[0], found[1]
 
     def zero_point(self, module: str) -> Tensor:
         """That of `module`'s static asymmetric input: int8 [1, 1]."""
@@ -147,16 +167,19 @@ class WeightSource:
 
 def cache_quantizer(args: QuantizationArgs, scale: Tensor) -> Quantizer:
     """What rounds keys or values [rows, heads, tokens, head size] to what an 8-bit cache holds. `scale`: fp32, one
-    number, or one for each head with strategy "attn_head".
+    number, or one for each head with strategy "attn_head", or for each channel of all heads with "channel".
     """
-    # A row of codes for each head; scales of their own are what rows have in strategy "channel".
-    rounded = replace(args, strategy="channel" if args.strategy == "attn_head" else "tensor")
+    # A row of codes for each head or channel; scales of their own are what rows have in strategy "channel".
+    rounded = replace(args, strategy="tensor" if args.strategy == "tensor" else "channel")
     scale = scale.reshape(-1, 1)
+    order = (1, 3, 0, 2) if args.strategy == "channel" else (1, 0, 2, 3)
+    back = sorted(range(4), key=order.__getitem__)
 
     def quantize(x: Tensor) -> Tensor:
-        by_head = x.transpose(0, 1)
-        flat = by_head.reshape(by_head.shape[0], -1)
-        return fake_quantize(flat, rounded, scale.to(x.device)).reshape(by_head.shape).transpose(0, 1)
+        by_row = x.permute(order)
+        rows = x.shape[1] * x.shape[3] if args.strategy == "channel" else x.shape[1]
+        flat = by_row.reshape(rows, -1)
+        return fake_quantize(flat, rounded, scale.to(x.device)).reshape(by_row.shape).permute(back)
 
     return quantize
 

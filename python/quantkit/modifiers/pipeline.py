@@ -205,7 +205,8 @@ class Pipeline:
                         f"{attention}: its forward puts no keys and values into a cache, so kv_cache_scheme cannot be "
                         "calibrated; leave it out"
                     )
-                extreme = largest if args.strategy == "attn_head" else largest.amax().reshape(1)
+                extreme = largest.flatten() if args.strategy == "channel" else largest.amax(1)
+                extreme = extreme.amax().reshape(1) if args.strategy == "tensor" else extreme
                 scales.append(ops.symmetric_scale(extreme, divisor))
             self.sink.cache(attention, scales[0], scales[1])
 

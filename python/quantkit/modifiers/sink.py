@@ -25,5 +25,7 @@ class Sink(Protocol):
         ...
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
-        """Scales of the keys and values that the module `attention` caches: fp32 [1], or [heads] per head."""
+        """Scales of the keys and values that the module `attention` caches: fp32 [1], [heads] per head, or [heads *
+        head size] per channel.
+        """
         ...

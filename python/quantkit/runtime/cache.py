@@ -195,6 +195,11 @@ class QuantizedCache(Cache):
         for module in model.modules():
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, CacheQuantizer):
+                    if not hook.has_codes:
+                        raise ConfigError(
+                            "QuantizedCache.of: this model's cache has scales per channel, which no kernel reads; "
+                            "without it keys and values are rounded as an NPU rounds them"
+                        )
                     scales[int(module.layer_idx)] = hook.scales
                     kinds.add("fp8" if hook.args.type == "float" else "int8")
         if not scales:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
-from ..formats.source import CACHE_PARTS, WeightSource
+from ..formats.source import WeightSource
 from .linear import DEVICES, describe_scheme, kind_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ FLOATS = ("F32", "F16", "BF16")
 # Stored by writers in whatever float dtype the model had; read as fp32.
 SCALES = (
     *("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_offset", "weight_global_scale"),
-    *("input_global_scale", *CACHE_PARTS),
+    *("input_global_scale", "k_scale", "v_scale"),
 )
 SUPPORTED = (
     "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block, MXFP8, MXFP4 and NVFP4; "
@@ -118,12 +118,16 @@ def _of_cache(source: WeightSource) -> Iterator[str]:
     args, tensors = source.kv_cache, source.checkpoint.tensors
     if args is None:
         return
-    if args.dynamic or args.num_bits != 8 or not args.symmetric or args.strategy not in ("tensor", "attn_head"):
+    assert source.format is not None
+    scales = source.format.CACHE[:2]
+    # Scales per channel are what MindIE's format has, and no other.
+    strategies = ("tensor", "attn_head") if len(source.format.CACHE) == 2 else ("channel",)
+    if args.dynamic or args.num_bits != 8 or not args.symmetric or args.strategy not in strategies:
         yield "kv_cache_scheme: only static symmetric 8-bit scales per tensor or head are read"
     if not source.cache_quantizers:
-        yield "kv_cache_scheme is set, but no attention module has k_scale and v_scale"
+        yield f"kv_cache_scheme is set, but no attention module has {' and '.join(scales)}"
     for name in tensors:
-        attention, _, part = name.rpartition(".")
-        if part in CACHE_PARTS and attention not in source.cache_quantizers:
-            other = CACHE_PARTS[1 - CACHE_PARTS.index(part)]
-            yield f"tensor '{name}' is there, but '{attention}.{other}' is missing"
+        for part, other in zip(scales, reversed(scales), strict=True):
+            attention = name.removesuffix(f".{part}")
+            if attention != name and attention not in source.cache_quantizers:
+                yield f"tensor '{name}' is there, but '{attention}.{other}' is missing"

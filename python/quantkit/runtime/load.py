@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..formats.source import CACHE_PARTS, WeightSource
+from ..formats.source import WeightSource
 from ..live_hooks import CacheQuantizer
 from ..models.experts import Expert, Experts
 from ..models.fused_block import fuse_blocks
@@ -165,14 +165,15 @@ class _Filler:
         paths = [p for p, _ in self.model.named_modules() if self.skeleton.checkpoint_name(p) == attention]
         if not paths:
             raise CheckpointError(
-                f"{self.skeleton.folder}: '{attention}.k_scale' belongs to no module of {type(self.model).__name__}"
+                f"{self.skeleton.folder}: '{self.source.cache_names(attention)[0]}' belongs to no module of "
+                f"{type(self.model).__name__}"
             )
-        keys, values = (self.source.checkpoint.tensor(f"{attention}.{p}").float().clone() for p in CACHE_PARTS)
-        for part, scale in zip(CACHE_PARTS, (keys, values), strict=True):
+        keys, values = self.source.cache_scales(attention)
+        for name, scale in zip(self.source.cache_names(attention)[:2], (keys, values), strict=True):
             if not bool((scale.isfinite() & (scale > 0)).all()):
-                raise CheckpointError(f"{self.skeleton.folder}: tensor '{attention}.{part}' is not finite and positive")
+                raise CheckpointError(f"{self.skeleton.folder}: tensor '{name}' is not finite and positive")
         assert self.source.kv_cache is not None
-        hook = CacheQuantizer(self.source.kv_cache, keys, values)
+        hook = CacheQuantizer(self.source.kv_cache, keys, values, self.source.cache_quantizers[attention])
         self.model.get_submodule(paths[0]).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _put_experts(self, linears: dict[str, tuple[str, nn.Linear]]) -> None:
@@ -257,7 +258,8 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     model = skeleton.model
     model._quantkit = Saver(model, skeleton, Stored(folder))  # tells that it is quantized
     model.save_pretrained = model._quantkit.save_pretrained
-    codes = any(isinstance(hook, CacheQuantizer) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    codes = any(isinstance(hook, CacheQuantizer) and hook.has_codes for hook in hooks)
     model._prepare_cache_for_generation = partial(_prepare_cache, model, codes)
     if attn_implementation is not None:
         try:
