@@ -11,7 +11,6 @@ import quantkit.ops as ops
 
 from . import emulated_cuda
 from .gemm_cases import (
-    assert_within,
     check,
     codes,
     expected_fp8,
@@ -78,13 +77,17 @@ def test_experts(emulated: Any, shape: tuple[int, int, int, int]) -> None:
 def test_sums_of_fp8_are_added_in_fp32_every_128_columns(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """Sums that all grow would lose more in 14 bits over 3000 columns than is allowed here."""
+    """Of like products, sums lose at most 2^-13 of what they are after each 32 columns: 2.5 * 2^-13 of the whole. In 14
+    bits over the 1500 columns of a part of K it is more than three times that.
+    """
     monkeypatch.setenv("QUANTKIT_CUDA_GEMM", path)
     random = torch.Generator().manual_seed(1)
-    x = torch.rand(70, 3000, generator=random) + 0.5
-    weight = (torch.rand(20, 3000, generator=random) * 100 + 50).to(torch.float8_e4m3fn)
+    x = torch.rand(70, 24000, generator=random) + 0.5
+    weight = (torch.rand(20, 24000, generator=random) * 100 + 50).to(torch.float8_e4m3fn)
     args = (x, ops.pack_fp8(weight), torch.full((20, 1), 0.01), [1, -1], 20, None, [1, -1], None)
-    assert_within(emulated("fp8_gemm", args), *expected_fp8(*args))
+    exact, _ = expected_fp8(*args)
+    lost = ((emulated("fp8_gemm", args).double() - exact) / exact).abs().max()
+    assert 2.0**-16 < lost < 2.5 * 2.0**-13
 
 
 def test_a_path_that_is_none(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

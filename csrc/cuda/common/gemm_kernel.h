@@ -204,7 +204,9 @@ class TileGemm {
     group_begin = units == 0 ? 0 : unit / units * units;
     group_end = units == 0 ? place.end_unit : group_begin + units;
     weight_group = unit * Weight::kUnit / scales.columns;
-    input_group = unit * Weight::kUnit / scales.input_columns;
+    if constexpr (Weight::kScaling == Scaling::kGroups) {
+      if constexpr (Weight::kInputScales) input_group = unit * Weight::kUnit / scales.input_columns;
+    }
     const int64_t base = place.expert * scales.expert_scales;
     const int cols = args.weight.out_features;
     if (scales.data != nullptr) {
@@ -245,10 +247,12 @@ class TileGemm {
   __device__ void end_row(int m, int half, int row) {
     if constexpr (Weight::kScaling == Scaling::kGroups) {
       const GroupScales& scales = args.groups;
-      const float input =
-          scales.input == nullptr || row >= place.row_end
-              ? 1.0f
-              : scales.input[row * scales.input_row_step + input_group * scales.input_group_step];
+      float input = 1.0f;
+      if constexpr (Weight::kInputScales) {
+        if (scales.input != nullptr && row < place.row_end) {
+          input = scales.input[row * scales.input_row_step + input_group * scales.input_group_step];
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float& of_group = part[m][i % 4].v[half * 2 + i / 4];

@@ -74,7 +74,7 @@ struct WeightInt4 {
   static constexpr int kWords = 1, kUnit = 32;
   static constexpr Scaling kScaling = Scaling::kGroups;
   static constexpr float kFactor = 1.0f;
-  static constexpr bool kNanRow = false;
+  static constexpr bool kNanRow = false, kInputScales = false;
   using Part = Sums;
 
   __device__ static Offset offset(int zero_point) {
@@ -120,7 +120,7 @@ struct WeightByte {
   static constexpr int kWords = 2, kUnit = 32;
   static constexpr Scaling kScaling = Scaling::kGroups;
   static constexpr float kFactor = 1.0f;
-  static constexpr bool kNanRow = false;
+  static constexpr bool kNanRow = false, kInputScales = false;
   using Part = Sums;
 
   __device__ static Offset offset(int zero_point) {
@@ -166,6 +166,7 @@ struct WeightFloat8 {
   // fp16 with the exponent of e4m3 are numbers 2^8 too small: so are the sums.
   static constexpr float kFactor = __is_same(Element_, BFloat16) ? 1.0f : 256.0f;
   static constexpr bool kNanRow = true;  // a last word row: NaN for the channels that have one
+  static constexpr bool kInputScales = true;
   using Part = Sums;
 
   __device__ static Offset offset(int) { return {0}; }
@@ -197,7 +198,7 @@ struct WeightFloat8Codes {
   static constexpr int kWords = 4, kUnit = 64;
   static constexpr Scaling kScaling = Scaling::kGroups;
   static constexpr float kFactor = 1.0f;
-  static constexpr bool kNanRow = true;
+  static constexpr bool kNanRow = true, kInputScales = true;
   using Part = Sums;
 
   __device__ static Offset offset(int) { return {0}; }
@@ -213,7 +214,7 @@ struct WeightBFloat16 {
   static constexpr int kWords = 4, kUnit = 32;
   static constexpr Scaling kScaling = Scaling::kNone;
   static constexpr float kFactor = 1.0f;
-  static constexpr bool kNanRow = false;
+  static constexpr bool kNanRow = false, kInputScales = false;
   using Part = Sums;
 
   __device__ static Offset offset(int) { return {0}; }
