@@ -10,7 +10,9 @@ import torch
 import quantkit.ops as ops
 
 from . import emulated_cuda
+from .cuda_cases import assert_same
 from .gemm_cases import (
+    bf16_cases,
     check,
     codes,
     expected_fp8,
@@ -65,7 +67,12 @@ def test_fp8(emulated: Any, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", GROUPED, ids=str)
 def test_wna16(emulated: Any, shape: tuple[int, int, int]) -> None:
-    check(emulated, (case for case in wna16_cases(*shape) if case[1][6] == 4))
+    check(emulated, wna16_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", ((1, 1, 1), (70, 130, 200), (140, 300, 72)), ids=str)
+def test_bf16(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, bf16_cases(*shape))
 
 
 @pytest.mark.parametrize("shape", [(40, 70, 256, 5), (300, 66, 128, 3)], ids=str)
@@ -88,6 +95,11 @@ def test_sums_of_fp8_are_added_in_fp32_every_128_columns(
     exact, _ = expected_fp8(*args)
     lost = ((emulated("fp8_gemm", args).double() - exact) / exact).abs().max()
     assert 2.0**-16 < lost < 2.5 * 2.0**-13
+
+
+def test_rows_that_are_one_in_memory(emulated: Any) -> None:
+    args = (codes(1, 128).expand(70, 128), ops.pack_w8a8(codes(20, 128)), 20)
+    assert_same("int8_gemm", emulated("int8_gemm", args), ops._library.REFERENCES["int8_gemm"](*args))
 
 
 def test_a_path_that_is_none(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

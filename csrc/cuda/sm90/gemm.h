@@ -13,8 +13,8 @@ namespace qk::cuda::sm90 {
 // Derived, not measured; QUANTKIT_CUDA_GEMM=sm80|sm90 takes either.
 constexpr int kLeastRows = 65;
 
-// Whether there is a kernel for this: int8 or FP8 codes on both sides, the latter with scales for
-// multiples of 128 columns, or 16-bit numbers, in one plane, by int4 in groups of multiples of 64.
+// Whether there is a kernel for this: all but int4 by int8, numbers in several planes, scales that
+// change within 64 columns (FP8 codes: 128), and rows that are one and the same in memory.
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args);
 
 GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args);

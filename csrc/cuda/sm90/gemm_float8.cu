@@ -1,12 +1,9 @@
-// Products of FP8 codes with FP8 weights.
+// Products of 16-bit numbers with FP8 weights.
 #include "cuda/sm90/gemm_kernel.h"
 
 namespace qk::cuda::sm90 {
 
-template <>
-cudaError_t gemm_of<KindFloat8>(const GemmArgs& args, const GemmPlan& plan, void* workspace,
-                                cudaStream_t stream) {
-  return launch_gemm<KindFloat8, 128>(args, plan, workspace, stream);
-}
+QUANTKIT_WGMMA_OF(KindSixteen<WeightFloat8<BFloat16>>)
+QUANTKIT_WGMMA_OF(KindSixteen<WeightFloat8<Float16>>)
 
 }  // namespace qk::cuda::sm90

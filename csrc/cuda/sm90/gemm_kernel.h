@@ -426,4 +426,37 @@ template <typename Kind>
 cudaError_t gemm_of(const GemmArgs& args, const GemmPlan& plan, void* workspace,
                     cudaStream_t stream);
 
+#define QUANTKIT_WGMMA_OF(Kind)                                                          \
+  template <>                                                                            \
+  cudaError_t gemm_of<Kind>(const GemmArgs& args, const GemmPlan& plan, void* workspace, \
+                            cudaStream_t stream) {                                       \
+    return launch_gemm<Kind, 128>(args, plan, workspace, stream);                        \
+  }
+
+template <>
+cudaError_t gemm_of<KindInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
+template <>
+cudaError_t gemm_of<KindFloat8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightInt4<BFloat16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                       cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightInt4<Float16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                      cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightByte<BFloat16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                       cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightByte<Float16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                      cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightFloat8<BFloat16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                         cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightFloat8<Float16>>>(const GemmArgs&, const GemmPlan&, void*,
+                                                        cudaStream_t);
+template <>
+cudaError_t gemm_of<KindSixteen<WeightBFloat16>>(const GemmArgs&, const GemmPlan&, void*,
+                                                 cudaStream_t);
+
 }  // namespace qk::cuda::sm90

@@ -66,7 +66,7 @@ struct KindFloat8 {
   }
 };
 
-// Two neighbouring numbers of a word: pair `which` of it.
+// Two neighbouring numbers of a word, pair `which` of it, as `decode` makes them in gemm_weights.h.
 __device__ inline uint32_t pair_of(WeightInt4<BFloat16>, uint32_t word, int which, Offset offset) {
   return fma_bfloat16x2(set_codes(word >> (4 * which), 0x000F000Fu, 0x43004300u), kOnesBFloat16,
                         offset.w);
@@ -75,6 +75,30 @@ __device__ inline uint32_t pair_of(WeightInt4<Float16>, uint32_t word, int which
   return fma_float16x2(set_codes(word >> (4 * which), 0x000F000Fu, 0x64006400u), kOnesFloat16,
                        permute_bytes(offset.w, 0, 0x1010));
 }
+
+template <typename Element>
+__device__ uint32_t pair_of(WeightByte<Element>, uint32_t word, int which, Offset offset) {
+  if constexpr (__is_same(Element, BFloat16)) {
+    const float one = float_of(permute_bytes(word, 0x4B000000u, 0x7650u | which));
+    const float two = float_of(permute_bytes(word, 0x4B000000u, 0x7650u | (which + 2)));
+    return permute_bytes(bits_of(add_rn(one, float_of(offset.w))),
+                         bits_of(add_rn(two, float_of(offset.w))), 0x7632);
+  } else {
+    return fma_float16x2(permute_bytes(word, 0x64646464u, 0x4240u | which * 0x0101u), kOnesFloat16,
+                         offset.w);
+  }
+}
+template <typename Element>
+__device__ uint32_t pair_of(WeightFloat8<Element>, uint32_t word, int which, Offset) {
+  const uint32_t pair = word >> (8 * which);
+  const uint32_t sign = pair << 8 & 0x80008000u;
+  if constexpr (__is_same(Element, BFloat16)) {
+    return fma_bfloat16x2(set_codes(pair << 4, 0x07F007F0u, sign), 0x7B807B80u, 0x80008000u);
+  } else {
+    return set_codes(pair << 7, 0x3F803F80u, sign);
+  }
+}
+__device__ inline uint32_t pair_of(WeightBFloat16, uint32_t word, int, Offset) { return word; }
 
 // By numbers of 16 bits.
 template <typename Weight_>

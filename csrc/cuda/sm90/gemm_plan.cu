@@ -3,26 +3,26 @@
 
 namespace qk::cuda::sm90 {
 
-using KindInt4 = KindSixteen<WeightInt4<BFloat16>>;
-using KindInt4Half = KindSixteen<WeightInt4<Float16>>;
-
-template <>
-cudaError_t gemm_of<KindInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
-template <>
-cudaError_t gemm_of<KindFloat8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
-template <>
-cudaError_t gemm_of<KindInt4>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
-template <>
-cudaError_t gemm_of<KindInt4Half>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
-
 namespace {
 
 // Calls f with the kind that multiplies this weight by activations of this dtype.
 template <typename Function>
 auto with_kind(WeightKind kind, DType dtype, Function f) {
-  if (kind == WeightKind::kInt8) return f(KindInt8{});
-  if (kind == WeightKind::kFloat8) return f(KindFloat8{});
-  return dtype == DType::kFloat16 ? f(KindInt4Half{}) : f(KindInt4{});
+  const bool half = dtype == DType::kFloat16;
+  switch (kind) {
+    case WeightKind::kInt8:
+      return f(KindInt8{});
+    case WeightKind::kInt4:
+      return half ? f(KindSixteen<WeightInt4<Float16>>{}) : f(KindSixteen<WeightInt4<BFloat16>>{});
+    case WeightKind::kByte:
+      return half ? f(KindSixteen<WeightByte<Float16>>{}) : f(KindSixteen<WeightByte<BFloat16>>{});
+    case WeightKind::kFloat8:
+      if (dtype == DType::kFloat8E4M3) return f(KindFloat8{});
+      return half ? f(KindSixteen<WeightFloat8<Float16>>{})
+                  : f(KindSixteen<WeightFloat8<BFloat16>>{});
+    default:
+      return f(KindSixteen<WeightBFloat16>{});
+  }
 }
 
 constexpr int kBusy = 132;  // multiprocessors of an H100 or H200
@@ -30,20 +30,17 @@ constexpr int kBusy = 132;  // multiprocessors of an H100 or H200
 }  // namespace
 
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args) {
-  if (reinterpret_cast<uintptr_t>(args.weight.words) % 16 != 0 || args.a.planes != 1 ||
+  if (kind == WeightKind::kInt4ByInt8) return false;
+  // What the bulk copies ask for; activations that are not there yet will be made so.
+  const bool repeated = args.a.data != nullptr && args.a.rows > 1 && args.a.row_bytes == 0;
+  if (reinterpret_cast<uintptr_t>(args.weight.words) % 16 != 0 || repeated || args.a.planes != 1 ||
       args.a.depth < 1) {
     return false;
   }
-  switch (kind) {
-    case WeightKind::kInt8:
-      return true;
-    case WeightKind::kFloat8:
-      return dtype == DType::kFloat8E4M3 && args.groups.segment % KindFloat8::kDepth == 0;
-    case WeightKind::kInt4:
-      return args.groups.segment % KindInt4::kDepth == 0;
-    default:
-      return false;
-  }
+  return with_kind(kind, dtype, [&](auto of) {
+    using Kind = decltype(of);
+    return !Kind::kFloat || args.groups.segment % Kind::kDepth == 0;
+  });
 }
 
 GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
