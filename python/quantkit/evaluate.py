@@ -124,7 +124,7 @@ def evaluate(
         from .runtime.load import load_skeleton
 
         loaded = load_skeleton(folder, dtype=dtype or "float32", trust_remote_code=trust_remote_code)
-        sources[0] = Loaded()
+        sources[0] = Loaded(sources[0].cache_quantizers)
     figures = compare(
         folders,
         sources,
@@ -181,10 +181,12 @@ def open_source(folder: Path) -> Source:
 
 
 class Loaded:
-    """The source of a skeleton that has its weights, and quantizes inputs and caches itself."""
+    """The source of a skeleton that has its weights, and quantizes inputs itself, and caches if there are any."""
 
     input_quantizers: Mapping[str, Any] = MappingProxyType({})
-    cache_quantizers: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, cache_quantizers: Mapping[str, Any]) -> None:
+        self.cache_quantizers = cache_quantizers
 
     def names(self) -> set[str]:
         return set()

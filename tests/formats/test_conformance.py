@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import main
 from quantkit.conformance import Verdict, check_folder
 from quantkit.errors import ConfigError
+from quantkit.formats.source import WeightSource
 
 from ..e2e.jobs import RECIPES, SCHEMES, quantize, quantize_by
 
@@ -349,6 +351,35 @@ def test_gptq(tmp_path: Path) -> None:
 
     order = folder_of(tmp_path / "order", uneven, {**GPTQ, "desc_act": True})
     assert told(check_folder(order, "vllm"), "wrong", "down_proj.g_idx does not put 128 of 256 columns into each group")
+
+
+def test_gptqs_dynamic(tmp_path: Path) -> None:
+    """Other settings, or none, for the layers that a pattern of GPTQModel's `dynamic` matches."""
+
+    def mixed(rows: int, cols: int) -> dict[str, torch.Tensor]:
+        if rows == 256:
+            return gptq_linear(rows, cols)
+        return {
+            "qweight": torch.zeros(cols // 4, rows, dtype=torch.int32),
+            "qzeros": torch.full((cols // 64, rows // 4), 0x7F7F7F7F, dtype=torch.int32),
+            "scales": torch.ones(cols // 64, rows).half(),
+            "g_idx": torch.arange(cols, dtype=torch.int32) // 64,
+        }
+
+    dynamic: dict[str, Any] = {"-:.*lm_head": {}, r"+:.*down_proj": {"bits": 8, "group_size": 64}}
+    folder = folder_of(tmp_path / "good", mixed, {**GPTQ, "dynamic": dynamic})
+    for client in ("vllm", "sglang", "transformers", "gptqmodel"):
+        verdict = check_folder(folder, client)
+        assert verdict.ok and not verdict.findings, verdict.render()
+        assert verdict.schemes == {"GPTQ 4 bit": 2, "GPTQ 8 bit": 1}
+    with Checkpoint(folder) as checkpoint:
+        schemes = WeightSource(checkpoint).schemes
+    assert [schemes[f"{LAYER}.{part}_proj"].weights.num_bits for part in ("gate", "down")] == [4, 8]
+    assert not check_folder(folder_of(tmp_path / "none", mixed, GPTQ), "gptqmodel").ok
+    kept = folder_of(tmp_path / "kept", mixed, {**GPTQ, "dynamic": {"-:.*down_proj": {}}})
+    assert told(check_folder(kept, "gptqmodel"), "refused", "down_proj dynamic says that it is not")
+    half = folder_of(tmp_path / "half", gptq_linear, {**GPTQ, "dynamic": {".*gate_proj": {"bits": 8}}})
+    assert told(check_folder(half, "vllm"), "refused", "gate_proj become one layer, and have different schemes")
 
 
 def awq_linear(rows: int, cols: int) -> dict[str, torch.Tensor]:

@@ -163,11 +163,15 @@ def test_what_does_not_fit_is_refused() -> None:
         two = [SchemeGroup((t,), PRESETS["W4A16"]) for t in ("a", "b")]
         with pytest.raises(ConfigError, match="one scheme, not 2"):
             format_by_name(name).config_block(two, [], [])
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     for block, words in (
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3"),
         ({"quant_method": "gptq", "bits": 4}, "no group_size"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "marlin"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*": {"bits": 8}}}, "dynamic"),
+        ({**gptq, "checkpoint_format": "marlin"}, "marlin"),
+        ({**gptq, "dynamic": {"+:.*": {"bits": 3}}}, "'\\+:.*bits 3"),
+        ({**gptq, "dynamic": {"(": {}}}, r"dynamic '\(' is no pattern"),
+        ({**gptq, "dynamic": {"a": None}}, "dynamic 'a' is None"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_scale_semantics": "inverse"}, "divides"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "gemv"),
         ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128]}, r"\[128\]"),
     ):

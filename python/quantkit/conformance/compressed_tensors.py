@@ -40,6 +40,9 @@ RUNS_ON = {
     "W4A8Int": ("cpu",),
 }
 
+# What Transformers takes and vLLM has no class for: compressed-tensors rounds by whatever the block says.
+OTHER = "of no server"
+
 # What runs otherwise than it says on some GPUs: by vLLM's choice of kernels (0.32).
 ON_GPUS = {
     "NVFP4": "multiplies FP4 by FP4 from SM100 on; older GPUs (from SM75) keep activations in 16 bit",
@@ -69,13 +72,15 @@ def check(found: Inventory, verdict: Verdict) -> None:
         return  # what follows would be read otherwise than it was meant
     schemes = {group.key: scheme_of(group) for group in groups}
     for group in groups:
-        if schemes[group.key] is None:
-            verdict.add(
-                "refused",
-                f"config_groups.{group.key}",
-                f"{_told(group.weights)} weights with {_told(group.inputs)} inputs in {group.format} are no scheme",
-                "choose one of quantkit's presets (docs/config.md)",
-            )
+        if schemes[group.key] is not None:
+            continue
+        where = f"config_groups.{group.key}"
+        rule = f"{_told(group.weights)} weights with {_told(group.inputs)} inputs in {group.format} are"
+        if verdict.client == "transformers":
+            schemes[group.key] = OTHER
+            verdict.add("limited", where, f"{rule} emulated by Transformers alone")
+        else:
+            verdict.add("refused", where, f"{rule} no scheme", "choose one of quantkit's presets (docs/config.md)")
     assigned: dict[str, Group | None] = {
         name: _group_of(stored, block, groups, verdict.client) for name, stored in found.linears.items()
     }

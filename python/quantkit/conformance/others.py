@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,49 +34,116 @@ def _packed(stored: Stored, bits: int, along: int) -> tuple[int, int] | None:
 def gptq(found: Inventory, verdict: Verdict) -> None:
     block = found.block or {}
     bits, size = _key(block, verdict, "bits"), _key(block, verdict, "group_size")
-    order, symmetric = _key(block, verdict, "desc_act"), _key(block, verdict, "sym")
-    if bits not in (4, 8) or not isinstance(size, int):
-        verdict.add("refused", "quantization_config.bits", f"is {bits}; checked are 4 and 8")
+    _key(block, verdict, "desc_act"), _key(block, verdict, "sym")
+    if bits is None or size is None:
         return
+    label = block.get("checkpoint_format") or block.get("format") or "gptq"
+    if label not in ("gptq", "gptq_v2"):
+        verdict.add("refused", "quantization_config.checkpoint_format", f"is {label}; checked are gptq and gptq_v2")
+        return
+    overrides = _overrides(block, verdict)
+    if overrides is None or not all([_gptq_settings(*pair, verdict) for pair in [("", block), *overrides]]):
+        return
+    settings = {stored.name: _settings_of(stored.name, block, overrides) for stored in found.linears.values()}
+    for stored in found.quantized:
+        own = settings[stored.name]
+        if own is None:
+            verdict.add("refused", stored.name, "is stored quantized, and dynamic says that it is not")
+            continue
+        _gptq_linear(found, stored, own, label == "gptq_v2", verdict)
+    fused_alike(
+        found,
+        verdict,
+        lambda stored: _told(settings[stored.name]) if stored.quantized else None,
+    )
+    sound_scales(found, verdict, lambda stored: True)
+
+
+def _overrides(block: Mapping[str, Any], verdict: Verdict) -> list[tuple[str, Mapping[str, Any]]] | None:
+    """`dynamic`: each pattern, "-:" or "+:" (or nothing) before it, with the settings of what it matches; None if a
+    pattern is none.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for key, own in (block.get("dynamic") or {}).items():
+        where = f"quantization_config.dynamic '{key}'"
+        if not key.startswith("-:") and not isinstance(own, Mapping):
+            verdict.add("refused", where, f"is {own!r}; it has settings for what it matches")
+            return None
+        try:
+            re.compile(key.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            verdict.add("refused", where, f"is no pattern: {error}")
+            return None
+        found.append((key, {} if key.startswith("-:") else {**block, **own}))
+    return found
+
+
+def _settings_of(
+    name: str, block: Mapping[str, Any], overrides: list[tuple[str, Mapping[str, Any]]]
+) -> Mapping[str, Any] | None:
+    """Those of the first pattern that fits, else the block's own; None for a Linear that is not to be quantized."""
+    for key, own in overrides:
+        if re.match(key.removeprefix("-:").removeprefix("+:"), name):
+            return None if key.startswith("-:") else own
+    return block
+
+
+def _told(own: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    return None if own is None else tuple(own.get(key) for key in ("bits", "group_size", "desc_act", "sym"))
+
+
+def _gptq_settings(pattern: str, own: Mapping[str, Any], verdict: Verdict) -> bool:
+    """Whether the client serves these settings; `pattern` under `dynamic`, or "" for all other Linears. False if they
+    cannot be checked.
+    """
+    if pattern.startswith("-:"):
+        return True
+    where = f"quantization_config.dynamic '{pattern}'." if pattern else "quantization_config."
+    bits, size, order, symmetric = (own.get(key) for key in ("bits", "group_size", "desc_act", "sym"))
+    if bits not in (4, 8):
+        verdict.add("refused", f"{where}bits", f"is {bits}; checked are 4 and 8")
+        return False
+    if not isinstance(size, int) or size == 0 or size < -1:
+        verdict.add("refused", f"{where}group_size", f"is {size!r}; it is -1 or how many inputs share a scale")
+        return False
     if verdict.client == "vllm" and not symmetric:
-        verdict.add(
-            "refused", "quantization_config.sym", "is false, which vLLM no longer serves", "use compressed-tensors"
-        )
+        verdict.add("refused", f"{where}sym", "is false, which vLLM no longer serves", "use compressed-tensors")
     if verdict.client == "vllm" and verdict.hardware == "cpu" and bits != 4:
-        verdict.add("refused", "quantization_config.bits", "is 8, and the cpu kernel takes 4")
+        verdict.add("refused", f"{where}bits", "is 8, and the cpu kernel takes 4")
     if verdict.client in ("vllm", "sglang") and size not in GROUP_SIZES:
-        verdict.add("refused", "quantization_config.group_size", f"is {size}; served are {GROUP_SIZES}")
+        verdict.add("refused", f"{where}group_size", f"is {size}; served are {GROUP_SIZES}")
     if verdict.client == "vllm" and order and size > 0:
         verdict.add(
             "refused",
-            "quantization_config.desc_act",
+            f"{where}desc_act",
             "is true, which vLLM no longer serves",
             "quantize with actorder 'weight', which needs no g_idx",
         )
-    v2 = (block.get("checkpoint_format") or block.get("format")) == "gptq_v2"
-    for stored in found.quantized:
-        shape = _packed(stored, bits, 0)
-        if shape is None:
-            verdict.add("wrong", f"{stored.name}.qweight", "is not there, or no matrix", "quantize again")
-            continue
-        cols, rows = shape
-        groups = 1 if size == -1 else -(-cols // size)
-        expect(
-            verdict,
-            stored,
-            {
-                "qweight": (("I32",), (cols * bits // 32, rows)),
-                "qzeros": (("I32",), (groups, rows * bits // 32)),
-                "scales": (("F16", "BF16"), (groups, rows)),
-            },
-            allowed=("g_idx",),
-        )
-        verdict.count(f"GPTQ {bits} bit")
-        divides(verdict, stored, rows, cols, row_unit=32 // bits, col_unit=size if size > 0 else 1, what=" (groups)")
-        _zeros(found, stored, bits, bool(symmetric), v2, verdict)
-        _order(found, stored, cols, size if size > 0 else cols, bool(order), verdict)
-    fused_alike(found, verdict, lambda stored: stored.quantized)
-    sound_scales(found, verdict, lambda stored: True)
+    return True
+
+
+def _gptq_linear(found: Inventory, stored: Stored, own: Mapping[str, Any], v2: bool, verdict: Verdict) -> None:
+    bits, size = own["bits"], own["group_size"]
+    shape = _packed(stored, bits, 0)
+    if shape is None:
+        verdict.add("wrong", f"{stored.name}.qweight", "is not there, or no matrix", "quantize again")
+        return
+    cols, rows = shape
+    groups = 1 if size == -1 else -(-cols // size)
+    expect(
+        verdict,
+        stored,
+        {
+            "qweight": (("I32",), (cols * bits // 32, rows)),
+            "qzeros": (("I32",), (groups, rows * bits // 32)),
+            "scales": (("F16", "BF16"), (groups, rows)),
+        },
+        allowed=("g_idx",),
+    )
+    verdict.count(f"GPTQ {bits} bit")
+    divides(verdict, stored, rows, cols, row_unit=32 // bits, col_unit=size if size > 0 else 1, what=" (groups)")
+    _zeros(found, stored, bits, bool(own.get("sym")), v2, verdict)
+    _order(found, stored, cols, size if size > 0 else cols, bool(own.get("desc_act")), verdict)
 
 
 def _zeros(found: Inventory, stored: Stored, bits: int, symmetric: bool, v2: bool, verdict: Verdict) -> None:
@@ -122,7 +190,7 @@ def awq(found: Inventory, verdict: Verdict) -> None:
     zero = _key(block, verdict, "zero_point")
     if bits != 4:
         verdict.add("refused", "quantization_config.bits", f"is {bits}; AWQ kernels take 4")
-    if zero is False:
+    if zero is False and verdict.client != "gptqmodel":
         verdict.add("refused", "quantization_config.zero_point", "is false; servers take AWQ with zero points")
     version = str(block.get("version", "gemm")).lower()
     if version != "gemm":
@@ -156,6 +224,12 @@ def fp8(found: Inventory, verdict: Verdict) -> None:
     scheme = _key(block, verdict, "activation_scheme")
     if scheme not in ("static", "dynamic", None):
         verdict.add("refused", "quantization_config.activation_scheme", f"is '{scheme}'; there are static and dynamic")
+    if block.get("weight_scale_semantics") == "inverse":
+        verdict.add(
+            "refused" if verdict.client != "gptqmodel" else "limited",
+            "quantization_config.weight_scale_semantics",
+            "is inverse: GPTQModel's own FP8, whose weight_scale_inv divides, and readers multiply",
+        )
     size = block.get("weight_block_size")
     if size is not None and not (isinstance(size, list) and len(size) == 2):
         verdict.add("refused", "quantization_config.weight_block_size", f"is {size}; read is [rows, columns]")

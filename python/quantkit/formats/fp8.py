@@ -113,6 +113,11 @@ def config_block(
 
 def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
     """The scheme behind a `quantization_config` of this method, as `config_block` writes it."""
+    if block.get("weight_scale_semantics") == "inverse":
+        raise CheckpointError(
+            "quantization_config: weight_scale_semantics is inverse: GPTQModel's own FP8, whose weight_scale_inv "
+            "divides; read is quant_method fp8 as DeepSeek, vLLM and SGLang have it, whose scales multiply"
+        )
     dynamic = block.get("activation_scheme") != "static"
     size = block.get("weight_block_size")
     if size:

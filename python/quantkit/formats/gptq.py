@@ -9,6 +9,7 @@ whose z may be 0 and does not fit it, are version 2. Source: GPTQModel's packing
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -136,16 +137,32 @@ def side_files(
 
 
 def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
-    """The one scheme behind a `quantization_config` of this method. CheckpointError for what is not read."""
+    """The schemes behind a `quantization_config` of this method: one, and those of the layers that `dynamic` has other
+    settings for ("+:" or nothing before a pattern; "-:" means not quantized). CheckpointError for what is not read.
+    """
+    if label_of(block) not in ("gptq", "gptq_v2"):
+        raise CheckpointError(f"quantization_config: checkpoint_format '{label_of(block)}'; read are gptq and gptq_v2")
+    groups = []
+    for key, settings in (block.get("dynamic") or {}).items():
+        if key.startswith("-:"):
+            continue
+        where = f"quantization_config: dynamic '{key}'"
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"{where} is {settings!r}; it has settings for the layers that it matches")
+        try:
+            re.compile(pattern := key.removeprefix("+:"))
+        except re.error as error:
+            raise CheckpointError(f"{where} is no pattern: {error}") from None
+        groups.append((_scheme({**block, **settings}, f"dynamic '{key}': "), [f"re:{pattern}"]))
+    return ct.Schemes([*groups, (_scheme(block, ""), ["Linear"])])
+
+
+def _scheme(block: Mapping[str, Any], where: str) -> QuantizationScheme:
     bits, size = require_key(block, "bits"), require_key(block, "group_size")
     if bits not in (4, 8) or not isinstance(size, int) or size == 0:
         raise CheckpointError(
-            f"quantization_config: gptq with bits {bits} and group_size {size}; read are 4 and 8 bits"
+            f"quantization_config: {where}gptq with bits {bits} and group_size {size}; read are 4 and 8 bits"
         )
-    if label_of(block) not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"quantization_config: checkpoint_format '{label_of(block)}'; read are gptq and gptq_v2")
-    if any(str(key).startswith("+:") or value for key, value in (block.get("dynamic") or {}).items()):
-        raise CheckpointError("quantization_config: dynamic has other settings for some layers, which is not read")
     weights = QuantizationArgs(
         bits,
         "int",
@@ -154,8 +171,7 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
         size if size > 0 else None,
         actorder="group" if block.get("desc_act") and size > 0 else None,
     )
-    scheme = QuantizationScheme(f"GPTQ_{label_of(block)}", weights)
-    return ct.Schemes([(scheme, ["Linear"])])
+    return QuantizationScheme(f"GPTQ_{label_of(block)}", weights)
 
 
 def label_of(block: Mapping[str, Any]) -> str:

@@ -67,7 +67,8 @@ class WholeScorer:
         with torch.no_grad():
             for batch in grouped:
                 mask = None if batch.mask is None else batch.mask.to(device)
-                logits = self.model(batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits.cpu()
+                # With a cache, since that is what a checkpoint with a `kv_cache_scheme` rounds.
+                logits = self.model(batch.input_ids.to(device), attention_mask=mask, use_cache=True).logits.cpu()
                 logprobs, greedy, counts = [], [], []
                 for row, index in enumerate(batch.index):
                     context, rest = pairs[index]
