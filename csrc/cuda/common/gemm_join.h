@@ -47,11 +47,39 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Launches it. Defined beside the weight's kernels in csrc/cuda/common only: the same kernel
+// compiled in csrc/cuda/sm90 would be another one, for sm_90a alone, and which of them a program
+// gets would be the linker's to choose.
 template <typename Weight>
-cudaError_t launch_join(const GemmArgs& args, int parts, const void* workspace,
-                        cudaStream_t stream) {
-  const ChunkGrid over = chunk_grid(args.a.rows, args.weight.out_features);
-  return launch(join_kernel<Weight>, over.grid, over.block, 0, stream, args, parts, workspace);
-}
+cudaError_t join_of(const GemmArgs& args, int parts, const void* workspace, cudaStream_t stream);
+
+#define QUANTKIT_JOIN_OF(Weight)                                                                  \
+  template <>                                                                                     \
+  cudaError_t join_of<Weight>(const GemmArgs& args, int parts, const void* workspace,             \
+                              cudaStream_t stream) {                                              \
+    const ChunkGrid over = chunk_grid(args.a.rows, args.weight.out_features);                     \
+    return launch(join_kernel<Weight>, over.grid, over.block, 0, stream, args, parts, workspace); \
+  }
+
+template <>
+cudaError_t join_of<WeightInt8>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightInt4ByInt8>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightInt4<BFloat16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightInt4<Float16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightByte<BFloat16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightByte<Float16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightFloat8<BFloat16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightFloat8<Float16>>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightFloat8Codes>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
+cudaError_t join_of<WeightBFloat16>(const GemmArgs&, int, const void*, cudaStream_t);
 
 }  // namespace qk::cuda

@@ -402,7 +402,7 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* worksp
              sizeof(GemmScratch<Weight, Shape>), stream, args, plan, workspace);
   if (status != cudaSuccess || plan.splits == 1) return status;
   const int parts = Weight::kScaling == Scaling::kIntGroups ? args.groups.groups : plan.splits;
-  return launch_join<Weight>(args, parts, workspace, stream);
+  return join_of<Weight>(args, parts, workspace, stream);
 }
 
 }  // namespace qk::cuda

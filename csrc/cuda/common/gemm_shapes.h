@@ -70,6 +70,7 @@ cudaError_t gemm_of(const GemmArgs& args, const GemmPlan& plan, void* workspace,
                     cudaStream_t stream);
 
 #define QUANTKIT_GEMM_OF(Weight)                                                           \
+  QUANTKIT_JOIN_OF(Weight)                                                                 \
   template <>                                                                              \
   cudaError_t gemm_of<Weight>(const GemmArgs& args, const GemmPlan& plan, void* workspace, \
                               cudaStream_t stream) {                                       \

@@ -418,7 +418,7 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* worksp
                   dim3(kBlockThreads), sizeof(Scratch<Kind, kTokens>), stream, args, plan, tokens,
                   words, workspace);
   if (status != cudaSuccess || plan.splits == 1) return status;
-  return launch_join<typename Kind::Weight>(args, plan.splits, workspace, stream);
+  return join_of<typename Kind::Weight>(args, plan.splits, workspace, stream);
 }
 
 // The kernels of one kind, for tiles of 128 rows and, if it has them, 256; each in its own .cu.
