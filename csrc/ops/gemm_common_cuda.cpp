@@ -146,8 +146,7 @@ bool takes_sm90(const char* op, WeightKind kind, DType dtype, const GemmArgs& ar
                 const Tensor& like) {
   const Floor floor = floor_of(op, like);
   if (floor.arch != 90 || !sm90::takes(kind, dtype, args)) return false;
-  const int64_t experts = args.experts.count > 1 ? args.experts.count : 1;
-  return floor.wanted || args.a.rows >= sm90::kLeastRows * experts;
+  return floor.wanted || sm90::pays(kind, args);
 }
 
 void run_gemm(const char* op, WeightKind kind, DType dtype, const GemmArgs& args,

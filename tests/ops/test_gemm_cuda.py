@@ -75,7 +75,7 @@ def test_both_paths_agree(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "sm80":
         pytest.skip("compared with this one")
     shape = (512, 256, 2048)
-    for op, args in itertools.chain(int8_cases(*shape), wna16_cases(*shape), fp8_cases(*shape)):
+    for op, args in itertools.chain(*(cases(*shape) for cases in (int8_cases, w4a8_cases, wna16_cases, fp8_cases))):
         monkeypatch.setenv("QUANTKIT_CUDA_GEMM", path)
         found = call(op, args).cpu()
         monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm80")

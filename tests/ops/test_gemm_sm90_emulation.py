@@ -20,6 +20,7 @@ from .gemm_cases import (
     fp8_cases,
     int8_cases,
     int8_expert_cases,
+    w4a8_cases,
     wna16_cases,
 )
 
@@ -63,6 +64,11 @@ def test_int8_at_its_limits(emulated: Any) -> None:
 @pytest.mark.parametrize("shape", GROUPED, ids=str)
 def test_fp8(emulated: Any, shape: tuple[int, int, int]) -> None:
     check(emulated, fp8_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_w4a8(emulated: Any, shape: tuple[int, int, int]) -> None:
+    check(emulated, w4a8_cases(*shape))
 
 
 @pytest.mark.parametrize("shape", GROUPED, ids=str)

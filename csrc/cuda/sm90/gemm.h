@@ -13,9 +13,13 @@ namespace qk::cuda::sm90 {
 // Derived, not measured; QUANTKIT_CUDA_GEMM=sm80|sm90 takes either.
 constexpr int kLeastRows = 65;
 
-// Whether there is a kernel for this: all but int4 by int8, numbers in several planes, scales that
-// change within 64 columns (FP8 codes: 128), and rows that are one and the same in memory.
+// Whether there is a kernel for this: not for numbers in several planes, scales that change within
+// 64 columns (codes of 8 bits: 128), and rows that are one and the same in memory.
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args);
+
+// Whether it is to be taken unasked: rows are many, and, for int8 by int4, which does not split K
+// here, tiles enough for half of the multiprocessors.
+bool pays(WeightKind kind, const GemmArgs& args);
 
 GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args);
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,

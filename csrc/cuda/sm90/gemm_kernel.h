@@ -13,133 +13,23 @@
 #pragma once
 
 #include "cuda/common/gemm_join.h"
-#include "cuda/common/gemm_tile.h"
 #include "cuda/sm90/gemm.h"
-#include "cuda/sm90/gemm_kinds.h"
+#include "cuda/sm90/gemm_copies.h"
 
 namespace qk::cuda::sm90 {
 
-constexpr int kPanels = 2;  // that multiply: panels of a tile
-constexpr int kGroupThreads = 128, kBlockThreads = (kPanels + 1) * kGroupThreads;
-constexpr int kGroupWarps = kGroupThreads / kWarp, kMultiplyingWarps = kPanels * kGroupWarps;
 // Registers of a thread, of the 168 that each begins with.
 constexpr int kFewRegisters = 56, kManyRegisters = 224;
-
-template <typename Kind, int kTokens_>
-struct Scratch {
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kCopied =
-      kTokens * kStageBytes + kPanels * Kind::kStageRows * kWordRowBytes;  // bytes of a stage
-  static constexpr int kInputs = Kind::kFloat ? kTokens : 0;
-  static constexpr int kMostStages = (212 << 10) / (kCopied + kInputs * 4);
-  static constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
-  static constexpr int kRoomRows = 16, kRoomCols = 20;  // 16 and what keeps banks apart
-
-  alignas(1024) unsigned char tokens[kStages][kTokens][kStageBytes];
-  unsigned char words[kStages][kPanels][Kind::kStageRows][kWordRowBytes];
-  uint32_t room[kMultiplyingWarps][kRoomRows][kRoomCols];
-  float inputs[kStages][kInputs > 0 ? kInputs : 1];  // scales of the rows, for a stage's columns
-  Barrier full[kStages], empty[kStages];
-};
-
-// What both sides of the ring know.
-template <typename Kind, int kTokens>
-struct TileLoop {
-  using Shared = Scratch<Kind, kTokens>;
-
-  const GemmArgs& args;
-  const GemmPlan& plan;
-  Shared& scratch;
-  int lane, units;
-  TilePlace place;
-  RingPlace<Shared::kStages> ring;
-
-  __device__ TileLoop(const GemmArgs& args, const GemmPlan& plan)
-      : args(args),
-        plan(plan),
-        scratch(shared<Shared>()),
-        lane(threadIdx.x % kWarp),
-        units((args.a.depth + Kind::kDepth - 1) / Kind::kDepth) {}
-
-  template <typename Function>
-  __device__ void each_tile(Function f) {
-    const int64_t tiles = int64_t{plan.row_tiles} * plan.panel_tiles * plan.splits;
-    for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-      place = place_of_tile(args, plan, index, kTokens, kPanels, units);
-      if (place.row < place.row_end) f();
-    }
-  }
-};
-
-template <typename Kind, int kTokens>
-__device__ void copy_tiles(TileLoop<Kind, kTokens>& loop, const TensorMap& tokens,
-                           const TensorMap& words) {
-  using Shared = Scratch<Kind, kTokens>;
-  Shared& scratch = loop.scratch;
-  auto& ring = loop.ring;
-  const int panels = (loop.args.weight.out_features + kPanel - 1) / kPanel;
-  loop.each_tile([&] {
-    const TilePlace& place = loop.place;
-    const int panel = place.expert * panels + place.panel;
-    for (int unit = place.first_unit; unit < place.end_unit; ++unit) {
-      wait_for(scratch.empty[ring.stage], ring.parity ^ 1);
-      if (loop.lane == 0) {
-        Barrier& full = scratch.full[ring.stage];
-        arrive_expecting(full, Shared::kCopied);
-        copy_tile(scratch.tokens[ring.stage], tokens, full, unit * kStageBytes, place.row);
-        copy_tile(scratch.words[ring.stage], words, full, 0, 0, unit * Kind::kStageRows, panel);
-      }
-      sync_warp();
-      ring.advance();
-    }
-  });
-}
-
-// Whether rows have scales that change along K: those of a stage go through shared memory.
-template <typename Kind>
-__device__ bool has_inputs(const GemmArgs& args) {
-  return Kind::kFloat && args.groups.segment > 0 && args.groups.input != nullptr;
-}
-
-constexpr int kInputWarps = 3;  // take turns, so that several loads are under way
-
-template <typename Kind, int kTokens>
-__device__ void load_inputs(TileLoop<Kind, kTokens>& loop) {
-  auto& ring = loop.ring;
-  const GroupScales& scales = loop.args.groups;
-  const int mine = static_cast<int>(threadIdx.x) / kWarp - 1;
-  int turn = 0;
-  loop.each_tile([&] {
-    const TilePlace& place = loop.place;
-    for (int unit = place.first_unit; unit < place.end_unit; ++unit) {
-      if (turn == mine) {
-        const int64_t at = unit * Kind::kDepth / scales.input_columns * scales.input_group_step;
-        float values[kTokens / kWarp];
-#pragma unroll
-        for (int i = 0; i < kTokens / kWarp; ++i) {
-          const int row = place.row + i * kWarp + loop.lane;
-          values[i] = row < place.row_end ? scales.input[row * scales.input_row_step + at] : 0.0f;
-        }
-        wait_for(loop.scratch.empty[ring.stage], ring.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < kTokens / kWarp; ++i)
-          loop.scratch.inputs[ring.stage][i * kWarp + loop.lane] = values[i];
-        arrive(loop.scratch.full[ring.stage]);
-      }
-      turn = turn + 1 == kInputWarps ? 0 : turn + 1;
-      ring.advance();
-    }
-  });
-}
 
 template <typename Kind, int kTokens>
 class Multiplier {
  public:
   using Weight = typename Kind::Weight;
   using Shared = Scratch<Kind, kTokens>;
-  using Sum = SumOf<typename Kind::Product>;
+  using Sum = ProductSum<typename Kind::Product>;
   static constexpr int kSums = kTokens / 2;
-  static constexpr bool kGroups = Kind::kFloat && !Kind::kEveryStage;  // with offsets
+  static constexpr bool kOffsets = Kind::kTotals && !Kind::kEveryStage && !Kind::kIntGroups;
+  using Result = SumOf<Weight>;  // int32 or float
 
   __device__ Multiplier(TileLoop<Kind, kTokens>& loop, void* workspace)
       : loop(loop),
@@ -160,9 +50,15 @@ class Multiplier {
  private:
   using Ring = RingPlace<Shared::kStages>;
 
+  // Of a channel in a segment.
+  struct Factor {
+    float scale = 1.0f;
+    int zero = 0;
+  };
+
   // The registers of the stage of this unit, once it is there.
   __device__ void load(Left (&left)[kSteps], const Ring& ring, int unit) {
-    if constexpr (kGroups) begin_segment(unit);
+    if constexpr (kOffsets) begin_segment(unit);
     wait_for(scratch.full[ring.stage], ring.parity);
     const StageWords words(scratch.words[ring.stage][group][0]);
 #pragma unroll
@@ -171,7 +67,7 @@ class Multiplier {
 
   __device__ void multiply() {
     const int first = loop.place.first_unit, units = loop.place.end_unit - first;
-    if constexpr (Kind::kFloat) {
+    if constexpr (Kind::kTotals) {
       segment_units = args.groups.segment / Kind::kDepth;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) total[i] = 0.0f;
@@ -198,16 +94,16 @@ class Multiplier {
                                             !fresh || step > 0);
     commit_products();
     const bool last = unit + 1 == loop.place.end_unit;
-    fresh = Kind::kFloat && (last || ends_sums(unit));
-    float factor[2] = {1.0f, 1.0f};
-    if constexpr (Kind::kFloat) {
-      if (fresh && segment_units > 0) load_factors(unit, factor);
+    fresh = Kind::kTotals && (last || ends_sums(unit));
+    Factor factor[2];
+    if constexpr (Kind::kTotals) {
+      if (fresh && (segment_units > 0 || Kind::kIntGroups)) load_factors(unit, factor);
     }
     Ring next = ring;
     next.advance();
     if (!last) load(later, next, unit + 1);
     wait_products(sums);
-    if constexpr (Kind::kFloat) {
+    if constexpr (Kind::kTotals) {
       if (fresh) add_to_total(scratch.inputs[ring.stage], factor);
     }
     sync_warp();
@@ -218,7 +114,7 @@ class Multiplier {
   // --- sums of floats: those of a segment, scaled, and all that were before
 
   __device__ bool ends_sums(int unit) const {
-    if constexpr (Kind::kFloat) {
+    if constexpr (Kind::kTotals) {
       if (Kind::kEveryStage) return true;
       return segment_units > 0 && (unit + 1) % segment_units == 0;
     }
@@ -243,40 +139,61 @@ class Multiplier {
     }
   }
 
-  __device__ void load_factors(int unit, float (&factor)[2]) const {
+  __device__ void load_factors(int unit, Factor (&factor)[2]) const {
     const GroupScales& scales = args.groups;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t at = loop.place.expert * scales.expert_scales +
                          scale_index(scales, channel(i), unit * Kind::kDepth / scales.columns);
-      factor[i] = load_number(scales.data, scales.dtype, at);
+      factor[i].scale = load_number(scales.data, scales.dtype, at);
+      if constexpr (Kind::kIntGroups)
+        factor[i].zero = scales.zero_point == nullptr ? 0 : scales.zero_point[at];
     }
   }
 
   // `inputs` are those of the stage.
   template <int kInputs>
-  __device__ void add_to_total(const float (&inputs)[kInputs], const float (&factor)[2]) {
-    if constexpr (Kind::kFloat) {
+  __device__ void add_to_total(const uint32_t (&inputs)[kInputs], const Factor (&factor)[2]) {
+    if constexpr (Kind::kIntGroups) {
+      const bool corrected = args.groups.zero_point != nullptr;
+      each_four(inputs, corrected, [&](int i, const Words2& two) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          int32_t dot = sums[i + j] >> 4;
+          if (corrected) dot -= factor[j / 2].zero * static_cast<int32_t>(two.w[j % 2]);
+          total[i + j] = add_rn(total[i + j], mul_rn(static_cast<float>(dot), factor[j / 2].scale));
+        }
+      });
+    } else if constexpr (Kind::kTotals) {
       const auto dot = [&](int i) {
         return Kind::kFactor == 1.0f ? sums[i] : mul_rn(sums[i], Kind::kFactor);
       };
+      const bool scaled = args.groups.input != nullptr;
       if (segment_units == 0) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) total[i] = add_rn(total[i], dot(i));
-      } else if (args.groups.input == nullptr) {
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) total[i] = fma_rn(dot(i), factor[i / 2 % 2], total[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSums; i += 4) {
-          const Words2 two = load_vector<Words2>(&inputs[i * 2 + loop.lane % 4 * 2]);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float scale = mul_rn(float_of(two.w[j % 2]), factor[j / 2]);
-            total[i + j] = fma_rn(dot(i + j), scale, total[i + j]);
-          }
-        }
+        return;
       }
+      each_four(inputs, scaled, [&](int i, const Words2& two) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float scale = factor[j / 2].scale;
+          if (scaled) scale = mul_rn(float_of(two.w[j % 2]), scale);
+          total[i + j] = fma_rn(dot(i + j), scale, total[i + j]);
+        }
+      });
+    }
+  }
+
+  // Calls f with the first of four sums, of two rows and two channels, and what belongs to the
+  // rows.
+  template <int kInputs, typename Function>
+  __device__ void each_four(const uint32_t (&inputs)[kInputs], bool there, Function f) const {
+#pragma unroll
+    for (int i = 0; i < kSums; i += 4) {
+      Words2 two = {};
+      if (there) two = load_vector<Words2>(&inputs[i * 2 + loop.lane % 4 * 2]);
+      f(i, two);
     }
   }
 
@@ -307,7 +224,7 @@ class Multiplier {
   }
 
   __device__ uint32_t result_bits(int i) const {
-    if constexpr (Kind::kFloat) {
+    if constexpr (Kind::kTotals) {
       return bits_of(total[i]);
     } else {
       return static_cast<uint32_t>(sums[i]);
@@ -316,16 +233,16 @@ class Multiplier {
 
   __device__ void finish_row(int row, int col, const uint32_t* from) {
     if (row >= loop.place.row_end || col >= args.weight.out_features) return;
-    Sum values[kChunk];
+    Result values[kChunk];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Words4 four = load_vector<Words4>(from + half * 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[half * 4 + i] = __builtin_bit_cast(Sum, four.w[i]);
+      for (int i = 0; i < 4; ++i) values[half * 4 + i] = __builtin_bit_cast(Result, four.w[i]);
     }
-    if constexpr (Kind::kFloat) scale_whole(row, col, values);
+    if constexpr (Kind::kTotals && !Kind::kIntGroups) scale_whole(row, col, values);
     if (loop.plan.splits > 1) {
-      store_part(args, static_cast<Sum*>(workspace), loop.place.split, row, col, values);
+      store_part(args, static_cast<Result*>(workspace), loop.place.split, row, col, values);
     } else {
       finish_chunk<Weight>(args, loop.place.expert, row, col, values);
     }
@@ -353,7 +270,7 @@ class Multiplier {
   int first_col;  // of the warp
   bool fresh;     // sums begin anew
   Sum sums[kSums];
-  float total[Kind::kFloat ? kSums : 1];
+  float total[Kind::kTotals ? kSums : 1];
   int segment_units;  // of a segment; 0: all of K
   Offset offset[2];
 };
@@ -365,11 +282,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                  void* workspace) {
   using Shared = Scratch<Kind, kTokens>;
   Shared& scratch = shared<Shared>();
+  const bool inputs = row_inputs<Kind>(args.groups).data != nullptr;
   if (threadIdx.x == 0) {
     prefetch_map(tokens);
     prefetch_map(words);
     for (int stage = 0; stage < Shared::kStages; ++stage) {
-      make_barrier(scratch.full[stage], has_inputs<Kind>(args) ? 1 + kWarp : 1);
+      make_barrier(scratch.full[stage], inputs ? 1 + kWarp : 1);
       make_barrier(scratch.empty[stage], kMultiplyingWarps);
     }
     publish_barriers();
@@ -380,8 +298,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     give_registers<kFewRegisters>();
     if (threadIdx.x < kWarp) {
       copy_tiles(loop, tokens, words);
-    } else if constexpr (Kind::kFloat) {
-      if (has_inputs<Kind>(args)) load_inputs(loop);
+    } else if constexpr (Kind::kTotals) {
+      if (inputs) load_inputs(loop);
     }
   } else {
     take_registers<kManyRegisters>();
@@ -435,6 +353,8 @@ cudaError_t gemm_of(const GemmArgs& args, const GemmPlan& plan, void* workspace,
 
 template <>
 cudaError_t gemm_of<KindInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
+template <>
+cudaError_t gemm_of<KindInt4ByInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>
 cudaError_t gemm_of<KindFloat8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>

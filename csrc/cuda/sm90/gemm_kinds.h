@@ -34,12 +34,14 @@ class StageWords {
   const unsigned char* panel;
 };
 
+// kTotals: sums, of segments of K, are added to others in fp32; kEveryStage: and after every stage.
+// kIntGroups: as ops/w4a8.py says for sums of int8 by int4.
 struct KindInt8 {
   using Weight = WeightInt8;
   using Product = Int8;
   static constexpr int kStageRows = 32;  // word rows
   static constexpr int kDepth = 128;     // columns of a stage
-  static constexpr bool kFloat = false, kEveryStage = false;
+  static constexpr bool kTotals = false, kIntGroups = false, kEveryStage = false;
 
   __device__ static Left left(const StageWords& words, int step, const Offset (&)[2]) {
     const int row = step * 8 + static_cast<int>(threadIdx.x) % 4;
@@ -48,13 +50,31 @@ struct KindInt8 {
   }
 };
 
+// Codes less 8, times 16, as in WeightInt4ByInt8. A word is two times four codes.
+struct KindInt4ByInt8 {
+  using Weight = WeightInt4ByInt8;
+  using Product = Int8;
+  static constexpr int kStageRows = 16, kDepth = 128;
+  static constexpr bool kTotals = true, kIntGroups = true, kEveryStage = false;
+
+  __device__ static Left left(const StageWords& words, int step, const Offset (&)[2]) {
+    const int quarter = static_cast<int>(threadIdx.x) % 4;
+    const int row = step * 4 + quarter / 2, shift = quarter % 2 == 0 ? 4 : 0;
+    const Words2 first = words(row), second = words(row + 2);
+    const auto codes = [&](uint32_t word) {
+      return logic3<(0xF0 & 0xCC) ^ 0xAA>(word << shift, 0xF0F0F0F0u, 0x80808080u);
+    };
+    return {{codes(first.w[0]), codes(first.w[1]), codes(second.w[0]), codes(second.w[1])}};
+  }
+};
+
 // e4m3 on both sides. Codes of a word are k = 0, 2, 1, 3.
 struct KindFloat8 {
   using Weight = WeightFloat8<Float16>;
   using Product = Float8E4M3;
   static constexpr int kStageRows = 32, kDepth = 128;
-  static constexpr bool kFloat = true;
-  static constexpr bool kEveryStage = true;  // sums are added to others
+  static constexpr bool kTotals = true, kIntGroups = false;
+  static constexpr bool kEveryStage = true;
   static constexpr float kFactor = 1.0f;
 
   __device__ static Left left(const StageWords& words, int step, const Offset (&)[2]) {
@@ -106,7 +126,7 @@ struct KindSixteen {
   using Weight = Weight_;
   using Product = typename Weight::Element;
   static constexpr int kStageRows = 8 * Weight::kWords, kDepth = 64;
-  static constexpr bool kFloat = true, kEveryStage = false;
+  static constexpr bool kTotals = true, kIntGroups = false, kEveryStage = false;
   static constexpr float kFactor = Weight::kFactor;
 
   __device__ static Left left(const StageWords& words, int step, const Offset (&offset)[2]) {

@@ -12,6 +12,8 @@ auto with_kind(WeightKind kind, DType dtype, Function f) {
   switch (kind) {
     case WeightKind::kInt8:
       return f(KindInt8{});
+    case WeightKind::kInt4ByInt8:
+      return f(KindInt4ByInt8{});
     case WeightKind::kInt4:
       return half ? f(KindSixteen<WeightInt4<Float16>>{}) : f(KindSixteen<WeightInt4<BFloat16>>{});
     case WeightKind::kByte:
@@ -30,7 +32,6 @@ constexpr int kBusy = 132;  // multiprocessors of an H100 or H200
 }  // namespace
 
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args) {
-  if (kind == WeightKind::kInt4ByInt8) return false;
   // What the bulk copies ask for; activations that are not there yet will be made so.
   const bool repeated = args.a.data != nullptr && args.a.rows > 1 && args.a.row_bytes == 0;
   if (reinterpret_cast<uintptr_t>(args.weight.words) % 16 != 0 || repeated || args.a.planes != 1 ||
@@ -39,8 +40,15 @@ bool takes(WeightKind kind, DType dtype, const GemmArgs& args) {
   }
   return with_kind(kind, dtype, [&](auto of) {
     using Kind = decltype(of);
-    return !Kind::kFloat || args.groups.segment % Kind::kDepth == 0;
+    return !Kind::kTotals || args.groups.segment % Kind::kDepth == 0;
   });
+}
+
+bool pays(WeightKind kind, const GemmArgs& args) {
+  const int64_t experts = args.experts.count > 1 ? args.experts.count : 1;
+  if (args.a.rows < kLeastRows * experts) return false;
+  const int64_t tiles = ceil_div(args.a.rows, 128) * ceil_div(args.weight.out_features, 128);
+  return kind != WeightKind::kInt4ByInt8 || tiles >= kBusy / 2;
 }
 
 GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
@@ -49,9 +57,12 @@ GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
   // Sums of floats take twice the registers: tiles of 256 rows are for integers.
   const int shape = kind == WeightKind::kInt8 && rows > 128 ? 1 : 0;
   return with_kind(kind, dtype, [&](auto of) {
-    return plan_tiles(args, shape,
-                      {shape == 0 ? 128 : 256, kPanels * kPanel, decltype(of)::kDepth, 1, kBusy},
-                      false);
+    using Kind = decltype(of);
+    // Groups of int8 by int4 are added in their order: K is not split.
+    return plan_tiles(
+        args, shape,
+        {shape == 0 ? 128 : 256, kPanels * kPanel, Kind::kDepth, 1, Kind::kIntGroups ? 0 : kBusy},
+        false);
   });
 }
 

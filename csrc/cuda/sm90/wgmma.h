@@ -27,7 +27,7 @@ struct SumOfProduct<Int8> {
   using Type = int32_t;
 };
 template <typename Kind>
-using SumOf = typename SumOfProduct<Kind>::Type;
+using ProductSum = typename SumOfProduct<Kind>::Type;
 
 // Columns in shared memory that copy_tile has put there, a row of the tile for each: where they
 // begin, 1024 bytes aligned, and 8 of them after 1024 bytes, their bytes swizzled.
@@ -119,7 +119,7 @@ __device__ __forceinline__ void wait_products(Sum (&sums)[kSums]) {
 
 // sums = left * columns, and what they were where `add` says so; 2 kSums columns.
 template <typename Kind, int kSums>
-__device__ __forceinline__ void begin_product(SumOf<Kind> (&sums)[kSums], const Left& left,
+__device__ __forceinline__ void begin_product(ProductSum<Kind> (&sums)[kSums], const Left& left,
                                               const Columns& columns, int add) {
   static_assert(kSums == 64 || (kSums == 128 && __is_same(Kind, Int8)));
   if constexpr (__is_same(Kind, Int8)) {
@@ -184,8 +184,9 @@ struct ProductNumber {  // of 32 bytes: how many, and their values
 };
 
 template <typename Kind, int kSums>
-void begin_product(SumOf<Kind> (&sums)[kSums], const Left& left, const Columns& columns, int add) {
-  using Sum = SumOf<Kind>;
+void begin_product(ProductSum<Kind> (&sums)[kSums], const Left& left, const Columns& columns,
+                   int add) {
+  using Sum = ProductSum<Kind>;
   using Number = ProductNumber<Kind>;
   struct Operand {
     Sum* sums;
