@@ -61,6 +61,7 @@ struct Device {
 
 Device device;
 uint64_t current_seed = 0;
+unsigned largest = 0;
 
 [[noreturn]] void to_scheduler() { _longjmp(device.scheduler, 1); }
 
@@ -181,7 +182,11 @@ std::string place() {
 
 }  // namespace
 
-void set_seed(uint64_t seed) { current_seed = seed; }
+void set_seed(uint64_t seed) {
+  current_seed = seed;
+  largest = 0;
+}
+unsigned largest_block() { return largest; }
 uint64_t seed() { return current_seed; }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
@@ -189,6 +194,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       shared_bytes > 227 << 10) {
     throw std::runtime_error("emulation: no device takes a launch of these extents");
   }
+  largest = std::max(largest, block.x * block.y * block.z);
   grid_extent = grid;
   block_extent = block;
   device.thread = &thread;

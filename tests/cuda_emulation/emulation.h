@@ -30,6 +30,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void set_seed(uint64_t seed);
 uint64_t seed();
 
+// Threads of the largest block since the seed was set: tells which kernel was taken.
+unsigned largest_block();
+
 // --- for the threads of a kernel ---
 
 // The block's shared memory; `bytes` must be what the kernel was launched with.

@@ -52,6 +52,7 @@ Tensor async_fault(const Tensor& x, int64_t kind) {
 }
 
 void set_seed(int64_t seed) { emulation::set_seed(static_cast<uint64_t>(seed)); }
+int64_t largest_block() { return emulation::largest_block(); }
 
 }  // namespace
 }  // namespace qk::cuda
@@ -64,4 +65,5 @@ QUANTKIT_CUDA_OPS(m) {
 
 STABLE_TORCH_LIBRARY_IMPL(quantkit_emulated, CompositeExplicitAutograd, m) {
   m.impl("set_seed", TORCH_BOX(&qk::cuda::set_seed));
+  m.impl("largest_block", TORCH_BOX(&qk::cuda::largest_block));
 }

@@ -40,6 +40,7 @@ OWN_SCHEMAS = (
     "fault(Tensor x, int kind) -> Tensor",
     "async_fault(Tensor x, int kind) -> Tensor",
     "set_seed(int seed) -> ()",
+    "largest_block() -> int",
 )
 
 

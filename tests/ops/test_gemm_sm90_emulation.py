@@ -108,6 +108,17 @@ def test_rows_that_are_one_in_memory(emulated: Any) -> None:
     assert_same("int8_gemm", emulated("int8_gemm", args), ops._library.REFERENCES["int8_gemm"](*args))
 
 
+@pytest.mark.parametrize(
+    ("rows", "path", "threads"), [(64, "", 256), (65, "", 384), (65, "sm80", 256), (1, "sm90", 384)]
+)
+def test_which_kernels_are_taken(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, rows: int, path: str, threads: int
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CUDA_GEMM", path)
+    emulated("int8_gemm", (codes(rows, 64), ops.pack_w8a8(codes(70, 64)), 70))
+    assert torch.ops.quantkit_emulated.largest_block() == threads
+
+
 def test_a_path_that_is_none(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTKIT_CUDA_GEMM", "sm75")
     with pytest.raises(RuntimeError, match="QUANTKIT_CUDA_GEMM must be sm80, sm89 or sm90, got sm75"):
