@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quantkit.calibration.batches import batches
+from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics
-from quantkit.calibration.sweep import Layer, sweep
+from quantkit.calibration.sweep import sweep
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers.rtn import quantize_weight

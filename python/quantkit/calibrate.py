@@ -10,9 +10,10 @@ from . import distributed
 from .calibration.batches import batches
 from .calibration.dataset import load_rows, load_tokenizer
 from .calibration.fingerprint import Fingerprint, config_hash, data_of, model_hash
+from .calibration.layer import Layer
 from .calibration.statistics import Statistics, Wants
 from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, wants
-from .calibration.sweep import Layer, sweep
+from .calibration.sweep import sweep
 from .checkpoint.hub import resolve_model
 from .engine import forward_dtype
 from .errors import ConfigError, DistributedError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Gatherer:
-    """A sweep's visitor that changes nothing and writes what it is given; see `calibration.sweep.Visitor`.
+    """A sweep's visitor that changes nothing and writes what it is given; see `calibration.layer.Visitor`.
 
     One forward a layer does, but for the Linears in `before`: where experts are to see all tokens, what they give then
     is not what goes on; and where they come in groups, those of one group are written before the next one comes.

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .calibration.sweep import SweepReport
+    from .calibration.layer import SweepReport
     from .models.skeleton import Skeleton
     from .models.skeleton import WeightSource as LayerSource
     from .modifiers.sink import Sink
@@ -161,7 +161,7 @@ def _run(
                 _made(plan, writer, resumption, job, report, progress, lap, ranks)
                 lap("write")
             elif report is not None:
-                from .calibration.sweep import SweepReport
+                from .calibration.layer import SweepReport
 
                 seen = SweepReport(0)
                 resumption.report(report)

@@ -234,8 +234,8 @@ def compare(
 
 def run_layers(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Progress) -> HiddenStates:
     """What leaves the last decoder layer."""
+    from .calibration.forward import embed, forward
     from .calibration.hooks import CacheRounder
-    from .calibration.sweep import embed, forward
 
     caches = {
         layer: CacheRounder(*quantizers)

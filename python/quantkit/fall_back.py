@@ -18,7 +18,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .calibration.hooks import CacheRecorder
-    from .calibration.sweep import Layer
+    from .calibration.layer import Layer
     from .config.run_config import RunConfig
 
 SAMPLES = 5
@@ -89,7 +89,7 @@ def worst(scores: Mapping[str, float], count: int) -> tuple[str, ...]:
 
 
 class _Tails:
-    """A sweep's visitor that changes nothing; see `calibration.sweep.Visitor`."""
+    """A sweep's visitor that changes nothing; see `calibration.layer.Visitor`."""
 
     pools_below = 0
 

@@ -28,7 +28,7 @@ from .fingerprint import differences
 
 if TYPE_CHECKING:
     from .calibration.hidden import HiddenStates
-    from .calibration.sweep import SweepReport
+    from .calibration.layer import SweepReport
     from .checkpoint.layout import Layout
     from .report.calibration import CalibrationReport
 
@@ -197,7 +197,7 @@ class Resumption:
         self._apply("report", report)
 
     def restore(self, hidden: HiddenStates | None, report: SweepReport) -> None:
-        """See `calibration.sweep.Keeper`."""
+        """See `calibration.layer.Keeper`."""
         self._apply("sweep", report)
         if hidden is None:
             self._remove_hidden()
@@ -213,7 +213,7 @@ class Resumption:
         hidden.load(path)
 
     def layer_done(self, index: int, hidden: HiddenStates | None, report: SweepReport) -> None:
-        """See `calibration.sweep.Keeper`. Returns before the line is on disk, unless hidden states
+        """See `calibration.layer.Keeper`. Returns before the line is on disk, unless hidden states
         are no longer needed."""
         assert self._writer is not None
         record: dict[str, Any] = {"layer": index, "sweep": self._news("sweep", report)}

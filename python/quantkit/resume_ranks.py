@@ -18,7 +18,7 @@ from .resume import Resumption
 
 if TYPE_CHECKING:
     from .calibration.hidden import HiddenStates
-    from .calibration.sweep import SweepReport
+    from .calibration.layer import SweepReport
     from .report.calibration import CalibrationReport
 
 
@@ -40,7 +40,7 @@ class SharedResumption:
             self._first.report(report)
 
     def restore(self, hidden: HiddenStates | None, report: SweepReport) -> None:
-        """See `calibration.sweep.Keeper`."""
+        """See `calibration.layer.Keeper`."""
         path: Path | None = None
         if self._first is not None:
             self._first.restore(hidden, report)
@@ -51,7 +51,7 @@ class SharedResumption:
             hidden.load(self._writer.working_folder / path.name)
 
     def layer_done(self, index: int, hidden: HiddenStates | None, report: SweepReport) -> None:
-        """See `calibration.sweep.Keeper`."""
+        """See `calibration.layer.Keeper`."""
         if self._first is not None:
             self._writer.drain()  # the line before is on disk, and nothing needs the hidden states before it
         self._ranks.barrier()

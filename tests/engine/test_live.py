@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.calibration.batches import batches
-from quantkit.calibration.sweep import embed, forward
+from quantkit.calibration.forward import embed, forward
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.models.experts import Experts
 from quantkit.models.live import LiveCheckpoint

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration import sweep as sweeping
+from quantkit.calibration import layer_run
 from quantkit.calibration.batches import Batch, batches
+from quantkit.calibration.forward import embed, tensors_in
 from quantkit.calibration.hooks import CacheRecorder
+from quantkit.calibration.layer import Layer, SweepReport
 from quantkit.calibration.lockstep import explore
 from quantkit.calibration.statistics import Statistics, Wants
-from quantkit.calibration.sweep import Layer, SweepReport, embed, sweep, tensors_in
+from quantkit.calibration.sweep import sweep
 from quantkit.checkpoint.native import kept_memory
 from quantkit.errors import CalibrationError
 from quantkit.models import fused_block
@@ -216,7 +218,7 @@ def test_memory_is_kept_within_the_sweep_and_given_back_behind_it() -> None:
 def test_the_bound_on_what_waits_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "llama")
     data = batches(rows([16] * 3), 16)
-    monkeypatch.setattr(sweeping, "HELD_BYTES", 10_000)
+    monkeypatch.setattr(layer_run, "HELD_BYTES", 10_000)
     _, report = swept(tmp_path, data, "auto")
     assert report.once == 0 and len(report.twice) == 3
     assert "would wait between its Linears" in report.twice["model.layers.0"]

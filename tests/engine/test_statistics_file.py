@@ -21,10 +21,11 @@ from quantkit.calibrate import calibrate, statistics_folder
 from quantkit.calibration import replay
 from quantkit.calibration.batches import batches
 from quantkit.calibration.hooks import CacheRecorder
+from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.calibration.statistics_check import StatisticsFile
 from quantkit.calibration.statistics_file import STEM, wants
-from quantkit.calibration.sweep import Layer, sweep
+from quantkit.calibration.sweep import sweep
 from quantkit.calibration.symmetric import pack, packed_shape, unpack
 from quantkit.cli import main
 from quantkit.config.recipe import (

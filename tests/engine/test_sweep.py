@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.calibration.batches import Batch, batches
+from quantkit.calibration.forward import embed, forward
 from quantkit.calibration.hooks import CacheRecorder
+from quantkit.calibration.layer import Layer, SweepReport
 from quantkit.calibration.statistics import Statistics, Wants
-from quantkit.calibration.sweep import Layer, SweepReport, embed, forward, sweep
+from quantkit.calibration.sweep import sweep
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.models.attention import blockwise, single
 from quantkit.models.experts import Experts

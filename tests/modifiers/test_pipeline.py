@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit import engine
+from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics, Wants
-from quantkit.calibration.sweep import Layer
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.config.recipe import (
     AWQModifier,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.batches import batches
+from quantkit.calibration.forward import embed, forward
+from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics, Wants
-from quantkit.calibration.sweep import Layer, embed, forward
 from quantkit.config.recipe import AWQModifier, Mapping, SmoothQuantModifier
 from quantkit.errors import CalibrationError, PlanError
 from quantkit.models.mappings import OFFSET_NORMS, Smoothing, smoothings

@@ -25,7 +25,8 @@ from .statistics import Statistics, Wants
 from .tree import Leaves
 
 if TYPE_CHECKING:
-    from .sweep import Layer, Visitor, _Run
+    from .layer import Layer, Visitor
+    from .layer_run import LayerRun
 
 Names = Mapping[str, Wants]
 
@@ -33,7 +34,7 @@ Names = Mapping[str, Wants]
 class Given:
     """What the experts are given: hidden states and, for each token, its experts and their weights."""
 
-    def __init__(self, run: _Run, path: Path | None) -> None:
+    def __init__(self, run: LayerRun, path: Path | None) -> None:
         self._sizes, self._path, self._within = run.positions, path, run.within
         self._empty = (run.skeleton.hidden_size, run.skeleton.dtype)
         self._states: BatchBuffer | None = None
@@ -83,7 +84,7 @@ class Given:
 class ExpertGroups:
     """Layer `run.index` with at most `size` experts in memory. `folder`: where what waits lies; None: in memory."""
 
-    run: _Run
+    run: LayerRun
     source: WeightSource
     experts: Experts
     size: int

@@ -26,7 +26,7 @@ from .statistics import Statistics, Wants
 from .tree import Leaves, Sums, total
 
 if TYPE_CHECKING:
-    from .sweep import Layer, Visitor
+    from .layer import Layer, Visitor
 
 # Tokens of the forward that finds out what a layer does.
 PROBE_TOKENS = 8

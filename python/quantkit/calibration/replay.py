@@ -15,9 +15,9 @@ from ..errors import CalibrationError
 from ..models.skeleton import Skeleton, WeightSource
 from ..report.progress import Progress
 from .hooks import CacheRecorder
+from .layer import Keeper, Layer, SweepReport, Visitor
 from .statistics import Statistics, Wants
 from .statistics_check import StatisticsFile
-from .sweep import Keeper, Layer, SweepReport, Visitor
 
 # Inputs are loaded so many bytes of Gram matrices at a time, or one that is larger, where they may come one by one.
 PORTION = 512 << 20

@@ -24,7 +24,7 @@ from .statistics import Statistics
 from .tree import Leaves, Part, across
 
 if TYPE_CHECKING:
-    from .sweep import Layer
+    from .layer import Layer
 
 # What a rank receives for a round at most, in bytes.
 ROUND_BYTES = 512 << 20

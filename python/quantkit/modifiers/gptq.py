@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..calibration.expert_groups import projection
+from ..calibration.layer_run import merged_experts
 from ..calibration.statistics import Statistics
-from ..calibration.sweep import merged_experts
 from ..config.recipe import GPTQModifier
 from ..config.schemes import QuantizationArgs
 from ..distributed import ONE, Ranks

@@ -10,8 +10,8 @@ import torch
 
 from .. import ops
 from ..calibration.hooks import CacheRecorder
+from ..calibration.layer import Layer
 from ..calibration.statistics import Statistics, Wants
-from ..calibration.sweep import Layer
 from ..config.recipe import AWQModifier, GPTQModifier, Modifier, SmoothQuantModifier
 from ..config.schemes import QuantizationArgs
 from ..distributed import ONE, Ranks
@@ -29,7 +29,7 @@ from .working import Working
 
 
 class Pipeline:
-    """See `calibration.sweep.Visitor`. Results go to `sink`, what happened to `report`.
+    """See `calibration.layer.Visitor`. Results go to `sink`, what happened to `report`.
 
     Codes that depend on no data are made before the only forward, which then runs with what will be served. Otherwise
     every modifier works in turn on the statistics of an input, or of all the layer's inputs at once. Of several `ranks`

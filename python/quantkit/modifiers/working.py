@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..calibration.layer import Layer
 from ..calibration.statistics import Statistics
-from ..calibration.sweep import Layer
 from ..errors import CalibrationError
 from ..models.mappings import Smoothing
 
