@@ -200,7 +200,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from .convert import convert
 
-    print(f"written to {convert(args.source, args.target, args.format, overwrite=args.overwrite)}")
+    made = convert(args.source, args.target, args.format, scheme=args.scheme, overwrite=args.overwrite)
+    print(f"written to {made}")
     return 0
 
 
@@ -340,9 +341,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("convert", _convert, "write a quantized folder in another format that holds the same codes, without loss")
     sub.add_argument("source", help="the quantized folder")
     sub.add_argument("target", help="the folder to be written")
-    sub.add_argument("--format", required=True, metavar="NAME", help="compressed-tensors, gptq, awq, fp8")
+    sub.add_argument("--format", required=True, metavar="NAME", help="compressed-tensors, gptq, awq, fp8, bitsandbytes")
     sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
 
+    sub.add_argument("--scheme", metavar="NAME", help="a scheme with the same weights, whose activations it gets")
     sub = add("msmodelslim", _msmodelslim, "quantize for Ascend NPUs, with the options of its convert_quant_weights.py")
     from .msmodelslim import add_arguments
 

@@ -17,16 +17,21 @@ from .checkpoint.dtypes import torch_dtype
 from .checkpoint.layout import OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
 from .checkpoint.writer import CheckpointWriter
-from .config.schemes import QuantizationScheme
+from .config.presets import preset
+from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import CheckpointError, ConfigError
 from .formats import Format, format_by_name, written_config
 from .models.families import family_of
 from .plan import kept_linears
 from .quantized import QuantizedTensor
+from .report.plan_view import describe
 from .report.progress import Progress
 from .targets import served_targets
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from .formats.source import WeightSource
 
 # Side files of the source that tell of its format; the target has its own.
@@ -38,12 +43,14 @@ def convert(
     target: str | Path,
     format_name: str,
     *,
+    scheme: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write the quantized checkpoint in `source` to `target` in the format `format_name` ("compressed-tensors", "gptq",
-    "awq", "fp8"); gives back the target. Dequantized weights are the same to the bit.
+    "awq", "fp8", "bitsandbytes"); gives back the target. Dequantized weights are the same to the bit. `scheme`: a name
+    of PRESETS with the same weights, whose activations (dynamic or in 16 bit) the target gets instead of the source's.
 
     ConfigError for a format that cannot hold the source's schemes, CheckpointError naming the Linear whose scales it
     would round; the target appears only when it is complete.
@@ -55,7 +62,7 @@ def convert(
         read = WeightSource(checkpoint)
         if read.format is None:
             raise CheckpointError(f"{source}: not quantized; `quantkit run` quantizes, in any of the formats")
-        schemes = _schemes(read, fmt)
+        schemes = _schemes(read, fmt, scheme)
         dtype = checkpoint.model_dtype
         if dtype is None:
             raise CheckpointError(f"{source}/config.json: no dtype; readers of packed weights hold scales in it")
@@ -64,12 +71,12 @@ def convert(
         layout = plan_layout(outputs, max_shard_bytes, stem=fmt.stem(schemes.values()))
         with CheckpointWriter(layout, target, overwrite=overwrite) as writer:
             with Progress("convert", total=len(schemes), unit="Linear", enabled=progress) as bar:
-                for module, scheme in schemes.items():
-                    quantized = _for_target(module, read.quantized(module), scheme, fmt)
-                    scale = torch_dtype(fmt.scale_dtype(scheme, dtype))
+                for module, wanted in schemes.items():
+                    quantized = _for_target(module, read.quantized(module), wanted, fmt)
+                    scale = torch_dtype(fmt.scale_dtype(wanted, dtype))
                     for name, tensor in fmt.pack_weight(module, quantized, scale).items():
                         writer.write(name, tensor)
-                    for name, tensor in _activations(read, fmt, module).items():
+                    for name, tensor in _activations(read, fmt, module, wanted).items():
                         writer.write(name, tensor)
                     read.release(f"{module}.weight")
                     bar.advance(1)
@@ -87,7 +94,7 @@ def convert(
             return writer.finish()
 
 
-def _schemes(read: WeightSource, fmt: Format) -> dict[str, QuantizationScheme]:
+def _schemes(read: WeightSource, fmt: Format, name: str | None) -> dict[str, QuantizationScheme]:
     """Each quantized Linear's scheme as the target says it. ConfigError for what it cannot hold."""
     found = {}
     for module in sorted(read.modules):
@@ -99,6 +106,8 @@ def _schemes(read: WeightSource, fmt: Format) -> dict[str, QuantizationScheme]:
     # What servers fuse has one scheme: where one Linear needs its zero points, all that had some keep them.
     needed = {scheme for module, scheme in found.items() if scheme == read.schemes[module]}
     found = {m: read.schemes[m] if read.schemes[m] in needed else scheme for m, scheme in found.items()}
+    if name is not None:
+        found = {module: _with_activations(module, scheme, preset(name)) for module, scheme in found.items()}
     for scheme in dict.fromkeys(found.values()):
         fmt.check(scheme)
     if read.kv_cache is not None and (read.format is None or fmt.CACHE != read.format.CACHE):
@@ -106,9 +115,25 @@ def _schemes(read: WeightSource, fmt: Format) -> dict[str, QuantizationScheme]:
     return found
 
 
+def _with_activations(module: str, scheme: QuantizationScheme, wanted: QuantizationScheme) -> QuantizationScheme:
+    """`scheme` with the activations of `wanted`; ConfigError for other weights, and for static activations."""
+
+    def kind(args: QuantizationArgs) -> QuantizationArgs:
+        return replace(args, observer=None, observer_kwargs={}, actorder=None)
+
+    if kind(scheme.weights) != kind(wanted.weights):
+        raise ConfigError(
+            f"scheme {wanted.name}: its weights are {describe(wanted.weights)}, those of {module} "
+            f"{describe(scheme.weights)}; converting does not quantize anew"
+        )
+    if wanted.needs_calibration:
+        raise ConfigError(f"scheme {wanted.name}: its activations need data, which converting does not look at")
+    return QuantizationScheme(wanted.name, scheme.weights, wanted.input_activations)
+
+
 def _middle(read: WeightSource, module: str) -> bool:
     """Whether every zero point is the middle code, so that the weight is symmetric in all but name."""
-    zero_point = read.quantized(module).zero_point
+    zero_point = read.weight_zero_point(module)
     return zero_point is None or not bool(zero_point.any())
 
 
@@ -133,17 +158,15 @@ def _outputs(
     read: WeightSource, fmt: Format, schemes: Mapping[str, QuantizationScheme], dtype: str
 ) -> tuple[list[OutputTensor], list[str]]:
     """What is to be written, and what of it is copied. CheckpointError for scales that the target would round."""
-    import torch
-
     outputs: list[OutputTensor] = []
     for module, scheme in schemes.items():
-        scale, name = read.checkpoint.tensor(read.scale_name(module)).float(), fmt.scale_dtype(scheme, dtype)
-        if not torch.equal(scale.to(torch_dtype(name)).float(), scale):
+        name = fmt.scale_dtype(scheme, dtype)
+        if scheme.weights.scales == "float" and not _holds(fmt, read.scale(module), torch_dtype(name)):
             raise CheckpointError(
                 f"{read.scale_name(module)}: has values that {name} does not hold, in which {fmt.NAME} keeps scales of "
                 "this model; converting would change the weights. Quantize the full-precision model into this format"
             )
-        rows, cols = read.shape(module)
+        rows, cols = read.shape(module, populate=False)
         outputs += fmt.stored_tensors(module, scheme, rows, cols, dtype)
     stored = {name for module in schemes for name in read.stored(module)}
     carried = [name for name in read.checkpoint.tensors if name not in stored]
@@ -151,8 +174,21 @@ def _outputs(
     return outputs, carried
 
 
-def _activations(read: WeightSource, fmt: Format, module: str) -> dict[str, Any]:
+def _holds(fmt: Format, scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `fmt`, which keeps scales in `dtype`, gives back fp32 `scale` to the bit."""
+    import torch
+
+    from .formats import bitsandbytes
+
+    if fmt.NAME == bitsandbytes.NAME:
+        return torch.equal(bitsandbytes.magnitudes(scale) / bitsandbytes.LARGEST, scale)
+    return torch.equal(scale.to(dtype).float(), scale)
+
+
+def _activations(read: WeightSource, fmt: Format, module: str, scheme: QuantizationScheme) -> dict[str, Any]:
     args = read.schemes[module].input_activations
+    if args != scheme.input_activations:
+        return {}
     part = "input_global_scale" if args is not None and args.dynamic == "local" else "input_scale"
     tensors, name = read.checkpoint.tensors, f"{module}.{part}"
     if name not in tensors:

@@ -62,6 +62,26 @@ def test_there_and_back(path: str, tmp_path: Path) -> None:
     assert check_folder(back, "vllm").ok == check_folder(job, "vllm").ok
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq"])
+def test_a_weight_is_read_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales and zero points, which are looked at before, are read without the codes."""
+    job = quantize_by(
+        "tiny-llama", "{QuantizationModifier: {scheme: W4A16_ASYM}}", tmp_path, f"compression.save_name={name}"
+    )
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+
+    def noted(self: Checkpoint, name: str, populate: bool = True) -> torch.Tensor:
+        if populate and name.endswith(("qweight", "weight_packed")):
+            read.append(name)
+        return tensor(self, name, populate)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noted)
+    convert(job, tmp_path / "out", "gptq", progress=False)
+    # For its shape and for its codes, one right behind the other.
+    assert read[::2] == read[1::2] and len(set(read)) == len(read) / 2 == 28
+
+
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     int4 = quantize_by("tiny-llama", PATHS["int4"][0], tmp_path, "compression.save_name=gptq")
     with pytest.raises(ConfigError, match="save_name 'fp8' holds FP8"):

@@ -59,6 +59,7 @@ PRESETS: dict[str, QuantizationScheme] = {
         QuantizationScheme("W8A8_ASYM", int_weights(8), INT8_TOKEN_ASYM),
         QuantizationScheme("W8A8_STATIC", int_weights(8), INT8_STATIC),
         QuantizationScheme("W8A8_STATIC_ASYM", int_weights(8), INT8_STATIC_ASYM),
+        QuantizationScheme("LLM_INT8", int_weights(8), replace(INT8_TOKEN, outlier_threshold=6.0)),
         QuantizationScheme("W4A16_CHANNEL", int_weights(4)),
         QuantizationScheme("W4A16_CHANNEL_ASYM", int_weights(4, symmetric=False)),
         QuantizationScheme("W8A16_ASYM", int_weights(8, 128, symmetric=False)),

@@ -26,6 +26,8 @@ class QuantizationArgs:
     """How one tensor role (weights, input activations) is quantized. Source: compressed-tensors' QuantizationArgs.
 
     `dynamic` "local": the scales of groups are computed at run time, the one that they are divided by is static.
+    `outlier_threshold`, of int8 activations per token: columns with a magnitude of as much stay in 16 bit (LLM.int8());
+    compressed-tensors does not have it.
     """
 
     num_bits: int = 8
@@ -38,6 +40,7 @@ class QuantizationArgs:
     actorder: Literal["group", "weight"] | None = None
     observer: str | None = None
     observer_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         def need(ok: bool, message: str) -> None:
@@ -72,6 +75,11 @@ class QuantizationArgs:
         )
         need(self.strategy != "token" or self.dynamic is True, "strategy 'token' needs dynamic: true")
         need(self.type == "int" or self.symmetric, "type 'float' is always symmetric")
+        per_token = (self.type, self.num_bits, self.strategy, self.symmetric) == ("int", 8, "token", True)
+        need(
+            self.outlier_threshold is None or (per_token and self.outlier_threshold > 0),
+            f"outlier_threshold: {self.outlier_threshold} must be positive, and goes with symmetric int8 per token",
+        )
 
     @property
     def block(self) -> tuple[int, int]:

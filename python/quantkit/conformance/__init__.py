@@ -24,12 +24,13 @@ METHODS: dict[str, Check] = {
     "awq": others.awq,
     "fp8": others.fp8,
     "mindie": mindie.check,
+    "bitsandbytes": others.bitsandbytes,
 }
 # Which of them a client reads.
 CLIENTS: dict[str, tuple[str, ...]] = {
     "vllm": ("compressed-tensors", "gptq", "awq", "fp8"),
     "sglang": ("compressed-tensors", "gptq", "awq", "fp8"),
-    "transformers": ("compressed-tensors", "gptq", "awq", "fp8"),
+    "transformers": ("compressed-tensors", "gptq", "awq", "fp8", "bitsandbytes"),
     "gptqmodel": ("gptq", "awq"),
     "mindie": ("mindie",),
 }

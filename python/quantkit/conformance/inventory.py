@@ -14,7 +14,7 @@ from ..plan import ROW_PARALLEL
 
 # What any of the formats stores of a Linear beside, or instead of, its weight.
 CODES = ("weight_packed", "qweight")
-SCALES = ("weight_scale", "weight_scale_inv", "scales", "deq_scale")
+SCALES = ("weight_scale", "weight_scale_inv", "scales", "deq_scale", "SCB")
 OTHERS = (
     "weight_shape",
     "weight_zero_point",
@@ -26,6 +26,7 @@ OTHERS = (
     "qzeros",
     "g_idx",
     "weight_offset",
+    "weight_format",
     "input_offset",
     "quant_bias",
     "deq_scale",

@@ -219,6 +219,56 @@ def awq(found: Inventory, verdict: Verdict) -> None:
     sound_scales(found, verdict, lambda stored: True)
 
 
+def bitsandbytes(found: Inventory, verdict: Verdict) -> None:
+    block = found.block or {}
+    if not (block.get("load_in_8bit") or block.get("_load_in_8bit")):
+        verdict.add("refused", "quantization_config.load_in_8bit", "is not true; checked is LLM.int8()")
+        return
+    threshold = block.get("llm_int8_threshold", 6.0)
+    if not isinstance(threshold, int | float) or not threshold >= 0:
+        verdict.add("refused", "quantization_config.llm_int8_threshold", f"is {threshold!r}; it is a number from 0 on")
+        return
+    skipped = block.get("llm_int8_skip_modules")
+    for name, stored in found.linears.items():
+        # Without a list of its own Transformers leaves out the head.
+        kept = stored.head if skipped is None else any(_skips(str(key), name) for key in skipped)
+        if stored.expert:
+            if stored.quantized:
+                verdict.add("refused", name, "is an expert, which Transformers holds as part of one 3-D parameter")
+        elif kept and stored.quantized:
+            verdict.add("wrong", name, "is stored quantized, and llm_int8_skip_modules takes it out", "mend the list")
+        elif not kept and not stored.quantized:
+            verdict.add(
+                "wrong",
+                name,
+                "is stored in full precision, and is read as int8 unless llm_int8_skip_modules names it",
+                "add the full name",
+            )
+        weight = shape_of(stored.parts.get("weight"))
+        if not stored.quantized:
+            continue
+        if len(weight) != 2:
+            verdict.add("wrong", f"{name}.weight", "is not there, or no matrix", "quantize again")
+            continue
+        verdict.count(f"LLM.int8() from {threshold:g} on" if threshold else "int8 W8A8 per token")
+        wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...] | None]] = {
+            "weight": (("I8",), weight),
+            "SCB": (("F32",), (weight[0],)),
+        }
+        expect(verdict, stored, wanted, allowed=("weight_format",))
+        if "weight_format" in stored.parts and any(found.value(stored, "weight_format") or b""):
+            verdict.add("refused", f"{name}.weight_format", "is not 0; newer readers know rows only")
+    for head in found.family.heads[:1] if found.family.tied and skipped is not None else ():
+        if head not in found.linears and not any(_skips(str(key), head) for key in skipped):
+            verdict.add("wrong", head, "is the embedding, and is read as int8 unless llm_int8_skip_modules names it")
+    sound_scales(found, verdict, lambda stored: False)
+
+
+def _skips(key: str, name: str) -> bool:
+    """Whether an entry of llm_int8_skip_modules takes `name` out: Transformers' rule."""
+    return name.endswith(key) or re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) is not None
+
+
 def fp8(found: Inventory, verdict: Verdict) -> None:
     block = found.block or {}
     scheme = _key(block, verdict, "activation_scheme")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError, ConfigError, nearest
-from . import awq, compressed_tensors, fp8, gptq, mindie
+from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, mindie
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +71,14 @@ class Format(Protocol):
     def read_kv_cache(self, block: Mapping[str, Any]) -> QuantizationArgs | None: ...
     def quantized_modules(self, tensors: Iterable[str]) -> list[str]: ...
     def shape(self, module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]: ...
+    def load_scale(self, module: str, scheme: QuantizationScheme, get: Any) -> Tensor: ...
+    def load_zero_point(self, module: str, scheme: QuantizationScheme, get: Any, rows: int) -> Tensor | None: ...
     def load_weight(
         self, module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int
     ) -> QuantizedTensor: ...
 
 
-FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, gptq, awq, fp8, mindie)}
+FORMATS: dict[str, Format] = {f.NAME: f for f in (compressed_tensors, gptq, awq, fp8, mindie, bitsandbytes)}
 
 
 def format_by_name(name: str) -> Format:

@@ -146,12 +146,20 @@ def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
     return int(words.shape[1]) * 8, int(words.shape[0])
 
 
-def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
-    """The inverse of `pack_weight`; zero points are always there."""
-    import torch
+def load_scale(module: str, scheme: QuantizationScheme, get: Any) -> Tensor:
+    """The weight's scales, fp32 [rows, groups]."""
+    found: Tensor = get(f"{module}.scales").t().float().contiguous()
+    return found
 
+
+def load_zero_point(module: str, scheme: QuantizationScheme, get: Any, rows: int) -> Tensor | None:
+    """The weight's zero points, int8 [rows, groups]; they are always there."""
+    return _unpack(get(f"{module}.qzeros"))
+
+
+def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
+    """The inverse of `pack_weight`."""
     from ..quantized import QuantizedTensor
 
-    codes, zeros = _unpack(get(f"{module}.qweight")), _unpack(get(f"{module}.qzeros"))
-    scale = get(f"{module}.scales").t().to(torch.float32).contiguous()
-    return QuantizedTensor(codes, scale, zeros, scheme.weights, rows, cols)
+    codes, zeros = _unpack(get(f"{module}.qweight")), load_zero_point(module, scheme, get, rows)
+    return QuantizedTensor(codes, load_scale(module, scheme, get), zeros, scheme.weights, rows, cols)

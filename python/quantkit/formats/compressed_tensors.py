@@ -72,6 +72,11 @@ def check(scheme: QuantizationScheme) -> None:
             "server; make the weights symmetric, or keep the activations in 16 bit"
         )
     inputs = scheme.input_activations
+    if inputs is not None and inputs.outlier_threshold is not None:
+        raise ConfigError(
+            f"scheme {scheme.name}: compressed-tensors does not tell which activations stay in 16 bit; use save_name "
+            "'bitsandbytes', or W8A8"
+        )
     if inputs is not None and inputs.scales != "float" and (inputs.scales, inputs.fp4) != (weights.scales, weights.fp4):
         raise ConfigError(
             f"scheme {scheme.name}: activations in MX or NVFP4 go with weights of the same kind; no server reads others"
@@ -366,27 +371,40 @@ def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
-    """The inverse of `pack_weight`: read `module`'s tensors through `get(name)`."""
+def load_scale(module: str, scheme: QuantizationScheme, get: Any) -> Tensor:
+    """The weight's scales, fp32 [grid rows, grid cols]."""
     import torch
 
     from .. import ops
+
+    args, stored = scheme.weights, get(f"{module}.weight_scale")
+    if args.scales == "e8m0":
+        return ops.e8m0_decode(stored)
+    scale: Tensor = stored.to(torch.float32)
+    if args.scales == "nvfp4":
+        return scale / get(f"{module}.weight_global_scale").float().reshape(1)
+    return scale.reshape(1, 1) if args.strategy == "tensor" else scale
+
+
+def load_zero_point(module: str, scheme: QuantizationScheme, get: Any, rows: int) -> Tensor | None:
+    """The weight's zero points, int8 as its scales; None for symmetric ones."""
+    from .. import ops
+
+    if scheme.weights.symmetric:
+        return None
+    return ops.unpack_zero_points(get(f"{module}.weight_zero_point"), scheme.weights.num_bits, rows)
+
+
+def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
+    """The inverse of `pack_weight`: read `module`'s tensors through `get(name)`."""
     from ..quantized import QuantizedTensor
 
     args = scheme.weights
     packed = packs(scheme)
+    codes, scale = get(f"{module}.weight_packed" if packed else f"{module}.weight"), load_scale(module, scheme, get)
     if args.scales != "float":
-        codes, stored = get(f"{module}.weight_packed" if packed else f"{module}.weight"), get(f"{module}.weight_scale")
-        if args.scales == "e8m0":
-            return QuantizedTensor(codes, ops.e8m0_decode(stored), None, args, rows, cols, packed)
-        divisor = get(f"{module}.weight_global_scale").float().reshape(1)
-        scale = stored.float() / divisor
+        divisor = get(f"{module}.weight_global_scale").float().reshape(1) if args.scales == "nvfp4" else None
         return QuantizedTensor(codes, scale, None, args, rows, cols, packed, global_scale=divisor)
-    codes = get(f"{module}.weight_packed" if packed else f"{module}.weight")
-    scale = get(f"{module}.weight_scale").to(torch.float32)
-    scale = scale.reshape(1, 1) if args.strategy == "tensor" else scale
-    zero_point = None
-    if not args.symmetric:
-        zero_point = ops.unpack_zero_points(get(f"{module}.weight_zero_point"), args.num_bits, rows)
+    zero_point = load_zero_point(module, scheme, get, rows)
     g_idx = get(f"{module}.weight_g_idx") if packed and args.actorder == "group" else None
     return QuantizedTensor(codes, scale, zero_point, args, rows, cols, packed, g_idx)

@@ -139,6 +139,14 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
     return [*suffixed(names, "weight_scale"), *suffixed(names, "weight_scale_inv")]
 
 
+def load_scale(module: str, scheme: QuantizationScheme, get: Any) -> Tensor:
+    """The weight's scales, fp32 [grid rows, grid cols]."""
+    return ct.load_scale(module, scheme, lambda name: get(_renamed(module, scheme, name)))
+
+
+load_zero_point = ct.load_zero_point
+
+
 def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
     """The inverse of `pack_weight`."""
     return ct.load_weight(module, scheme, lambda name: get(_renamed(module, scheme, name)), rows, cols)

@@ -185,27 +185,41 @@ def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
     return int(words.shape[1]), int(words.shape[0]) * (32 // scheme.weights.num_bits)
 
 
-def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
-    """The inverse of `pack_weight`. CheckpointError if symmetric weights have other zero points than the middle code,
-    as a checkpoint of one version labelled as the other has.
+def load_scale(module: str, scheme: QuantizationScheme, get: Any) -> Tensor:
+    """The weight's scales, fp32 [rows, groups]."""
+    found: Tensor = get(f"{module}.scales").t().float().contiguous()
+    return found
+
+
+def load_zero_point(module: str, scheme: QuantizationScheme, get: Any, rows: int) -> Tensor | None:
+    """The weight's zero points, int8 [rows, groups]; None for symmetric ones. CheckpointError if those are others than
+    the middle code, as a checkpoint of one version labelled as the other has.
     """
     import torch
 
     from .. import ops
-    from ..quantized import QuantizedTensor
 
     args = scheme.weights
     half = 1 << (args.num_bits - 1)
     zeros = ops.unpack_int32(get(f"{module}.qzeros").contiguous(), args.num_bits, rows).t()
     if not scheme.name.endswith("gptq_v2"):
         zeros = (zeros.short() + 1 + half).remainder(2 * half).sub(half).to(torch.int8)
-    zero_point = None if args.symmetric else zeros.contiguous()
     if args.symmetric and bool((zeros != 0).any()):
         raise CheckpointError(
             f"{module}.qzeros: sym is true and checkpoint_format {scheme.name.removeprefix('GPTQ_')}, and the zero "
             "points are not the middle code; the label may be that of the other version"
         )
-    scale = get(f"{module}.scales").t().to(torch.float32).contiguous()
+    return None if args.symmetric else zeros.contiguous()
+
+
+def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
+    """The inverse of `pack_weight`; CheckpointError as of `load_zero_point`."""
+    import torch
+
+    from ..quantized import QuantizedTensor
+
+    args, scale = scheme.weights, load_scale(module, scheme, get)
+    zero_point = load_zero_point(module, scheme, get, rows)
     g_idx = get(f"{module}.g_idx")
     natural = torch.arange(cols, dtype=torch.int32) // (args.group_size or cols)
     order = None if torch.equal(g_idx, natural) else g_idx.clone()

@@ -55,7 +55,7 @@ def kind_of(scheme: QuantizationScheme) -> str | None:
         return None
     if inputs is None:
         return "W8A16"
-    if inputs.type != "int":
+    if inputs.type != "int" or inputs.outlier_threshold is not None:
         return None
     if not inputs.dynamic:
         return "W8A8"
@@ -250,15 +250,26 @@ def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
-    """The codes and scales. Newer tools write no weight_scale for static inputs; it is in deq_scale then."""
-    from ..quantized import QuantizedTensor
-
+def load_scale(module: str, scheme: QuantizationScheme, get: Any) -> Tensor:
+    """fp32 [rows, 1]. Newer tools write no weight_scale for static inputs; it is in deq_scale then."""
     try:
-        scale = get(f"{module}.weight_scale").float()
+        scale: Tensor = get(f"{module}.weight_scale").float()
     except (KeyError, CheckpointError):
         scale = dequantizing_scale(get(f"{module}.deq_scale")) / get(f"{module}.input_scale").float()
-    return QuantizedTensor(get(f"{module}.weight"), scale.reshape(rows, 1), None, scheme.weights, rows, cols)
+    return scale.reshape(-1, 1)
+
+
+def load_zero_point(module: str, scheme: QuantizationScheme, get: Any, rows: int) -> Tensor | None:
+    """None: weights are symmetric."""
+    return None
+
+
+def load_weight(module: str, scheme: QuantizationScheme, get: Any, rows: int, cols: int) -> QuantizedTensor:
+    """The codes and scales."""
+    from ..quantized import QuantizedTensor
+
+    scale = load_scale(module, scheme, get)
+    return QuantizedTensor(get(f"{module}.weight"), scale, None, scheme.weights, rows, cols)
 
 
 def dequantizing_scale(stored: Tensor) -> Tensor:

@@ -109,6 +109,19 @@ class WeightSource:
         get = partial(self.checkpoint.tensor, populate=populate)
         return self.format.load_weight(module, self.schemes[module], get, *self.shape(module, populate))
 
+    def scale(self, module: str) -> Tensor:
+        """The scales of `module`'s weight, fp32 [grid rows, grid cols], without its codes."""
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        return self.format.load_scale(module, self.schemes[module], self.checkpoint.tensor)
+
+    def weight_zero_point(self, module: str) -> Tensor | None:
+        """The zero points of `module`'s weight, int8 as its scales, without its codes; None for symmetric ones."""
+        if self.format is None:
+            raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        rows, _ = self.shape(module, populate=False)
+        return self.format.load_zero_point(module, self.schemes[module], self.checkpoint.tensor, rows)
+
     def quantized_rows(self, module: str, weight: QuantizedTensor, begin: int, end: int) -> QuantizedTensor:
         """Rows [begin, end) of `weight`, which is `module`'s; read anew from a format that holds them as rows."""
         part, shape = weight.part(begin, end), tuple(weight.codes.shape)
@@ -188,9 +201,13 @@ def fake_quantize(
     x: Tensor, args: QuantizationArgs, scale: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Tensor:
     """x [..., channels] rounded to what its codes can hold, in x's dtype; scales from x itself unless given. Of NVFP4,
-    `scale` is the global one.
+    `scale` is the global one. With an `outlier_threshold` the columns that reach it in any row stay as they are.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if args.outlier_threshold is not None:
+        kept = (rows.abs() >= args.outlier_threshold).any(0)
+        inside = fake_quantize(rows.masked_fill(kept, 0), replace(args, outlier_threshold=None))
+        return torch.where(kept, rows, inside).reshape(x.shape)
     if args.scales != "float":
         return rounded(rows, args, scale).reshape(x.shape)
     block = args.block

@@ -101,6 +101,8 @@ def describe(args: QuantizationArgs) -> str:
     words = [kind, where]
     if args.type == "int":
         words.append("symmetric" if args.symmetric else "asymmetric")
+    if args.outlier_threshold is not None:
+        words.append(f"outliers from {args.outlier_threshold:g} on in 16 bit")
     if args.dynamic == "local":
         words.append("dynamic in a static range")
     elif args.dynamic:

@@ -19,7 +19,7 @@ CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
 # Stored by writers in whatever float dtype the model had; read as fp32.
 SCALES = (
-    *("weight_scale", "weight_scale_inv", "scales", "input_scale", "input_offset", "weight_global_scale"),
+    *("weight_scale", "weight_scale_inv", "scales", "SCB", "input_scale", "input_offset", "weight_global_scale"),
     *("input_global_scale", "k_scale", "v_scale"),
 )
 SUPPORTED = (
@@ -64,7 +64,7 @@ def _problems(source: WeightSource) -> Iterator[str]:
     tensors, known = source.checkpoint.tensors, source.names()
     parts = source.format.PARTS if source.format is not None else ()
     # What tells that a module is quantized, and so has to be there.
-    anchor = "qweight" if "qweight" in parts else "weight_scale"
+    anchor = next((part for part in ("qweight", "SCB") if part in parts), "weight_scale")
     for name, info in tensors.items():
         module, _, part = name.rpartition(".")
         if module in source.modules:

@@ -145,6 +145,21 @@ class Int8Linear(PackedLinear):
         )
 
 
+class Int8MixedLinear(Int8Linear):
+    """LLM.int8(): int8 weights per channel, int8 activations per token but for columns with outliers."""
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        assert self.inputs is not None and self.inputs.outlier_threshold is not None
+        return ops.int8_mixed_gemm(
+            x,
+            self.packed,
+            self.weight_scale,
+            self.out_features,
+            threshold=self.inputs.outlier_threshold,
+            bias=self.bias,
+        )
+
+
 class Int4Int8Linear(PackedLinear):
     """int4 weights per group or channel, int8 activations per token."""
 
@@ -265,6 +280,9 @@ def kind_of(scheme: QuantizationScheme) -> type[PackedLinear] | None:
         exact = inputs is None or (inputs.type == "float" and inputs.group_size in (None, 128))
         return FP8Linear if exact else None
     per_row = weights.strategy in ("channel", "tensor")
+    if inputs is not None and inputs.outlier_threshold is not None:
+        fits = weights.num_bits == 8 and weights.symmetric and weights.strategy == "channel"
+        return Int8MixedLinear if fits else None
     if inputs is None:
         return IntLinear if weights.strategy in ("channel", "group", "tensor") else None
     if inputs.type == "int" and inputs.num_bits == 8 and weights.actorder != "group":
@@ -292,6 +310,7 @@ def describe(args: QuantizationArgs) -> str:
     )
     size = args.group_size or args.block_structure
     words = f"{kind} per {args.strategy}" + (f" of {size}" if size else "")
+    words += f", from {args.outlier_threshold:g} on in 16 bit" if args.outlier_threshold is not None else ""
     return words + ("" if args.symmetric else ", asymmetric") + (", at run time" if args.dynamic else "")
 
 
