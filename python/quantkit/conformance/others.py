@@ -258,9 +258,10 @@ def bitsandbytes(found: Inventory, verdict: Verdict) -> None:
         expect(verdict, stored, wanted, allowed=("weight_format",))
         if "weight_format" in stored.parts and any(found.value(stored, "weight_format") or b""):
             verdict.add("refused", f"{name}.weight_format", "is not 0; newer readers know rows only")
-    for head in found.family.heads[:1] if found.family.tied and skipped is not None else ():
-        if head not in found.linears and not any(_skips(str(key), head) for key in skipped):
-            verdict.add("wrong", head, "is the embedding, and is read as int8 unless llm_int8_skip_modules names it")
+    head = found.family.heads[0]
+    tied = found.family.tied and head not in found.linears
+    if tied and skipped is not None and not any(_skips(str(key), head) for key in skipped):
+        verdict.add("wrong", head, "is the embedding, and is read as int8 unless llm_int8_skip_modules names it")
     sound_scales(found, verdict, lambda stored: False)
 
 
