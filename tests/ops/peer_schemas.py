@@ -50,6 +50,50 @@ VLLM = {
     "cutlass_scaled_mm_supports_fp4": "cutlass_scaled_mm_supports_fp4(int cuda_device_capability) -> bool",
     "cutlass_scaled_fp4_mm": "cutlass_scaled_fp4_mm(Tensor! out, Tensor a, Tensor b, Tensor block_scale_a, "
     "Tensor block_scale_b, Tensor alpha) -> ()",
+    "gptq_gemm": "gptq_gemm(Tensor a, Tensor b_q_weight, Tensor b_gptq_qzeros, Tensor b_gptq_scales, Tensor b_g_idx, "
+    "bool use_exllama, bool use_v2_format, int bit) -> Tensor",
+    "gptq_shuffle": "gptq_shuffle(Tensor! q_weight, Tensor q_perm, int bit) -> ()",
+    "awq_dequantize": "awq_dequantize(Tensor _kernel, Tensor _scaling_factors, Tensor _zeros, SymInt split_k_iters, "
+    "int thx, int thy) -> Tensor",
+    "awq_gemm": "awq_gemm(Tensor _in_feats, Tensor _kernel, Tensor _scaling_factors, Tensor _zeros, "
+    "SymInt split_k_iters) -> Tensor",
+    "gptq_marlin_repack": "gptq_marlin_repack(Tensor b_q_weight, Tensor perm, SymInt size_k, SymInt size_n, "
+    "int num_bits, bool is_a_8bit) -> Tensor",
+    "awq_marlin_repack": "awq_marlin_repack(Tensor b_q_weight, SymInt size_k, SymInt size_n, int num_bits, "
+    "bool is_a_8bit) -> Tensor",
+    "marlin_gemm": "marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none,"
+    "Tensor b_scales, Tensor? a_scales, Tensor? global_scale, Tensor? b_zeros_or_none, Tensor? g_idx_or_none, "
+    "Tensor? perm_or_none, Tensor workspace, int b_type_id, SymInt size_m, SymInt size_n, SymInt size_k, "
+    "bool is_k_full, bool use_atomic_add, bool use_fp32_reduce, bool is_zp_float) -> Tensor",
+    # As vLLM 0.32 calls them in _custom_ops.py, which no longer knows GPTQ's order of columns.
+    "gptq_gemm.in_order": "gptq_gemm(Tensor a, Tensor b_q_weight, Tensor b_gptq_qzeros, Tensor b_gptq_scales, "
+    "bool use_exllama, bool use_v2_format, int bit) -> Tensor",
+    "gptq_marlin_repack.in_order": "gptq_marlin_repack(Tensor b_q_weight, SymInt size_k, SymInt size_n, int num_bits, "
+    "bool is_a_8bit) -> Tensor",
+    "marlin_gemm.in_order": "marlin_gemm(Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor? b_bias_or_none, "
+    "Tensor b_scales, Tensor? a_scales, Tensor? global_scale, Tensor? b_zeros_or_none, Tensor workspace, "
+    "int b_type_id, SymInt size_m, SymInt size_n, SymInt size_k, bool use_atomic_add, bool use_fp32_reduce, "
+    "bool is_zp_float) -> Tensor",
+    "permute_cols": "permute_cols(Tensor A, Tensor perm) -> Tensor",
+    "moe_wna16_gemm.vllm": "moe_wna16_gemm(Tensor input, Tensor! output, Tensor b_qweight, Tensor b_scales, "
+    "Tensor? b_qzeros, Tensor? topk_weights, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_pad, "
+    "int top_k, int BLOCK_SIZE_M, int BLOCK_SIZE_N, int BLOCK_SIZE_K, int bit) -> ()",
+    "reshape_and_cache_flash": "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, "
+    "Tensor! value_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
+    "convert_fp8": "convert_fp8(Tensor! dst_cache, Tensor src_cache, float scale, str kv_cache_dtype) -> ()",
+    # On CPUs.
+    "cpu_gemm_wna16": "cpu_gemm_wna16(Tensor input, Tensor q_weight, Tensor(a2!) output, Tensor scales, Tensor? zeros, "
+    "Tensor? bias, SymInt pack_factor, str isa_hint) -> ()",
+    "create_onednn_scaled_mm_handler": "create_onednn_scaled_mm_handler(Tensor b, Tensor b_scales, "
+    "ScalarType output_type, bool dynamic_act_quant, bool use_azp, int primitive_cache_size) -> int",
+    "onednn_scaled_mm": "onednn_scaled_mm(Tensor! c, Tensor a, Tensor a_scales, Tensor? azp, Tensor? azp_adj, "
+    "Tensor? bias, Tensor handler_tensor) -> ()",
+    "release_dnnl_matmul_handler": "release_dnnl_matmul_handler(int handler) -> ()",
+    "convert_weight_packed": "convert_weight_packed(Tensor! weight) -> Tensor",
+    "int8_scaled_mm_with_quant": "int8_scaled_mm_with_quant(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, "
+    "ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "fp8_scaled_mm_cpu": "fp8_scaled_mm_cpu(Tensor(a0!) mat1, Tensor(a1!) mat2, Tensor(a2!) scales2, "
+    "SymInt[] block_size, Tensor? bias, ScalarType out_dtype, bool is_vnni) -> Tensor",
 }
 SGLANG = {
     "rmsnorm": "rmsnorm(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
@@ -79,10 +123,25 @@ SGLANG = {
     "Tensor! input_scale) -> ()",
     "cutlass_scaled_fp4_mm": "cutlass_scaled_fp4_mm(Tensor! out, Tensor a, Tensor b, Tensor block_scale_a, "
     "Tensor block_scale_b, Tensor alpha) -> ()",
+    "gptq_gemm.sglang": "gptq_gemm(Tensor a, Tensor b_q_weight, Tensor b_gptq_qzeros, Tensor b_gptq_scales, "
+    "Tensor b_g_idx, bool use_shuffle, int bit) -> Tensor",
+    "gptq_shuffle": "gptq_shuffle(Tensor! q_weight, Tensor q_perm, int bit) -> ()",
+    "awq_dequantize.sglang": "awq_dequantize(Tensor qweight, Tensor scales, Tensor qzeros) -> Tensor",
+    "gptq_marlin_repack.sglang": "gptq_marlin_repack(Tensor! b_q_weight, Tensor! perm, int size_k, int size_n, "
+    "int num_bits) -> Tensor",
+    "awq_marlin_repack.sglang": "awq_marlin_repack(Tensor! b_q_weight, int size_k, int size_n, int num_bits) -> Tensor",
+    "convert_weight_packed": "convert_weight_packed(Tensor weight) -> Tensor",
+    "weight_packed_linear": "weight_packed_linear(Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> Tensor",
+    "int8_scaled_mm_cpu": "int8_scaled_mm_cpu(Tensor mat1, Tensor mat2, Tensor scales1, Tensor scales2, Tensor? bias, "
+    "ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "int8_scaled_mm_with_quant": "int8_scaled_mm_with_quant(Tensor mat1, Tensor mat2, Tensor scales2, Tensor? bias, "
+    "ScalarType out_dtype, bool is_vnni) -> Tensor",
+    "fp8_scaled_mm_cpu": "fp8_scaled_mm_cpu(Tensor mat1, Tensor mat2, Tensor scales2, int[] block_size, Tensor? bias, "
+    "ScalarType out_dtype, bool is_vnni) -> Tensor",
 }
 # Where a peer does not say which arguments it writes to, or says so of ones that it reads. quantkit tells the truth,
 # or torch.compile would reorder the writes; a caller sees no difference.
-WRITES = {
+WRITES: dict[str, set[str]] = {
     **{
         f"sgl_per_{kind}": {"output_q", "output_s"}
         for kind in (
@@ -95,4 +154,13 @@ WRITES = {
         )
     },
     "scaled_fp4_quant.sglang": {"output", "output_scale"},
+    **{
+        name: set()
+        for name in (
+            "convert_weight_packed",
+            "fp8_scaled_mm_cpu",
+            "gptq_marlin_repack.sglang",
+            "awq_marlin_repack.sglang",
+        )
+    },
 }

@@ -16,9 +16,10 @@ PEERS = {"vllm": VLLM, "sglang": SGLANG}
 
 def signature(schema: Any, writes: set[str] | None = None) -> list[Any]:
     """Names, types, defaults, which are by keyword only, which are written to; and the types of results."""
-    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    given = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = given if writes is None else writes
     arguments = [
-        (a.name, str(a.type), a.has_default_value(), a.default_value, a.kwarg_only, a.name in (writes or written))
+        (a.name, str(a.type), a.has_default_value(), a.default_value, a.kwarg_only, a.name in written)
         for a in schema.arguments
     ]
     return [*arguments, [str(r.type) for r in schema.returns]]

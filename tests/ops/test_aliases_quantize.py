@@ -175,5 +175,7 @@ def test_compile_and_nothing() -> None:
             assert torch.equal(one, other)
     out = torch.empty(0, 64, dtype=INT8)
     Q.dynamic_scaled_int8_quant(out, x_of(0, 64), torch.empty(0, 1), None)
+    Q.static_scaled_int8_quant(out, x_of(0, 64), torch.ones(1), None)
+    Q.static_scaled_fp8_quant(out.view(E4M3), x_of(0, 64), torch.ones(1))
     with pytest.raises(RuntimeError, match=r"quantkit::dynamic_scaled_int8_quant: result must be \[130, 64\]"):
         Q.dynamic_scaled_int8_quant(out, x, torch.empty(130, 1), None)

@@ -5,8 +5,8 @@ Importing this module registers them, on every device that quantkit's ops run on
 order, same results up to rounding. `ALIASES` lists them; docs/integrations/ops.md says which are not offered, and why.
 """
 
-from . import fused, gemm, quantize
+from . import cache, cpu, fused, gemm, quantize, weight_only
 from ._define import ALIASES, Alias
 from .frozen import freeze, thaw
 
-__all__ = ["ALIASES", "Alias", "freeze", "fused", "gemm", "quantize", "thaw"]
+__all__ = ["ALIASES", "Alias", "cache", "cpu", "freeze", "fused", "gemm", "quantize", "thaw", "weight_only"]

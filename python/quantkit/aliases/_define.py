@@ -61,6 +61,11 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def one(scale: Tensor, x: Tensor) -> Tensor:
+    """One fp32 number as the grid of a single block over x [rows, cols]: [1, 1], or [0, 1] for no rows."""
+    return scale.reshape(1, 1).float()[: len(x)]
+
+
 def store(op: str, name: str, target: Tensor, values: Tensor) -> None:
     """Writes an argument: `values` in its shape, or in its first rows where it has more of them."""
     check(

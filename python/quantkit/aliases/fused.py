@@ -8,7 +8,7 @@ from torch import Tensor
 from quantkit import ops
 from quantkit.ops.quantize import FP8_MAX
 
-from ._define import alias, check, matrix, store
+from ._define import alias, check, matrix, one, store
 from .quantize import _LEAST_TOKEN_SCALE, _quantized, _store_fp4, fp4
 
 
@@ -49,7 +49,7 @@ def silu_and_mul(out: Tensor, input: Tensor) -> None:
 def _by_tensor(op: str, result: Tensor, x: Tensor, scale: Tensor) -> None:
     check(op, scale.numel() == 1, lambda: f"scale must be one number, got {list(scale.shape)}")
     rows = matrix(x)
-    store(op, "result", result, _quantized(op, rows, scale.reshape(1, 1), [-1, -1], result.dtype))
+    store(op, "result", result, _quantized(op, rows, one(scale, rows), [-1, -1], result.dtype))
 
 
 @alias("vllm", "silu_and_mul_quant(Tensor! result, Tensor input, Tensor scale) -> ()")

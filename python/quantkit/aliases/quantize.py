@@ -10,7 +10,7 @@ from torch import Tensor
 from quantkit import ops
 from quantkit.ops.quantize import FP8_MAX
 
-from ._define import alias, check, matrix, store
+from ._define import alias, check, matrix, one, store
 
 _LEAST_TOKEN_SCALE = 1.0 / (448.0 * 512.0)  # of a token's FP8 scale, in vLLM and sgl-kernel
 
@@ -27,7 +27,7 @@ def static_block(op: str, x: Tensor, scale: Tensor, group_shape: Sequence[int] |
     """A static scale as a grid, and its block. [1] is one for all; a 1-D scale says by group_shape what it is."""
     rows, cols = x.shape
     if scale.numel() == 1:
-        return scale.reshape(1, 1), [-1, -1]
+        return one(scale, x), [-1, -1]
     if scale.dim() == 1:
         wanted = None if group_shape is None else tuple(group_shape)
         check(
@@ -90,7 +90,7 @@ def static_scaled_int8_quant(result: Tensor, input: Tensor, scale: Tensor, azp: 
     op, x = "static_scaled_int8_quant", matrix(input)
     check(op, scale.numel() == 1, lambda: f"scale must be one number, got {list(scale.shape)}")
     if azp is None:
-        codes = ops.quantize_int(x, scale.reshape(1, 1), None, [-1, -1], -128, 127)
+        codes = ops.quantize_int(x, one(scale, x), None, [-1, -1], -128, 127)
     else:
         codes = _with_offset(x, scale.reshape(1, 1), azp.reshape(1, 1))
     store(op, "result", result, codes)
@@ -257,7 +257,7 @@ def sgl_per_token_group_quant_8bit_v2(
 def sgl_per_tensor_quant_fp8(input: Tensor, output_q: Tensor, output_s: Tensor, is_static: bool) -> None:
     op, x = "sgl_per_tensor_quant_fp8", matrix(input)
     if is_static:
-        store(op, "output_q", output_q, _quantized(op, x, output_s.reshape(1, 1), [-1, -1], output_q.dtype))
+        store(op, "output_q", output_q, _quantized(op, x, one(output_s, x), [-1, -1], output_q.dtype))
     else:
         codes, step = ops.rtn_fp8(x, [-1, -1], output_q.dtype)
         store(op, "output_q", output_q, codes)
