@@ -78,8 +78,9 @@ def test_a_weight_is_read_once(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Checkpoint, "tensor", noted)
     convert(job, tmp_path / "out", "gptq", progress=False)
-    # For its shape and for its codes, one right behind the other.
-    assert read[::2] == read[1::2] and len(set(read)) == len(read) / 2 == 28
+    # For its codes, and in GPTQ's and AWQ's formats right before for its shape.
+    once = [n for i, n in enumerate(read) if i == 0 or read[i - 1] != n]
+    assert len(once) == len(set(once)) == 28 and len(read) <= 56
 
 
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
