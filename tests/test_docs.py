@@ -48,6 +48,18 @@ def test_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeyp
             exec(compile(code, page, "exec"), names)
 
 
+JOBS = [(page, code) for page, code in blocks("yaml") if "model_path: examples/" in code]
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in JOBS}))
+def test_jobs_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML blocks that are whole jobs for a model that is here."""
+    _work_in(tmp_path, monkeypatch)
+    for number, code in enumerate(code for name, code in JOBS if name == page):
+        Path(f"job{number}.yaml").write_text(code)
+        assert main(["run", "-c", f"job{number}.yaml"]) == 0
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
