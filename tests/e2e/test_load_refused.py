@@ -104,7 +104,7 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "a method of others": (
         "W8A8",
         lambda t, c: c["quantization_config"].update(quant_method="hqq"),
-        r"quant_method 'hqq' is not one that quantkit reads \(compressed-tensors, gptq, awq, fp8, mindie\)",
+        r"quant_method 'hqq' is not one that quantkit reads \(compressed-tensors, gptq, awq, fp8, mindie, bits",
     ),
     "two bits": (
         "W8A8",
