@@ -32,7 +32,8 @@ if sys.argv[1:]:
     from quantkit.cli import main
     status = main(sys.argv[1:])
 print("VmHWM", next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
-sys.exit(status)
+from quantkit.startup import leave  # as the command ends
+leave(status)
 """
 
 

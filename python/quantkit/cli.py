@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, distributed
 from .errors import Interrupted, QuantkitError
+from .startup import leave
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig
@@ -354,8 +355,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `quantkit` command."""
+    leave(main(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `quantkit` command; gives back its exit status."""
     args = _parser().parse_args(argv)
     try:
         status: int = args.function(args)

@@ -18,6 +18,7 @@ from .distributed import ONE, Ranks
 from .parallel import each, single_threaded_ops
 from .plan import Plan
 from .report.progress import Progress
+from .startup import quick_imports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,8 @@ def data_free(
     ahead = _Ahead(plan, names, source) if isinstance(source, RowReader) else None
     if ahead is not None and names:
         ahead.reach(0)  # before torch is imported
+    with quick_imports():
+        import torch  # noqa: F401
     total = sum(plan.checkpoint.tensors[name].nbytes for name in names)
     divided = [by_rows and _divisible(plan, _module(plan, name)) for name in names]
     with Progress("quantize", total=total, unit="B", enabled=progress) as bar:

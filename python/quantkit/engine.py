@@ -40,6 +40,7 @@ from .report.model_card import model_card
 from .report.progress import Progress
 from .resume import Resumption
 from .resume_ranks import SharedResumption
+from .startup import quick_imports
 
 if TYPE_CHECKING:
     import torch
@@ -183,8 +184,11 @@ class _Calibration:
     """The model without weights, and the rows that it is calibrated with."""
 
     def __init__(self, plan: Plan, rows: Sequence[Sequence[int]] | None, ranks: Ranks) -> None:
-        from .calibration.dataset import load_rows, load_tokenizer
-        from .models.skeleton import Skeleton
+        with quick_imports():
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+            from .calibration.dataset import load_rows, load_tokenizer
+            from .models.skeleton import Skeleton
 
         config, checkpoint = plan.config, plan.checkpoint
         remote = config.model.trust_remote_code

@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,14 @@ def machine_fingerprint(*, forwards: bool) -> dict[str, str]:
     """Of the software. With `forwards`, results also depend on how PyTorch multiplies matrices; quantkit's own kernels
     give the same bits on every CPU and with any number of threads.
     """
-    import torch
-
     found = {
         "quantkit": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),  # without importing it: a run without data lets the disk read before it does
         "platform": sys.platform,
     }
     if forwards:
+        import torch
         import transformers
 
         found["transformers"] = transformers.__version__
