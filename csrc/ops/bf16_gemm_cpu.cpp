@@ -1,17 +1,14 @@
 // pack_bf16 and bf16_gemm on the CPU: the kernels of wna16.h with weights of 16 bits.
 #include "ops/wna16.h"
 
+#include "ops/pack_check.h"
+
 namespace qk::cpu {
 
 Tensor pack_bf16(const Tensor& weight) {
   constexpr auto kOp = "pack_bf16";
-  check(weight.dim() == 2 && weight.scalar_type() == ScalarType::BFloat16, kOp,
-        "weight must be 2-D torch.bfloat16, got ", weight.dim(), "-D ",
-        name_of(weight.scalar_type()));
+  check_pack_bf16(kOp, weight);
   const int64_t rows = weight.size(0), cols = weight.size(1);
-  check(cols > 0, kOp, "in_features must be positive, got ", cols);
-  check(cols == 1 || weight.stride(1) == 1, kOp,
-        "weight must have its last dimension contiguous, got strides ", text_of(weight.strides()));
   const int64_t panels = (rows + kPanelCols - 1) / kPanelCols, steps = wna16_steps(16, cols);
   Tensor packed = output(weight, {panels, steps, kPanelCols}, ScalarType::Int);
   const Wna16Words in = {16, element(weight, 0), weight.stride(0), rows, cols, nullptr};

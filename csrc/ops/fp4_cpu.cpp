@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 
+#include "ops/pack_check.h"
 #include "ops/scales.h"
 
 namespace qk::cpu {
@@ -22,12 +23,8 @@ constexpr std::array<std::array<uint8_t, 2>, 256> kPairs = [] {
 
 Tensor quantize_fp4(const Tensor& x, const Tensor& scale, int64_t group_size) {
   constexpr auto kOp = "quantize_fp4";
-  check(group_size > 0 && group_size % 2 == 0, kOp, "group_size must be positive and even, got ",
-        group_size);
-  const Grid grid = check_scale(kOp, x, scale, std::nullopt, Block{1, group_size});
-  check_float(kOp, "x", x);
+  const Grid grid = check_quantize_fp4(kOp, x, scale, group_size);
   check_rows(kOp, "x", x);
-  check(x.size(1) % 2 == 0, kOp, "x must have an even number of columns, got ", x.size(1));
   Tensor q = output(x, {x.size(0), x.size(1) / 2}, ScalarType::Byte);
   if (x.numel() == 0) return q;
   const Scales scales = scales_of(grid, scale, std::nullopt);
@@ -40,9 +37,7 @@ Tensor quantize_fp4(const Tensor& x, const Tensor& scale, int64_t group_size) {
 
 Tensor unpack_fp4(const Tensor& packed) {
   constexpr auto kOp = "unpack_fp4";
-  check(packed.dim() == 2 && packed.scalar_type() == ScalarType::Byte, kOp,
-        "packed must be 2-D torch.uint8, got ", packed.dim(), "-D ", name_of(packed.scalar_type()));
-  check_rows(kOp, "packed", packed);
+  check_unpack_fp4(kOp, packed);
   const int64_t rows = packed.size(0), bytes = packed.size(1);
   Tensor codes = output(packed, {rows, 2 * bytes}, ScalarType::Float8_e4m3fn);
   if (codes.numel() == 0) return codes;

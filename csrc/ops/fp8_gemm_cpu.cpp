@@ -1,4 +1,5 @@
 // pack_fp8 and fp8_gemm on the CPU.
+#include "ops/pack_check.h"
 #include "ops/fp8_gemm.h"
 
 #include <memory>
@@ -56,10 +57,7 @@ Tensor fp8_tensor_scale(const Tensor& x) {
 
 Tensor pack_fp8(const Tensor& codes) {
   constexpr auto kOp = "pack_fp8";
-  check(codes.dim() == 2 && codes.scalar_type() == ScalarType::Float8_e4m3fn, kOp,
-        "codes must be torch.float8_e4m3fn [N, K], got ", name_of(codes.scalar_type()), " ",
-        text_of(codes.sizes()));
-  check_rows(kOp, "codes", codes);
+  check_pack_fp8(kOp, codes);
   const int64_t rows = codes.size(0), cols = codes.size(1),
                 panels = (rows + kPanelCols - 1) / kPanelCols;
   Tensor packed = output(codes, {panels, fp8_panel_bytes(cols)}, ScalarType::Char);

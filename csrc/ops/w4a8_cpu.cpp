@@ -2,6 +2,7 @@
 #include "cpu/w4a8.h"
 
 #include "ops/arena.h"
+#include "ops/pack_check.h"
 #include "ops/w8a8.h"
 
 namespace qk::cpu {
@@ -84,12 +85,7 @@ void product(const Tensor& x, const W4A8Weight& weight, const Tensor& out) {
 
 Tensor pack_w4a8(const Tensor& words, int64_t in_features) {
   constexpr auto kPack = "pack_w4a8";
-  check(words.dim() == 2 && words.scalar_type() == ScalarType::Int, kPack,
-        "words must be torch.int32 [N, ceil(K / 8)], got ", name_of(words.scalar_type()), " ",
-        text_of(words.sizes()));
-  check(words.size(1) == (in_features + 7) / 8, kPack, "in_features ", in_features, " takes ",
-        (in_features + 7) / 8, " words a row, words has ", words.size(1));
-  check_rows(kPack, "words", words);
+  check_pack_w4a8(kPack, words, in_features);
   const int64_t rows = words.size(0), depth = words.size(1), panels = w4a8_panels(rows);
   Tensor packed = output(words, {panels, depth, kW4Panel}, ScalarType::Int);
   if (packed.numel() == 0) return packed;

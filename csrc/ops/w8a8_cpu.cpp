@@ -1,18 +1,15 @@
 // pack_w8a8, int8_gemm and w8a8_gemm on the CPU.
 #include "ops/w8a8.h"
 
+#include "ops/pack_check.h"
+
 namespace qk::cpu {
 
 using Optional = std::optional<Tensor>;
 
 Tensor pack_w8a8(const Tensor& codes) {
   constexpr auto kOp = "pack_w8a8";
-  check(codes.dim() == 2 && codes.scalar_type() == ScalarType::Char, kOp,
-        "codes must be torch.int8 [N, K], got ", name_of(codes.scalar_type()), " ",
-        text_of(codes.sizes()));
-  check(codes.size(1) <= kMaxDepth, kOp, "K must be at most ", kMaxDepth,
-        ", or the int32 sums could overflow, got ", codes.size(1));
-  check_rows(kOp, "codes", codes);
+  check_pack_w8a8(kOp, codes);
   const int64_t rows = codes.size(0), cols = codes.size(1);
   const int64_t panels = (rows + kPanel - 1) / kPanel;
   Tensor packed = output(codes, {panels, w8a8_panel_bytes(cols)}, ScalarType::Char);

@@ -1,6 +1,8 @@
 // pack_wna16 and wna16_gemm on the CPU.
 #include "ops/wna16.h"
 
+#include "ops/pack_check.h"
+
 namespace qk::cpu {
 namespace {
 
@@ -42,14 +44,9 @@ Wna16Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, 
 Tensor pack_wna16(const Tensor& words, int64_t num_bits, int64_t in_features,
                   const Optional& perm) {
   constexpr auto kOp = "pack_wna16";
-  check_num_bits(kOp, num_bits);
-  check(in_features > 0, kOp, "in_features must be positive, got ", in_features);
+  check_pack_wna16(kOp, words, num_bits, in_features, perm);
   const int bits = static_cast<int>(num_bits);
   const int64_t steps = wna16_steps(bits, in_features);
-  check(words.dim() == 2 && words.scalar_type() == ScalarType::Int && words.size(1) == steps, kOp,
-        "words must be torch.int32 [N, ", steps, "] for ", in_features, " codes of ", num_bits,
-        " bits, got ", name_of(words.scalar_type()), " ", text_of(words.sizes()));
-  check_rows(kOp, "words", words);
   const int32_t* const order = check_perm(kOp, perm, in_features);
   const int64_t rows = words.size(0), panels = (rows + kPanelCols - 1) / kPanelCols;
   Tensor packed = output(words, {panels, steps, kPanelCols}, ScalarType::Int);

@@ -77,6 +77,40 @@ def pack_cases(rows: int, cols: int) -> Iterator[Case]:
         yield "unpack_int32", (ops._library.REFERENCES["pack_int32"](codes, bits), bits, cols)
 
 
+def weight_cases(rows: int, cols: int) -> Iterator[Case]:
+    """Ops that lay weights out for the GEMMs, from contiguous rows and from wider, misaligned ones."""
+    generator = torch.Generator().manual_seed(rows * 1009 + cols)
+    wide = torch.randint(-128, 128, (rows, cols + 3), dtype=torch.int8, generator=generator)
+    for codes in (wide[:, :cols].contiguous(), wide[:, 1 : 1 + cols]):
+        yield "pack_w8a8", (codes,)
+        yield "pack_fp8", (codes.view(torch.float8_e4m3fn),)
+        yield "pack_bf16", (codes.to(torch.bfloat16),)
+    perm = torch.randperm(cols, generator=generator).to(torch.int32)
+    for bits in (4, 8):
+        count = (cols * bits + 31) // 32
+        words = torch.randint(-(2**31), 2**31, (rows, count + 1), dtype=torch.int32, generator=generator)
+        for some in (words[:, :count].contiguous(), words[:, 1:]):
+            yield "pack_wna16", (some, bits, cols, None)
+            yield "pack_wna16", (some, bits, cols, perm)
+            if bits == 4:
+                yield "pack_w4a8", (some, cols)
+
+
+def fp4_cases(rows: int, cols: int) -> Iterator[Case]:
+    """cols even."""
+    generator = torch.Generator().manual_seed(rows * 1009 + cols)
+    for dtype in FLOATS:
+        x = matrix(rows, cols, dtype)
+        for group in (2, 6, 16, 32):
+            scale = torch.rand(rows, -(-cols // group), generator=generator) + 0.1
+            yield "quantize_fp4", (x, scale, group)
+        ties = torch.randint(-24, 25, (rows, cols + 2), generator=generator).to(dtype) / 4
+        yield "quantize_fp4", (ties[:, 1 : 1 + cols], torch.ones(rows, -(-cols // 16)), 16)
+    packed = torch.randint(0, 256, (rows, cols // 2 + 1), dtype=torch.uint8, generator=generator)
+    yield "unpack_fp4", (packed[:, : cols // 2].contiguous(),)
+    yield "unpack_fp4", (packed[:, 1:],)
+
+
 def relocate(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
     """The same tensor where `copy` puts contiguous ones, strides included; anything else as it is."""
     if not isinstance(value, Tensor):

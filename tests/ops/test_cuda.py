@@ -17,10 +17,12 @@ from .cuda_cases import (
     SHAPES,
     cases,
     check,
+    fp4_cases,
     matrix,
     pack_cases,
     strided,
     token_cases,
+    weight_cases,
 )
 from .device import call, check_current_stream, check_graph
 from .gemm_cases import OPS as GEMMS
@@ -28,6 +30,12 @@ from .test_layer_cuda import OPS as LAYER
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 LARGE = ((2048, 4096), (64, 28672), (20000, 136))
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (70, 130), (1000, 4096)], ids=str)
+def test_weights(shape: tuple[int, int]) -> None:
+    check(call, weight_cases(*shape))
+    check(call, fp4_cases(*shape))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -84,6 +92,7 @@ def test_every_code_by_many_scales(dtype: torch.dtype) -> None:
 def all_ops() -> list[tuple[str, tuple[Any, ...]]]:
     x = matrix(130, 264, torch.bfloat16)
     found = [*cases(x, [1, 128]), *cases(x, [-1, -1]), *cases(x, [-1, 1]), *token_cases(x), *pack_cases(9, 33)]
+    found += [*weight_cases(70, 136), *fp4_cases(9, 34)]
     assert {op for op, _ in found} == set(ops._library.compiled_ops("CUDA")) - CALIBRATED - GEMMS - LAYER
     return found
 

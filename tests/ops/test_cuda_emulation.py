@@ -22,10 +22,12 @@ from .cuda_cases import (
     assert_same,
     cases,
     check,
+    fp4_cases,
     matrix,
     pack_cases,
     strided,
     token_cases,
+    weight_cases,
 )
 
 pytestmark = [
@@ -92,6 +94,27 @@ def test_tokens_that_are_no_even_run(emulated: Any) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (9, 9), (4, 33), (2, 4096), (700, 3)], ids=str)
 def test_packing(emulated: Any, shape: tuple[int, int]) -> None:
     check(emulated, pack_cases(*shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 6), (64, 32), (70, 129), (130, 264), (5, 1100)], ids=str)
+def test_weights(emulated: Any, shape: tuple[int, int]) -> None:
+    check(emulated, weight_cases(*shape))
+    check(emulated, fp4_cases(shape[0], shape[1] + shape[1] % 2))
+
+
+def test_weights_without_values(emulated: Any) -> None:
+    check(emulated, weight_cases(0, 8))
+    check(emulated, fp4_cases(0, 8))
+    check(emulated, fp4_cases(4, 0))
+    for op, codes in (("pack_w8a8", torch.int8), ("pack_fp8", torch.float8_e4m3fn)):
+        check(emulated, iter([(op, (torch.empty(70, 0, dtype=codes),))]))
+    # Columns that there are not: zero bits, whatever the others are.
+    words, perm = (
+        torch.full((3, 2), -1, dtype=torch.int32),
+        torch.tensor([3, -1, 900, 0, 1, 2, 4, 5, 6], dtype=torch.int32),
+    )
+    packed = emulated("pack_wna16", (words, 4, 9, perm))
+    assert packed[0, 0, 0].item() & 0x000F00F0 == 0 and (packed[0, 0, :3] == packed[0, 0, 0]).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0)], ids=str)

@@ -34,7 +34,7 @@ def _pack_reference(weight: Tensor) -> Tensor:
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight, (0, steps * 2 - cols, 0, panels * PANEL - rows))
     words = padded.flatten().view(torch.int32)
-    return words.view(panels, PANEL, steps).transpose(1, 2).contiguous()
+    return words.view(panels, PANEL, steps).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _gemm_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -78,7 +78,7 @@ def _gemm_reference(x: Tensor, packed: Tensor, bias: Tensor | None, out_features
     return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
 
 
-_pack = declare("pack_bf16(Tensor weight) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",))
+_pack = declare("pack_bf16(Tensor weight) -> Tensor", fake=_pack_fake, reference=_pack_reference)
 _gemm = declare(
     "bf16_gemm(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
     fake=_gemm_fake,

@@ -72,11 +72,8 @@ _quantize = declare(
     "quantize_fp4(Tensor x, Tensor scale, int group_size) -> Tensor",
     fake=_quantize_fake,
     reference=_quantize_reference,
-    kernels=("CPU",),
 )
-_unpack = declare(
-    "unpack_fp4(Tensor packed) -> Tensor", fake=_unpack_fake, reference=_unpack_reference, kernels=("CPU",)
-)
+_unpack = declare("unpack_fp4(Tensor packed) -> Tensor", fake=_unpack_fake, reference=_unpack_reference)
 
 
 def quantize_fp4(x: Tensor, scale: Tensor, group_size: int) -> Tensor:

@@ -211,7 +211,7 @@ def _fp8_reference(
     return y.to(x.dtype)
 
 
-_pack = declare("pack_fp8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",))
+_pack = declare("pack_fp8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference)
 _gemm = declare(
     "fp8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int[] weight_block, int out_features, Tensor? input_scale, "
     "int[]? input_block, Tensor? bias) -> Tensor",

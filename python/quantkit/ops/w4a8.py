@@ -193,9 +193,7 @@ def _reference(
     return y.to(x.dtype)
 
 
-_pack = declare(
-    "pack_w4a8(Tensor words, int in_features) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",)
-)
+_pack = declare("pack_w4a8(Tensor words, int in_features) -> Tensor", fake=_pack_fake, reference=_pack_reference)
 _w4a8_gemm = declare(
     "w4a8_gemm(Tensor x, Tensor packed, Tensor weight_scale, int out_features, int group_size, "
     "Tensor? weight_zero_point, Tensor? bias) -> Tensor",

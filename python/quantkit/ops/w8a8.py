@@ -253,7 +253,7 @@ def _w8a8_reference(
     return y.to(x.dtype)
 
 
-_pack = declare("pack_w8a8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference, kernels=("CPU",))
+_pack = declare("pack_w8a8(Tensor codes) -> Tensor", fake=_pack_fake, reference=_pack_reference)
 _int8_gemm = declare(
     "int8_gemm(Tensor a, Tensor packed, int out_features) -> Tensor",
     fake=_int8_gemm_fake,

@@ -85,7 +85,7 @@ def _pack_reference(words: Tensor, num_bits: int, in_features: int, perm: Tensor
     codes = torch.nn.functional.pad(codes, (0, steps * per_word - in_features, 0, panels * PANEL - codes.shape[0]))
     packed = (codes.reshape(panels, PANEL, steps, per_word) << _shifts(num_bits, words.device)).sum(-1)
     packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed)
-    return packed.to(torch.int32).transpose(1, 2).contiguous()
+    return packed.to(torch.int32).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _gemm_fake(
@@ -183,7 +183,6 @@ _pack = declare(
     "pack_wna16(Tensor words, int num_bits, int in_features, Tensor? perm) -> Tensor",
     fake=_pack_fake,
     reference=_pack_reference,
-    kernels=("CPU",),
 )
 _gemm = declare(
     "wna16_gemm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? perm, Tensor? bias, "
@@ -199,7 +198,8 @@ def pack_wna16(words: Tensor, num_bits: int, in_features: int, perm: Tensor | No
     words: int32 [N, ceil(K * num_bits / 32)], `weight_packed` of the format `pack-quantized` (see `pack_int32`);
     num_bits: 4 or 8; in_features: K.
     perm: int32 [K], for act order: column k of the result is column perm[k] of the weight, so that a group's columns
-    are neighbours (a stable argsort of `weight_g_idx`). Give the same one to `wna16_gemm`.
+    are neighbours (a stable argsort of `weight_g_idx`). Give the same one to `wna16_gemm`. (On CUDA its numbers are not
+    checked; a column that the weight does not have reads as the lowest code.)
 
     Errors: RuntimeError naming the argument.
     """
