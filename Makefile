@@ -2,6 +2,7 @@
 # make test    lint, types, tests
 # make lint    format and lint alone (lint, types)
 # make test-gpu   kernels for the GPU at hand, its tests and benchmarks; needs nvcc and a torch built with CUDA
+# make memcheck, make racecheck   those tests under compute-sanitizer
 # make build   what these need: .venv with torch and the installed package
 #
 # All that has to be there is Python >= 3.10 with venv, a C++20 compiler, make and the network.
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name '*.pyc' -not -name '_build.json')
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-gpu lint format clean
+.PHONY: build demo test test-gpu memcheck racecheck lint format clean
 
 build: $(VENV)/.installed
 
@@ -58,8 +59,14 @@ test-gpu: $(VENV)/.tools
 	    -C cmake.define.QUANTKIT_CUDA_ARCHS="$$($(BIN)/python -c '$(DEVICE_ARCH)')" '.[test]'
 	rm -f $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'cuda and not slow and not bench' $(PYTEST_ARGS)
-	$(BIN)/python benchmarks/ops_cuda.py
+	mkdir -p build && $(BIN)/python benchmarks/ops_cuda.py --json build/ops_cuda.json
 	$(BIN)/python benchmarks/gemm_cuda.py --paths default,sm80
+
+# The same tests under compute-sanitizer, after make test-gpu; hours if PYTEST_ARGS chooses none of them (-k packing, say).
+memcheck racecheck: $(VENV)/.tools
+	@command -v compute-sanitizer >/dev/null || { echo 'make $@ needs compute-sanitizer on PATH' >&2; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --error-exitcode 9 --target-processes all \
+	    $(BIN)/python -m pytest -m 'cuda and not slow and not bench' -k 'not graph and not large' $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/ruff check .

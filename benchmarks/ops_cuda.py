@@ -1,6 +1,7 @@
 """How near the CUDA ops come to what the device can do: the least time their work takes over the time they take.
 
     python benchmarks/ops_cuda.py [--rows 4096 --cols 14336] [--peak GB/s] [--bf16 TFLOP/s] [--fp32 TFLOP/s]
+        [--json FILE]
 
 Ceilings are measured in the same run, unless named: a device-to-device copy of as many bytes, and torch's matrix
 products of 8192 x 8192, bf16 and fp32. For the ops of the calibrated algorithms, the floor is the largest of the bytes
@@ -18,7 +19,9 @@ The sweep's columns wait for one another besides: --chain cycles of --clock for 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +70,23 @@ def workloads(x: Tensor) -> Iterator[tuple[str, Callable[[], Any], int]]:
     yield "rtn_fp8 block", lambda: ops.rtn_fp8(x, block), size(x)
     yield "pack_int32 4 bits", lambda: ops.pack_int32(codes, 4), size(codes)
     yield "unpack_int32 4 bits", lambda: ops.unpack_int32(words, 4, x.shape[1]), size(words)
+    fp8 = ops.quantize_fp8(x, scale, channel)
+    yield "pack_w8a8", lambda: ops.pack_w8a8(codes), size(codes)
+    yield "pack_fp8", lambda: ops.pack_fp8(fp8), size(fp8)
+    yield "pack_bf16", lambda: ops.pack_bf16(x), size(x)
+    yield "pack_wna16 4 bits", lambda: ops.pack_wna16(words, 4, x.shape[1]), size(words)
+    yield "pack_w4a8", lambda: ops.pack_w4a8(words, x.shape[1]), size(words)
+    local = ops.absmax(x, [1, 16]) / 6
+    nibbles = ops.quantize_fp4(x, local, 16)
+    yield "quantize_fp4 16", lambda: ops.quantize_fp4(x, local, 16), size(x, local)
+    yield "unpack_fp4", lambda: ops.unpack_fp4(nibbles), size(nibbles)
+    norm = torch.ones_like(x[0])
+    yield "rms_norm", lambda: ops.rms_norm(x, norm, 1e-5), size(x)
+    yield "add_rms_norm", lambda: ops.add_rms_norm(x, x, norm, 1e-5), 2 * size(x)
+    yield "rms_norm_quant int8", lambda: ops.rms_norm_quant(x, norm, 1e-5), size(x)
+    gate, up = x.chunk(2, -1)
+    yield "silu_mul", lambda: ops.silu_mul(gate, up), size(x)
+    yield "silu_mul_quant int8", lambda: ops.silu_mul_quant(gate, up), size(x)
     yield "quantization_error", lambda: ops.quantization_error(x, codes, scale, None, channel), size(x, codes)
 
 
@@ -140,6 +160,7 @@ def main() -> None:
     parser.add_argument("--fp32", type=float, help="rate of fp32 products to compare with, in TFLOP/s")
     parser.add_argument("--clock", type=float, default=1.98, help="of the device, in GHz")
     parser.add_argument("--chain", type=float, default=40.0, help="cycles from one column of the sweep to the next")
+    parser.add_argument("--json", type=Path, help="file for the results: seconds and fraction of the roofline")
     args = parser.parse_args()
     ops._load.require("cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -148,12 +169,14 @@ def main() -> None:
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(x)
     peak = args.peak or 2 * size(x) / seconds(lambda: target.copy_(x), flush) / 1e9
+    results: dict[str, dict[str, float]] = {}
     print(f"{torch.cuda.get_device_name()}, bf16 {args.rows} x {args.cols}, ceiling {peak:.0f} GB/s")
     print(f"{'op':24} {'us':>8} {'GB/s':>8} {'of ceiling':>11}")
     for name, call, read in workloads(x):
         result = call()
         moved = read + size(*(result if isinstance(result, tuple) else (result,)))
         taken = seconds(call, flush)
+        results[name] = {"seconds": taken, "roofline": moved / taken / 1e9 / peak}
         print(f"{name:24} {taken * 1e6:8.1f} {moved / taken / 1e9:8.0f} {moved / taken / 1e9 / peak:11.0%}")
 
     fp32 = args.fp32 * 1e12 if args.fp32 else products(torch.float32, flush)
@@ -163,8 +186,12 @@ def main() -> None:
     for name, call, moved, single, half in calibrated(args.rows, args.cols, args.tokens):
         floor = max(moved / peak / 1e9, single / fp32, half / bf16)
         taken = seconds(call, flush, 10)
+        results[name] = {"seconds": taken, "roofline": floor / taken}
         note = f"   chain {args.cols * args.chain / args.clock * 1e-6:.2f} ms" if name.startswith("gptq_sweep") else ""
         print(f"{name:30} {taken * 1e3:9.3f} {floor * 1e3:9.3f} {floor / taken:12.0%}{note}")
+    if args.json:
+        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gb_s": peak}
+        args.json.write_text(json.dumps({**about, "fp32": fp32, "bf16": bf16, "ops": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
