@@ -35,6 +35,10 @@ def check(found: Inventory, verdict: Verdict) -> None:
             continue
         verdict.count(kind)
         _linear(stored, kind, dtype, found, verdict)
+    for name, stored in found.linears.items():
+        kind = str(block.get(f"{name}.weight"))
+        if kind in KINDS and not stored.quantized:
+            verdict.add("wrong", name, f"is described as {kind}, and has no scales of it", "quantize again")
     _caches(found, block, dtype, verdict)
     fused_alike(found, verdict, lambda stored: block.get(f"{stored.name}.weight"))
     same_in_fused(found, verdict, ("input_scale", "input_offset"), "the fused layer keeps one of them")

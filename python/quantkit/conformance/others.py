@@ -31,6 +31,13 @@ def _packed(stored: Stored, bits: int, along: int) -> tuple[int, int] | None:
     return (shape[0] * factor, shape[1]) if along == 0 else (shape[0], shape[1] * factor)
 
 
+def _not_kept(stored: Stored, key: str, block: Mapping[str, Any], within: bool, verdict: Verdict) -> None:
+    """What is stored quantized is not named as left in full precision; `within`: by a part of its name, too."""
+    names = [str(name) for name in block.get(key) or ()]
+    if stored.name in names or (within and any(name in stored.name for name in names)):
+        verdict.add("refused", stored.name, f"is stored quantized, and {key} names it", f"mend {key}")
+
+
 def gptq(found: Inventory, verdict: Verdict) -> None:
     block = found.block or {}
     bits, size = _key(block, verdict, "bits"), _key(block, verdict, "group_size")
@@ -64,7 +71,11 @@ def _overrides(block: Mapping[str, Any], verdict: Verdict) -> list[tuple[str, Ma
     pattern is none.
     """
     found: list[tuple[str, Mapping[str, Any]]] = []
-    for key, own in (block.get("dynamic") or {}).items():
+    dynamic = block.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        verdict.add("refused", "quantization_config.dynamic", f"is {dynamic!r}; it maps patterns to settings")
+        return None
+    for key, own in dynamic.items():
         where = f"quantization_config.dynamic '{key}'"
         if not key.startswith("-:") and not isinstance(own, Mapping):
             verdict.add("refused", where, f"is {own!r}; it has settings for what it matches")
@@ -198,6 +209,7 @@ def awq(found: Inventory, verdict: Verdict) -> None:
     if bits != 4 or not isinstance(size, int):
         return
     for stored in found.quantized:
+        _not_kept(stored, "modules_to_not_convert", block, True, verdict)
         shape = _packed(stored, 4, 1)
         if shape is None:
             verdict.add("wrong", f"{stored.name}.qweight", "is not there, or no matrix", "quantize again")
@@ -296,6 +308,8 @@ def fp8(found: Inventory, verdict: Verdict) -> None:
         )
     if verdict.client == "vllm" and verdict.hardware == "cpu":
         verdict.add("refused", "quantization_config.quant_method", "fp8 needs AMX on a cpu, or a GPU")
+    if (block.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        verdict.add("wrong", "quantization_config.fmt", f"is {block['fmt']}, and codes are read as e4m3")
     kept = [str(name) for name in block.get("ignored_layers") or block.get("modules_to_not_convert") or ()]
     for name, stored in found.linears.items():
         if not stored.quantized:
@@ -308,6 +322,8 @@ def fp8(found: Inventory, verdict: Verdict) -> None:
                     "add the full name",
                 )
             continue
+        key = "ignored_layers" if block.get("ignored_layers") else "modules_to_not_convert"
+        _not_kept(stored, key, block, verdict.client == "transformers", verdict)
         weight = shape_of(stored.parts.get("weight"))
         if len(weight) != 2:
             verdict.add("wrong", f"{name}.weight", "is not there, or no matrix", "quantize again")

@@ -137,7 +137,8 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
         )
     grouped = size > 0
     weights = QuantizationArgs(4, "int", False, "group" if grouped else "channel", size if grouped else None)
-    return ct.Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])])
+    kept = [str(name) for name in block.get("modules_to_not_convert") or ()]
+    return ct.Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])], kept, "modules_to_not_convert")
 
 
 def shape(module: str, scheme: QuantizationScheme, get: Any) -> tuple[int, int]:

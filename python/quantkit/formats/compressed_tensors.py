@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.layout import OutputTensor
 from ..config.schemes import ACTORDER_ALIASES, SCALE_DTYPES, QuantizationArgs, QuantizationScheme
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,13 @@ PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale"),
 )
+# Keys of the library's args that change nothing here, and the types of all others.
+UNUSED = ("scale_dtype", "zp_dtype")
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("num_bits", "group_size"), int),
+    **dict.fromkeys(("type", "strategy", "observer"), str),
+    **{"symmetric": bool, "dynamic": (bool, str), "actorder": (str, bool), "observer_kwargs": Mapping},
+}
 # The top-level format where groups have different ones.
 MIXED = "mixed-precision"
 ON_DISK = (
@@ -292,14 +299,29 @@ def side_files(
 def read_schemes(block: Mapping[str, Any]) -> Schemes:
     """The scheme of each module, by the `quantization_config` as this file writes it."""
     groups = []
-    for key, group in (block.get("config_groups") or {}).items():
+    entries = block.get("config_groups") or {}
+    if not isinstance(entries, Mapping):
+        raise CheckpointError(f"quantization_config: config_groups is {entries!r}; it maps names to groups")
+    for key, group in entries.items():
+        if not isinstance(group, Mapping):
+            raise CheckpointError(f"quantization_config: config_groups.{key} is {group!r}; it has weights and targets")
         weights = _args(f"config_groups.{key}.weights", group.get("weights"))
         if weights is None:
             raise CheckpointError(f"quantization_config: config_groups.{key} has no weights")
         inputs = _args(f"config_groups.{key}.input_activations", group.get("input_activations"))
         name = str(group.get("format") or block.get("format"))
-        groups.append((QuantizationScheme(name, weights, inputs), list(group.get("targets") or ())))
-    return Schemes(groups)
+        try:
+            scheme = QuantizationScheme(name, weights, inputs)
+        except ConfigError as error:
+            raise CheckpointError(f"quantization_config: config_groups.{key}: {error}") from None
+        groups.append((scheme, _names(f"config_groups.{key}.targets", group.get("targets"))))
+    return Schemes(groups, _names("ignore", block.get("ignore")), "ignore")
+
+
+def _names(key: str, value: Any) -> list[str]:
+    if not isinstance(value or [], list) or not all(isinstance(name, str) for name in value or []):
+        raise CheckpointError(f"quantization_config: {key} is {value!r}; it is a list of names and patterns")
+    return list(value or [])
 
 
 def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
@@ -310,10 +332,21 @@ def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
 def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
     if entry is None:
         return None
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"quantization_config: {key} is {entry!r}; it has num_bits, type, strategy and the like")
     fields = QuantizationArgs.__dataclass_fields__
+    for name, value in entry.items():
+        if name not in fields and name not in UNUSED:
+            raise CheckpointError(
+                f"quantization_config: {key} has a key '{name}'{nearest(name, fields)}, unknown to readers"
+            )
+        if value is not None and not isinstance(value, KINDS.get(name, object)):
+            raise CheckpointError(f"quantization_config: {key}.{name} is {value!r}, of another type than it has")
     known = {k: v for k, v in entry.items() if k in fields and v is not None}
     if "block_structure" in known:
-        known["block_structure"] = tuple(known["block_structure"])
+        known["block_structure"] = _block_structure(key, known["block_structure"])
+    if known.get("group_size") == -1 and known.get("strategy") == "channel":
+        known.pop("group_size")  # the library's other word for it
     if known.get("dynamic") is True:
         known.pop("observer", None)
     if "actorder" in known:
@@ -331,16 +364,37 @@ def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:
     return args
 
 
-class Schemes:
-    """The scheme of a module by its name, as servers find it: full names go before patterns, those before the class."""
+def _block_structure(key: str, value: Any) -> tuple[int, int]:
+    """[128, 128], or "128x128" as older releases have it."""
+    parts = [int(part) if part.isdecimal() else 0 for part in value.split("x")] if isinstance(value, str) else value
+    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(n, int) and n > 0 for n in parts)):
+        raise CheckpointError(f"quantization_config: {key}.block_structure is {value!r}; it is [rows, columns]")
+    return (parts[0], parts[1])
 
-    def __init__(self, groups: Sequence[tuple[QuantizationScheme, Sequence[str]]]) -> None:
+
+class Schemes:
+    """The scheme of a module by its name, as servers find it: full names go before patterns, those before the class.
+    `ignored`: names and patterns of what is not quantized, by the key `where`.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[QuantizationScheme, Sequence[str]]],
+        ignored: Sequence[str] = (),
+        where: str = "",
+    ) -> None:
         self.schemes = tuple(scheme for scheme, _ in groups)
         self.names = {target: scheme for scheme, targets in groups for target in targets}
-        self.patterns = [(re.compile(t[3:]), scheme) for t, scheme in self.names.items() if t.startswith("re:")]
+        self.patterns = [(_pattern(t), scheme) for t, scheme in self.names.items() if t.startswith("re:")]
+        self.where, self.ignored = where, frozenset(ignored)
+        self.ignored_patterns = [_pattern(t) for t in ignored if t.startswith("re:")]
 
     def __call__(self, module: str) -> QuantizationScheme:
-        """CheckpointError if no group takes `module`."""
+        """CheckpointError if no group takes `module`, or it is said not to be quantized."""
+        if module in self.ignored or any(pattern.match(module) for pattern in self.ignored_patterns):
+            raise CheckpointError(
+                f"quantization_config: {module} has quantized tensors, and {self.where} names it as not quantized"
+            )
         if module in self.names:
             return self.names[module]
         for pattern, scheme in self.patterns:
@@ -351,6 +405,13 @@ class Schemes:
         raise CheckpointError(
             f"quantization_config: {module} has quantized tensors, and no config group's targets match it"
         )
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    try:
+        return re.compile(target.removeprefix("re:"))
+    except re.error as error:
+        raise CheckpointError(f"quantization_config: '{target}' is no pattern: {error}") from None
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:

@@ -118,7 +118,16 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
             "quantization_config: weight_scale_semantics is inverse: GPTQModel's own FP8, whose weight_scale_inv "
             "divides; read is quant_method fp8 as DeepSeek, vLLM and SGLang have it, whose scales multiply"
         )
-    dynamic = block.get("activation_scheme") != "static"
+    activations, fmt = block.get("activation_scheme", "dynamic"), block.get("fmt") or "e4m3"
+    if activations not in ("static", "dynamic"):
+        raise CheckpointError(
+            f"quantization_config: activation_scheme is {activations!r}; there are static and dynamic"
+        )
+    if fmt not in ("e4m3", "float8_e4m3fn"):
+        raise CheckpointError(f"quantization_config: fmt is {fmt!r}; read is e4m3")
+    dynamic = activations == "dynamic"
+    key = "ignored_layers" if block.get("ignored_layers") else "modules_to_not_convert"
+    ignored = [str(name) for name in block.get(key) or ()]
     size = block.get("weight_block_size")
     if size:
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
@@ -127,10 +136,10 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
             raise CheckpointError("quantization_config: activation_scheme static does not go with weight_block_size")
         weights = QuantizationArgs(8, "float", strategy="block", block_structure=(size[0], size[1]))
         inputs = QuantizationArgs(8, "float", strategy="group", group_size=size[1], dynamic=True)
-        return ct.Schemes([(QuantizationScheme("FP8_BLOCK", weights, inputs), ["Linear"])])
+        return ct.Schemes([(QuantizationScheme("FP8_BLOCK", weights, inputs), ["Linear"])], ignored, key)
     weights = QuantizationArgs(8, "float", strategy="tensor")
     scheme = QuantizationScheme("FP8", weights, QuantizationArgs(8, "float", strategy="tensor", dynamic=dynamic))
-    return ct.Schemes([(scheme, ["Linear"])])
+    return ct.Schemes([(scheme, ["Linear"])], ignored, key)
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:

@@ -142,11 +142,19 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
     """
     if label_of(block) not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"quantization_config: checkpoint_format '{label_of(block)}'; read are gptq and gptq_v2")
-    groups = []
-    for key, settings in (block.get("dynamic") or {}).items():
-        if key.startswith("-:"):
-            continue
+    if block.get("format") and label_of(block) != block["format"]:
+        raise CheckpointError(
+            f"quantization_config: format is {block['format']}, checkpoint_format {label_of(block)}: they are one"
+        )
+    dynamic = block.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"quantization_config: dynamic is {dynamic!r}; it maps patterns to settings")
+    groups, kept = [], []
+    for key, settings in dynamic.items():
         where = f"quantization_config: dynamic '{key}'"
+        if key.startswith("-:"):
+            kept.append(f"re:{key.removeprefix('-:')}")
+            continue
         if not isinstance(settings, Mapping):
             raise CheckpointError(f"{where} is {settings!r}; it has settings for the layers that it matches")
         try:
@@ -154,7 +162,7 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
         except re.error as error:
             raise CheckpointError(f"{where} is no pattern: {error}") from None
         groups.append((_scheme({**block, **settings}, f"dynamic '{key}': "), [f"re:{pattern}"]))
-    return ct.Schemes([*groups, (_scheme(block, ""), ["Linear"])])
+    return ct.Schemes([*groups, (_scheme(block, ""), ["Linear"])], kept, "dynamic")
 
 
 def _scheme(block: Mapping[str, Any], where: str) -> QuantizationScheme:

@@ -224,7 +224,7 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
     found: dict[str, list[str]] = {}
     for name, kind in block.items():
         if name.endswith(".weight") and kind != "FLOAT":
-            if kind not in inputs:
+            if not isinstance(kind, str) or kind not in inputs:
                 raise CheckpointError(f"{DESCRIPTION}: {name} is '{kind}'; read are {', '.join(KINDS)} and FLOAT")
             found.setdefault(kind, []).append(name.removesuffix(".weight"))
     return Schemes([(QuantizationScheme(kind, weights, inputs[kind]), names) for kind, names in found.items()])
