@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -66,14 +67,18 @@ class RunResult:
 
 
 @contextmanager
-def open_plan(config: RunConfig, ranks: Ranks = ONE) -> Iterator[Plan]:
-    """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end."""
+def open_plan(config: RunConfig, ranks: Ranks = ONE, *, planned_ranks: int | None = None) -> Iterator[Plan]:
+    """Resolve the model, open its checkpoint and make the plan; the checkpoint is closed at the end. `planned_ranks`:
+    as if so many processes were to work on it, on this machine.
+    """
     if ranks.first:  # what has to be fetched is fetched once
         resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     ranks.barrier()
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     with open_source(folder) as checkpoint:
-        plan = build_plan(config, checkpoint)
+        world = planned_ranks or ranks.world
+        here = world if ranks.world == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        plan = build_plan(config, checkpoint, world, here)
         if config.calibration.statistics is None or not plan.recipe.needs_data:
             yield plan
             return

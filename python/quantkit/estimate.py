@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .models.mappings import Smoothing
     from .plan import PlannedModule
 
-__all__ = ["HELD_BYTES", "Estimate", "estimate", "shortages"]
+__all__ = ["HELD_BYTES", "Estimate", "estimate", "memory_available", "shortages"]
 
 # Room for tokenizer and other side files.
 SIDE_FILES = 64 << 20
@@ -30,7 +30,8 @@ SIDE_FILES = 64 << 20
 class Estimate:
     """Bytes: what the output takes, what the run needs at its peak, and what this machine has. Of `memory_bytes`,
     `gram_bytes` are for the Gram matrices of one layer's inputs, `held_bytes` for activations that wait. `choice`: what
-    a calibrated run does to keep to its memory.
+    a calibrated run does to keep to its memory. With several `ranks`, of which `here` are on one machine, `rank_bytes`
+    are what each of them needs.
     """
 
     source_bytes: int
@@ -42,6 +43,14 @@ class Estimate:
     memory_available: int | None
     disk_available: int
     choice: Choice | None = None
+    ranks: int = 1
+    here: int = 1
+    rank_bytes: int = 0
+
+    @property
+    def machine_bytes(self) -> int:
+        """What all ranks on one machine need."""
+        return self.memory_bytes if self.ranks == 1 else self.here * self.rank_bytes
 
 
 def estimate(
@@ -53,17 +62,22 @@ def estimate(
     places: Iterable[Smoothing],
     stored_bytes: int,
     output_bytes: int,
+    ranks: int = 1,
+    here: int = 1,
 ) -> Estimate:
     """`places`: what is smoothed; `stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all
-    weight files.
+    weight files. The means are those of one process whatever the number of `ranks`, since results may depend on them.
     """
     weights = sum(m.rows * m.cols for m in modules.values())
-    demand, available = Demand(config, checkpoint, family, modules, places), _memory_available()
+    places = list(places)
+    demand, available = Demand(config, checkpoint, family, modules, places), memory_available()
     choice = choose(demand, available) if config.recipe.needs_data else None
     if choice is not None:
         memory = choice.peak
+        each = Demand(config, checkpoint, family, modules, places, ranks).peak(choice.means)
     else:
         memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
+        each = memory
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
     return Estimate(
         source_bytes=checkpoint.total_bytes,
@@ -75,6 +89,9 @@ def estimate(
         memory_available=available,
         disk_available=shutil.disk_usage(parent).free + reclaimable_bytes(config.output_dir.absolute()),
         choice=choice,
+        ranks=ranks,
+        here=here,
+        rank_bytes=each,
     )
 
 
@@ -89,7 +106,13 @@ def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
             f"{found.disk_available / 1e9:.1f} GB are free; choose another global.save_path or make room"
         )
     budget = config.global_.memory_budget_bytes
-    limits = [(found.memory_available, "{} are available", "close other programs")]
+    if found.ranks > 1 and found.memory_available is not None and found.memory_available < found.machine_bytes:
+        yield (
+            f"{found.here} ranks on this machine need at least about {size(found.rank_bytes)} of memory each, "
+            f"{size(found.machine_bytes)} together, and {size(found.memory_available)} are available; start fewer, or "
+            "close other programs"
+        )
+    limits = [(found.memory_available, "{} are available", "close other programs")] if found.ranks == 1 else []
     limits += [(budget, "global.memory_budget is {}", "raise it")]
     for limit, there, otherwise in limits:
         if limit is not None and limit < found.memory_bytes:
@@ -107,7 +130,7 @@ def shortages(config: RunConfig, found: Estimate) -> Iterable[str]:
             )
 
 
-def _memory_available() -> int | None:
+def memory_available() -> int | None:
     """MemAvailable of this machine in bytes, None where the system does not tell."""
     try:
         text = Path("/proc/meminfo").read_text()

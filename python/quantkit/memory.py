@@ -39,6 +39,9 @@ UNLIMITED_SAMPLES = 512
 HELD_BYTES = 4 << 30
 # Sums of one input's Gram matrix that are there at once (calibration/tree.py), and positions of a batch.
 SUMS, BATCH = 3, 1024
+# Into how many leaves batches are shared out over ranks, and what a rank receives of experts' tokens at most: those of
+# calibration/tree.py and calibration/shared_experts.py, which import torch.
+LEAVES, ROUND_BYTES = 16, 512 << 20
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -83,7 +86,7 @@ class _Layer:
 
 
 class Demand:
-    """What a calibrated run of this plan takes. `smoothed`: whether a transform has anything to do."""
+    """What a calibrated run of this plan takes, of several `ranks` the one that takes most."""
 
     def __init__(
         self,
@@ -92,8 +95,9 @@ class Demand:
         family: Family,
         modules: Mapping[str, PlannedModule],
         places: Iterable[Smoothing],
+        ranks: int = 1,
     ) -> None:
-        self.config, self.checkpoint, self.family, self.modules = config, checkpoint, family, modules
+        self.config, self.checkpoint, self.family, self.modules, self.ranks = config, checkpoint, family, modules, ranks
         self.places = list(places)
         self.awq = any(isinstance(modifier, AWQModifier) for modifier in config.recipe.modifiers)
 
@@ -111,7 +115,7 @@ class Demand:
                 layer.outer += info.nbytes
             else:
                 layer.experts[expert[1]] = layer.experts.get(expert[1], 0) + info.nbytes
-        for name, cols in self._inputs.items():
+        for name, cols in self.inputs.items():
             layer = found[self.family.layer_of(f"{name}.weight")]
             expert = EXPERT.search(name)
             if expert is None:
@@ -121,7 +125,7 @@ class Demand:
         return found
 
     @cached_property
-    def _inputs(self) -> dict[str, int]:
+    def inputs(self) -> dict[str, int]:
         """The distinct inputs with a Gram matrix: all that GPTQ quantizes, and with AWQ all that become integers.
         Linears that read one input share it; each expert sees its own tokens.
         """
@@ -159,20 +163,31 @@ class Demand:
         return max((sum(layer.grams) + sum(layer.expert_grams.values()) for layer in self._layers.values()), default=0)
 
     @property
+    def _shared_tokens(self) -> int:
+        """Of those that one rank's batches have: leaves are not cut apart."""
+        return -(-self.tokens * -(-LEAVES // self.ranks) // LEAVES)
+
+    @property
     def states(self) -> int:
-        """The hidden states of all rows."""
-        return self.tokens * self.hidden * self.itemsize
+        """The hidden states of this rank's rows."""
+        return self._shared_tokens * self.hidden * self.itemsize
 
     def held(self, forwards: int | str) -> int:
         """Where one forward serves a layer: for each token the widest input, the norm's output and the residual. The
         sweep measures what it is, and takes two forwards if it is more than HELD_BYTES.
         """
-        if forwards == 2 or self.awq or not (self._inputs or self.places):
+        if forwards == 2 or self.awq or not (self.inputs or self.places):
             return 0
+        each = self.itemsize * (self._widest + 2 * self.hidden) if self._widest else 0
+        # All ranks' together decide, since results depend on it.
+        return 0 if forwards == "auto" and self.tokens * each > HELD_BYTES else self._shared_tokens * each
+
+    @cached_property
+    def _widest(self) -> int:
+        """Of the inputs of Linears in layers without experts."""
         routed = {index for index, layer in self._layers.items() if layer.experts}
-        widths = [m.cols for m in self.modules.values() if self.family.layer_of(f"{m.name}.weight") not in routed]
-        held = self.tokens * self.itemsize * (max(widths) + 2 * self.hidden) if widths else 0
-        return 0 if forwards == "auto" and held > HELD_BYTES else held
+        cols = (m.cols for m in self.modules.values() if self.family.layer_of(f"{m.name}.weight") not in routed)
+        return max(cols, default=0)
 
     def scratch(self, how: Means) -> int:
         """Disk for hidden states, and for what experts in groups are given and give."""
@@ -227,14 +242,17 @@ class Demand:
             return outer
         sizes = sorted((size + layer.expert_grams.get(key, 0) for key, size in layer.experts.items()), reverse=True)
         routed = min(QUEUE, sum(layer.experts.values())) + self._work + self._activations
-        if how.experts is None or how.experts >= len(sizes):
+        if self.ranks == 1 and (how.experts is None or how.experts >= len(sizes)):
             smoothed = 2 * sum(layer.experts.values()) if self.ungroupable and self.places else 0
             return outer + sum(sizes) + smoothed + routed - self._work - self._activations
         # What the experts are given before and after, and what they give, waits with the hidden states.
-        waiting = (3 if self._inputs or self.places else 2) * self.states if how.offload == "memory" else 0
-        routes = 2 * self.tokens * 8 * int(text_config(self.checkpoint.config).get("num_experts_per_tok") or 8)
+        waiting = (3 if self.inputs or self.places else 2) * self.states if how.offload == "memory" else 0
+        routes = 2 * self._shared_tokens * 8 * int(text_config(self.checkpoint.config).get("num_experts_per_tok") or 8)
         pool = max(layer.expert_grams.values(), default=0)
-        return waiting + routes + max(outer, layer.outer + 2 * pool + self._group(layer, how.experts) + routed)
+        # Of several ranks each has its own experts, and what the others' tokens give and are given for a round of them.
+        count = min(how.experts or len(sizes), -(-len(sizes) // self.ranks))
+        received = ROUND_BYTES if self.ranks > 1 else 0
+        return waiting + routes + max(outer, layer.outer + 2 * pool + self._group(layer, count) + routed + received)
 
     @staticmethod
     def _group(layer: _Layer, count: int) -> int:

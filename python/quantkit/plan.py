@@ -126,8 +126,10 @@ class Plan:
         }
 
 
-def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
-    """Make the plan, or raise PlanError / ConfigError with what does not fit and what to do."""
+def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: int = 1) -> Plan:
+    """Make the plan, or raise PlanError / ConfigError with what does not fit and what to do. `ranks` processes will
+    work on it, `here` of them on one machine; nothing but what they take depends on that.
+    """
     recipe, fmt = config.recipe, format_by_name(config.save_name)
     for group in recipe.groups:
         fmt.check(group.scheme)
@@ -203,6 +205,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint) -> Plan:
         places=[place for group in places.values() for place in group],
         stored_bytes=stored_bytes,
         output_bytes=layout.file_bytes,
+        ranks=ranks,
+        here=here,
     )
     if found.choice is not None and found.choice.forwards_chosen:
         why = "low_memory" if config.global_.memory_budget is None else f"memory_budget {config.global_.memory_budget}"

@@ -229,7 +229,7 @@ def planned(
 @pytest.fixture(autouse=True)
 def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans do not depend on what this machine has."""
-    monkeypatch.setattr("quantkit.estimate._memory_available", lambda: 1 << 40)
+    monkeypatch.setattr("quantkit.estimate.memory_available", lambda: 1 << 40)
     monkeypatch.setattr("quantkit.estimate.shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 44))
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..config.schemes import QuantizationArgs
+from ..estimate_time import told
 from ..plan import Plan, PlannedModule, collapse
 from .table import size, table
 
@@ -38,7 +39,12 @@ def render_plan(plan: Plan) -> str:
         "",
         f"size     {size(e.source_bytes)} -> {size(e.output_bytes)}, "
         f"{e.bits_per_weight:.2f} bits per quantized weight, {len(plan.layout.shards)} file(s)",
-        f"memory   about {size(e.memory_bytes)} needed"
+        (
+            f"memory   about {size(e.memory_bytes)} needed"
+            if e.ranks == 1
+            else f"memory   about {size(e.rank_bytes)} needed by each of {e.ranks} ranks, {size(e.machine_bytes)} by "
+            f"the {e.here} on one machine"
+        )
         + (f", {size(e.memory_available)} available" if e.memory_available else "")
         + (f"; {size(e.gram_bytes)} of it for a layer's Gram matrices, in x in for each input" if e.gram_bytes else "")
         + (f"; {size(e.held_bytes)} for activations, one forward a layer" if e.held_bytes else "")
@@ -47,6 +53,7 @@ def render_plan(plan: Plan) -> str:
         + (f"{size(e.choice.scratch)} for hidden states, " if e.choice is not None and e.choice.scratch else "")
         + f"{size(e.disk_available)} free",
     ]
+    lines += told(plan)
     if plan.statistics is not None:
         lines.append(f"inputs   {plan.statistics.told()}")
     lines += [f"note     {note}" for note in plan.config.notes]
