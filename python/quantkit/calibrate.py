@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,23 @@ from .calibration.statistics import Statistics, Wants
 from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, wants
 from .calibration.sweep import sweep
 from .checkpoint.hub import resolve_model
+from .config.presets import preset
+from .config.recipe import GPTQModifier, QuantizationModifier
 from .engine import forward_dtype
-from .errors import ConfigError, DistributedError
+from .errors import ConfigError, DistributedError, PlanError
+from .estimate import memory_available
 from .formats.fp8_source import open_source
 from .formats.source import WeightSource
-from .memory import means
+from .memory import Demand, Means, choose
 from .models.families import Family
 from .models.skeleton import Skeleton
-from .plan import attention_modules, kv_heads
+from .plan import PlannedModule, attention_modules, kv_heads
 from .report.progress import Progress
+from .report.table import size
 
 if TYPE_CHECKING:
     from .calibration.hooks import CacheRecorder
+    from .checkpoint.reader import Checkpoint
     from .config.run_config import RunConfig
 
 
@@ -127,7 +133,7 @@ def calibrate(
         with StatisticsWriter(
             output or statistics_folder(config), contents, overwrite=overwrite, expected=expected
         ) as writer:
-            every, how = config.recipe.all_experts, means(config)
+            every, how = config.recipe.all_experts, _means(config, checkpoint, family, linears)
             routed = {
                 name
                 for index, experts in enumerate(skeleton.experts)
@@ -148,6 +154,40 @@ def calibrate(
                     keep_memory=how.kept,
                 )
             return writer.finish()
+
+
+class _Gathering(Demand):
+    """What a calibration takes: statistics of every input, and no weight is worked on."""
+
+    def held(self, forwards: int | str) -> int:
+        """Statistics are all that is kept of an input."""
+        return 0
+
+    @cached_property
+    def _work(self) -> int:
+        """The half of a Gram matrix that is stored."""
+        return max((2 * cols * cols for cols in self.inputs.values()), default=0)
+
+
+def _means(config: RunConfig, checkpoint: Checkpoint, family: Family, linears: Sequence[str]) -> Means:
+    """How a calibration keeps to its memory; PlanError if it cannot. None of it changes what is saved."""
+    scheme = preset("W8A16")
+    kind = GPTQModifier if "gram" in config.calibration.gather else QuantizationModifier
+    modifier = kind(scheme=scheme)
+    modules = {
+        name: PlannedModule(name, *info.shape, info.dtype, scheme, modifier)
+        for name in linears
+        if len((info := checkpoint.tensors[f"{name}.weight"]).shape) == 2
+    }
+    choice = choose(_Gathering(config, checkpoint, family, modules, ()), memory_available())
+    budget = config.global_.memory_budget_bytes
+    if budget is not None and choice.peak > budget:
+        raise PlanError(
+            f"quantkit calibrate needs at least about {size(choice.peak)} of memory and global.memory_budget is "
+            f"{size(budget)}; {choice.advice + ', ' if choice.advice else ''}lower dataset.num_samples or "
+            "max_seq_length, or raise it"
+        )
+    return choice.means
 
 
 def expected_bytes(

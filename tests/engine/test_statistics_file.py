@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit import engine, oneshot
-from quantkit.calibrate import calibrate, statistics_folder
+from quantkit.calibrate import _means, calibrate, statistics_folder
 from quantkit.calibration import replay
 from quantkit.calibration.batches import batches
 from quantkit.calibration.hooks import CacheRecorder
@@ -46,10 +46,13 @@ from quantkit.config.run_config import (
 )
 from quantkit.config.schemes import QuantizationArgs, QuantizationScheme
 from quantkit.errors import CalibrationError, CheckpointError, ConfigError, PlanError
+from quantkit.formats.fp8_source import open_source
 from quantkit.formats.source import WeightSource
 from quantkit.from_statistics import from_statistics
 from quantkit.live_output import LiveSink
+from quantkit.memory import Means
 from quantkit.merge_statistics import merge_statistics
+from quantkit.models.families import family_of
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers.pipeline import Pipeline
 from quantkit.report.calibration import CalibrationReport
@@ -236,6 +239,59 @@ def test_experts_without_tokens_borrow_as_in_a_sweep(
         kept, report = replayed(job, folder)
         require_same(kept, swept(job, rows))
         assert set(report.silent_experts) == set(silent)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_experts_come_in_groups(every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is the same, whatever of a layer is in memory at once; only files are cut otherwise."""
+    make(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0], num_experts=8)
+    modifier = GPTQModifier(scheme=INT4, ignore=["lm_head"], moe_calibrate_all_experts=every)
+    kinds = {"gather": ("gram", "histogram", "kv_cache")}
+    folders = [statistics(tmp_path, tokens(6), "whole", modifier, **kinds)]
+    monkeypatch.setattr("quantkit.calibrate._means", lambda *_: Means(2, "disk", 3, kept=False))
+    folders.append(statistics(tmp_path, tokens(6), "groups", modifier, **kinds))
+    assert len(list(folders[1].glob("*.safetensors"))) > len(list(folders[0].glob("*.safetensors")))
+    # Where experts see all tokens, those that are there at once share an input.
+    whole, groups = ({}, {})
+    for folder, found in zip(folders, (whole, groups), strict=True):
+        tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        contents = StatisticsFile(folder).contents
+        for entry in contents.inputs.values():
+            for reader in entry.readers:
+                for part in ("min", "max", "extremes", "gram", "absum", "histogram", "span"):
+                    found[reader, part] = tensors[f"{entry.name}.{part}"]
+        found |= {(name, part): tensors[f"{name}.{part}"] for name in contents.caches for part in ("key", "value")}
+        found |= {("silent", name): torch.ones(1) for name in contents.silent}
+    assert whole.keys() == groups.keys() and all(torch.equal(whole[key], groups[key]) for key in whole)
+    assert len(whole) > 7 * 3 * 8 * 2
+
+
+def test_a_calibration_keeps_to_its_budget(tmp_path: Path) -> None:
+    """The largest of budgets is the whole layer's; a smaller one takes fewer experts; none is too small to say so."""
+    make(
+        tmp_path / "model",
+        "qwen3_moe",
+        num_experts=16,
+        moe_intermediate_size=4096,
+        num_hidden_layers=1,
+        mlp_only_layers=[],
+    )
+    job = config(tmp_path)
+    with open_source(tmp_path / "model") as checkpoint:
+        family = family_of(checkpoint.config)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        linears = [linear.module for linear in family.linear_weights(shapes) if not linear.head]
+
+        def found(budget: str | None) -> Means:
+            within = replace(job, global_=replace(job.global_, memory_budget=budget))
+            return _means(within, checkpoint, family, linears)
+
+        assert found(None).experts is None
+        # Gram matrices of 16 down projections, 67 MB each, are more than that leaves.
+        few = found("1200MB").experts
+        assert few is not None and few < 16
+        with pytest.raises(PlanError, match=r"needs at least about .* global.memory_budget is 50.0 MB.*num_samples"):
+            found("50MB")
 
 
 def test_experts_that_see_all_tokens(tmp_path: Path) -> None:
