@@ -10,11 +10,13 @@
 #include <cstddef>
 #include <filesystem>
 
+#include "bus_error.h"
 #include "mapped_file.h"
 #include "os_error.h"
 #include "output_file.h"
 
 namespace py = pybind11;
+using quantkit::host::explain_bus_errors;
 using quantkit::host::fsync_directory;
 using quantkit::host::MappedFile;
 using quantkit::host::OsError;
@@ -136,6 +138,9 @@ PYBIND11_MODULE(_host, m) {
         "Give memory that malloc holds but nobody uses back to the system.");
   m.def("keep_free_memory", &keep_free_memory, py::arg("keep"), Unlocked(),
         "Whether malloc holds on to up to 1 GB of memory that nobody uses.");
+  m.def(
+      "explain_bus_errors", &explain_bus_errors, py::arg("message"), py::arg("status"),
+      "Write `message` to stderr and exit with `status` where a mapped file is gone at an access.");
   m.def("return_free_memory", &return_free_memory, Unlocked(),
         "From now on malloc holds on to hardly any memory that nobody uses.");
 }

@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, distributed
+from .checkpoint.native import host
 from .errors import Interrupted, QuantkitError
 from .startup import leave
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig
+
+
+# Between the check of a mapped file and the access.
+BUS_ERROR = (
+    "\nquantkit: error: a mapped file (of the model, or of hidden states) was truncated, or its disk failed, while it "
+    "was being read. What is done is kept: once the files are whole again, the same command goes on from there\n"
+)
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -59,6 +67,7 @@ def _end_cleanly_on_signals() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    host().explain_bus_errors(BUS_ERROR, 2)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -80,9 +89,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from .engine import open_plan
+    from .errors import ConfigError
     from .report.plan_view import render_plan
 
-    with open_plan(_config(args)) as plan:
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks}: at least one process works on a model")
+    with open_plan(_config(args), planned_ranks=args.ranks) as plan:
         print(render_plan(plan), flush=True)
         plan.require_room()
     return 0
@@ -247,6 +259,14 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="do not run the model: take what quantkit calibrate saved (replaces calibration.statistics)",
         )
+        if name == "plan":
+            sub.add_argument(
+                "--ranks",
+                type=int,
+                default=1,
+                metavar="N",
+                help="as N processes of torchrun on this machine (default 1)",
+            )
         if name == "run":
             sub.add_argument("--overwrite", action="store_true", help="replace a finished output of the same name")
             sub.add_argument(
