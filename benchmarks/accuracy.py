@@ -49,11 +49,14 @@ def recipe_for(model: str, name: str) -> dict[str, dict[str, Any]]:
 
 
 def job(model: Path, recipe: dict[str, Any], rows: list[list[int]], folder: Path) -> RunConfig:
+    # LLM.int8() is bitsandbytes' own.
+    in_8bit = any(arguments.get("scheme") == "LLM_INT8" for arguments in recipe.values())
+    save_name = "bitsandbytes" if in_8bit else None
     dataset = DatasetConfig(data_path="rows", max_seq_length=len(rows[0]), num_samples=len(rows))
     return RunConfig(
         GlobalConfig(save_path=str(folder), overwrite=True),
         ModelConfig(str(model)),
-        CompressionConfig(recipe=recipe_of(recipe)),
+        CompressionConfig(recipe=recipe_of(recipe), save_name=save_name),
         dataset,
         source=folder,
         stem="ours",

@@ -14,6 +14,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "gptq_fp8_dynamic": {"GPTQModifier": {"scheme": "FP8_DYNAMIC", **IGNORE}},
     "gptq_nvfp4a16": {"GPTQModifier": {"scheme": "NVFP4A16", **IGNORE}},
     "rtn_nvfp4a16": {"QuantizationModifier": {"scheme": "NVFP4A16", **IGNORE}},
+    **{
+        f"rtn_{name.lower()}": {"QuantizationModifier": {"scheme": name, **IGNORE}}
+        for name in ("MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "W4A8", "W4AFP8", "LLM_INT8")
+    },
+    "gptq_mxfp4a16": {"GPTQModifier": {"scheme": "MXFP4A16", **IGNORE}},
     "smoothquant_gptq": {
         "SmoothQuantModifier": {"smoothing_strength": 0.8},
         "GPTQModifier": {"scheme": "W8A8", **IGNORE},
