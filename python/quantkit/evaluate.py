@@ -250,12 +250,29 @@ def run_layers(skeleton: Skeleton, source: Source, grouped: list[Batch], bar: Pr
             for name, linear in skeleton.linears(index).items()
             if name in source.input_quantizers
         ]
+        queries = _rounding_queries(skeleton, index, getattr(source, "query_quantizers", {}))
         forward(skeleton, index, grouped, calls, hidden, cache=caches.get(index))
         for handle in handles:
             handle.remove()
+        for attention in queries:
+            del attention.quantize_query
         skeleton.drop(index, source)
         bar.advance(1)
     return hidden
+
+
+def _rounding_queries(skeleton: Skeleton, index: int, quantizers: Mapping[str, Any]) -> list[Any]:
+    """The attention modules of layer `index` that now round their queries."""
+    from .models.attention import round_queries
+
+    prefix = f"{skeleton.layer_prefix(index)}."
+    found = []
+    for name, quantizer in quantizers.items():
+        if name.startswith(prefix):
+            found.append(
+                round_queries(skeleton.model, skeleton.layers[index].get_submodule(name[len(prefix) :]), quantizer)
+            )
+    return found
 
 
 def _quantizing(quantizer: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:

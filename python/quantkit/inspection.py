@@ -115,7 +115,8 @@ def _cache(read: WeightSource, told: str) -> str:
     for what, values in zip(("keys", "values"), zip(*scales, strict=True), strict=True):
         every = torch.cat([scale.flatten() for scale in values])
         parts.append(f"{what} {float(every.min()):.2e} to {float(every.max()):.2e}")
-    return f"{told}; {len(scales)} attention layers, scales of {' and '.join(parts)}"
+    queries = f"; queries of {len(read.query_quantizers)} are rounded, too" if read.query_quantizers else ""
+    return f"{told}; {len(scales)} attention layers, scales of {' and '.join(parts)}{queries}"
 
 
 def inspect_folder(folder: str | Path, *, progress: bool = True) -> Inspection:

@@ -87,6 +87,8 @@ def config_group(key: str, group: Any) -> SchemeGroup:
         require(name in known, f"{at}.{name}", f"unknown{nearest(name, known)}; a group has {', '.join(known)}")
     require(group.get("output_activations") is None, f"{at}.output_activations", "is not supported; leave it out")
     weights, inputs = group.get("weights"), group.get("input_activations")
+    if weights is None and inputs is not None and str(group.get("targets")).rstrip("']").endswith("Attention"):
+        raise FieldError(at, "scales of queries are read, not made; kv_cache_scheme quantizes keys and values")
     if weights is None:
         raise FieldError(f"{at}.weights", "is missing; a group needs weights")
     weights = weights if isinstance(weights, QuantizationArgs) else args_of(f"{at}.weights", weights)

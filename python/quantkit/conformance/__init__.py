@@ -6,11 +6,12 @@ as numbers that nobody wrote. This says it before anything is served.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError, nearest
+from ..formats.compressed_tensors import of_attention
 from . import compressed_tensors, mindie, others, rules
 from .inventory import Inventory
 from .verdict import Finding, Verdict
@@ -73,7 +74,9 @@ def _check(found: Inventory, verdict: Verdict) -> None:
         known = ", ".join(CLIENTS[verdict.client])
         verdict.add("refused", "quant_method", f"is '{verdict.method}'; {verdict.client} is checked for {known}")
         return
-    if not found.quantized and not found.block.get("kv_cache_scheme"):
+    groups = found.block.get("config_groups")
+    attention = isinstance(groups, Mapping) and any(of_attention(group) for group in groups.values())
+    if not found.quantized and not found.block.get("kv_cache_scheme") and not attention:
         verdict.add("refused", "quantization_config", "is there, and no Linear is stored quantized")
         return
     METHODS[verdict.method](found, verdict)

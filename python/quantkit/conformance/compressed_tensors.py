@@ -10,7 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .config_groups import Group, check_block, groups_of, scheme_of, strategy_of, told
+from ..formats.compressed_tensors import of_attention
+from ..models.families import text_config
+from ..plan import attention_modules, kv_heads
+from .config_groups import TINY, Group, check_block, groups_of, scheme_of, strategy_of, told
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
@@ -312,3 +315,36 @@ def _cache(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None
         verdict.add("wrong", "kv_cache_scheme", "asks for an 8-bit cache, and no attention has k_scale and v_scale")
     elif verdict.client == "sglang":
         verdict.add("limited", "kv_cache_scheme", "SGLang does not read k_scale and v_scale from compressed-tensors")
+    _attention_scales(block, strategy_of(args) == "attn_head", found, verdict)
+
+
+def _attention_scales(block: Mapping[str, Any], by_head: bool, found: Inventory, verdict: Verdict) -> None:
+    """Scales of keys and values, and of queries where a group has them, and zero points, which are zeros."""
+    import torch
+
+    text = text_config(found.config)
+    heads, kv = text.get("num_attention_heads"), kv_heads(found.config)
+    queries = any(of_attention(group) for group in (block.get("config_groups") or {}).values())
+    tensors = found.checkpoint.tensors
+    for attention in attention_modules(found.family, tensors):
+        if queries and f"{attention}.q_scale" not in tensors:
+            verdict.add("wrong", f"{attention}.q_scale", "is not there, and a config group quantizes queries")
+        for part, count in (("q", heads), ("k", kv), ("v", kv)):
+            scale, zero = (tensors.get(f"{attention}.{part}_{what}") for what in ("scale", "zero_point"))
+            if zero is not None and bool((found.checkpoint.tensor(zero.name).float() != 0).any()):
+                verdict.add("wrong", zero.name, "is not zero; servers read the cache as symmetric")
+            if scale is None:
+                continue
+            shapes = ((count, 1, 1), (count,)) if by_head and count else ((1,), ())
+            if tuple(scale.shape) not in shapes:
+                verdict.add("refused", scale.name, f"is {list(scale.shape)}; kv_cache_scheme needs {list(shapes[0])}")
+            value = found.checkpoint.tensor(scale.name).float()
+            if not bool((torch.isfinite(value) & (value > TINY)).all()):
+                verdict.add(
+                    "wrong",
+                    scale.name,
+                    f"has scales that are not finite and above {TINY:g}, which nobody calibrated",
+                    "calibrate anew" if part != "q" else "drop the group for attention and keep kv_cache_scheme",
+                )
+            if part == "q" and not queries:
+                verdict.add("limited", scale.name, "scales queries, and no config group is for attention")

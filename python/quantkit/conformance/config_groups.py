@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats.compressed_tensors import of_attention
 from .verdict import Verdict
 
 Args = Mapping[str, Any]
@@ -18,6 +19,7 @@ KEYS = frozenset(
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
 MIXED = "mixed-precision"
+TINY = 1e-12  # below it no scale was ever calibrated
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ def groups_of(block: Mapping[str, Any], verdict: Verdict) -> list[Group]:
     top = block.get("format")
     for key, entry in entries.items():
         where = f"config_groups.{key}"
+        if of_attention(entry):
+            _attention(where, entry, block, verdict)
+            continue
         if not isinstance(entry, Mapping) or not isinstance(entry.get("weights"), Mapping):
             verdict.add("refused", where, "has no weights")
             continue
@@ -150,6 +155,24 @@ def check_block(block: Mapping[str, Any], groups: list[Group], verdict: Verdict)
                 "does not name lm_head, which target Linear takes in Transformers",
                 "add lm_head to ignore",
             )
+
+
+def _attention(where: str, entry: Mapping[str, Any], block: Mapping[str, Any], verdict: Verdict) -> None:
+    """A group for queries, keys and values, whose scales are the attention modules' own."""
+    args, cache = entry["input_activations"], block.get("kv_cache_scheme")
+    _args(f"{where}.input_activations", args, "input_activations", verdict)
+    if verdict.client in ("vllm", "sglang"):
+        if len(entry["targets"]) != 1:
+            verdict.add("refused", f"{where}.targets", "are several; vLLM leaves a group out that has one class alone")
+        if not isinstance(cache, Mapping):
+            verdict.add("wrong", where, "quantizes the cache, which vLLM reads from kv_cache_scheme alone")
+        else:
+            verdict.add(
+                "limited", where, "is left out by vLLM, which has queries in FP8 only where its attention takes them so"
+            )
+    keys = ("num_bits", "type", "strategy", "symmetric")
+    if isinstance(cache, Mapping) and any(cache.get(key) != args.get(key) for key in keys):
+        verdict.add("wrong", where, "is another quantization than kv_cache_scheme, and keys and values have one")
 
 
 def strategy_of(args: Args) -> str:

@@ -33,7 +33,8 @@ VERSION = "0.18.0"
 IN_CONFIG, FOLDS = True, False
 BY_ROWS = True
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
-CACHE = ("k_scale", "v_scale")
+# What llm-compressor stores beside the scales of keys and values: zero points that are zeros, and queries' scales.
+CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point", "q_scale", "q_zero_point")
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale"),
@@ -170,7 +171,7 @@ def kv_tensors(attention: str, args: QuantizationArgs, shape: CacheShape) -> lis
             "attn_head (in YAML per-tensor or per-head)"
         )
     stored = (shape.heads, 1, 1) if args.strategy == "attn_head" else (1,)
-    return [OutputTensor(f"{attention}.{part}", "F32", stored) for part in CACHE]
+    return [OutputTensor(f"{attention}.{part}", "F32", stored) for part in CACHE[:2]]
 
 
 def kv_scales(attention: str, k_scale: Tensor, v_scale: Tensor, shape: CacheShape) -> dict[str, Tensor]:
@@ -305,6 +306,8 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
     for key, group in entries.items():
         if not isinstance(group, Mapping):
             raise CheckpointError(f"quantization_config: config_groups.{key} is {group!r}; it has weights and targets")
+        if of_attention(group):
+            continue
         weights = _args(f"config_groups.{key}.weights", group.get("weights"))
         if weights is None:
             raise CheckpointError(f"quantization_config: config_groups.{key} has no weights")
@@ -325,8 +328,27 @@ def _names(key: str, value: Any) -> list[str]:
 
 
 def read_kv_cache(block: Mapping[str, Any]) -> QuantizationArgs | None:
-    """How the block says that keys and values are cached, None for 16 bit."""
-    return _args("kv_cache_scheme", block.get("kv_cache_scheme"))
+    """How the block says that keys and values are cached, None for 16 bit. A group for attention says it, too."""
+    found = _args("kv_cache_scheme", block.get("kv_cache_scheme"))
+    return read_attention(block) if found is None else found
+
+
+def read_attention(block: Mapping[str, Any]) -> QuantizationArgs | None:
+    """How queries are quantized before attention, by a group that has no weights; None if they are not."""
+    entries = block.get("config_groups")
+    groups = {k: g for k, g in entries.items() if of_attention(g)} if isinstance(entries, Mapping) else {}
+    found = {key: _args(f"config_groups.{key}.input_activations", g["input_activations"]) for key, g in groups.items()}
+    if len(set(found.values())) > 1:
+        raise CheckpointError(f"quantization_config: config_groups {', '.join(found)} quantize attention differently")
+    return next(iter(found.values()), None)
+
+
+def of_attention(group: Any) -> bool:
+    """Whether a config group is for queries, keys and values: no weights, and classes of attention as targets."""
+    if not isinstance(group, Mapping) or group.get("weights") is not None or not group.get("input_activations"):
+        return False
+    targets = group.get("targets") or ()
+    return bool(targets) and all(str(target).endswith("Attention") for target in targets)
 
 
 def _args(key: str, entry: Mapping[str, Any] | None) -> QuantizationArgs | None:

@@ -19,6 +19,7 @@ from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
 from ..microscale import rounded
 from . import format_of_checkpoint
+from .compressed_tensors import read_attention
 from .mindie_cache import emulate
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ Quantizer = Callable[[Tensor], Tensor]
 class WeightSource:
     """`get(name)` gives a tensor of the checkpoint by the name it has in a plain one; a quantized weight comes
     dequantized in fp32. `input_quantizers` maps a module to the function its inputs go through first, and
-    `cache_quantizers` an attention module to those of its keys and values [rows, heads, tokens, head size].
+    `cache_quantizers` an attention module to those of its keys and values [rows, heads, tokens, head size], and
+    `query_quantizers` to that of its queries.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -41,6 +43,7 @@ class WeightSource:
         self.schemes: dict[str, QuantizationScheme] = {}
         self.input_quantizers: dict[str, Quantizer] = {}
         self.cache_quantizers: dict[str, tuple[Quantizer, Quantizer]] = {}
+        self.query_quantizers: dict[str, Quantizer] = {}
         self.kv_cache: QuantizationArgs | None = None
         if self.format is None:
             return
@@ -51,6 +54,11 @@ class WeightSource:
                 attention = name.removesuffix(keys)
                 if attention != name and f"{attention}{values}" in checkpoint.tensors:
                     self.cache_quantizers[attention] = self._cache_quantizers(attention, self.kv_cache)
+        queries = read_attention(checkpoint.config["quantization_config"])
+        if queries is not None:
+            for attention in self.cache_quantizers:
+                scale = checkpoint.tensor(f"{attention}.q_scale").float().clone()
+                self.query_quantizers[attention] = cache_quantizer(queries, scale)
         schemes = self.format.read_schemes(checkpoint.config["quantization_config"])
         self.schemes = {module: schemes(module) for module in self.format.quantized_modules(checkpoint.tensors)}
         self.modules = set(self.schemes)

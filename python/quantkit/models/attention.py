@@ -10,12 +10,14 @@ fused attention takes ten times as long there. Whatever is not plain causal atte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import ConfigError
 
 NAME = "quantkit_causal"
 BLOCK = 128
@@ -31,6 +33,19 @@ def register() -> str:
     return NAME
 
 
+def round_queries(model: Any, module: nn.Module, quantizer: Callable[[Tensor], Tensor]) -> nn.Module:
+    """From now on `module`, an attention of `model`, has its queries rounded. ConfigError where another attention than
+    this file's runs, which would not.
+    """
+    if getattr(model.config, "_attn_implementation", None) != NAME:
+        raise ConfigError(
+            f"{type(model).__name__}: queries that the checkpoint quantizes are rounded in '{NAME}' attention, not "
+            f"in '{model.config._attn_implementation}'; leave attn_implementation out"
+        )
+    module.quantize_query = quantizer  # type: ignore[assignment]
+    return module
+
+
 def causal_attention(
     module: nn.Module,
     query: Tensor,
@@ -43,8 +58,10 @@ def causal_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [batch, heads, tokens, dim], key and value [batch, groups, tokens, dim]
-    -> [batch, tokens, heads, dim].
+    -> [batch, tokens, heads, dim]. A module with a `quantize_query` has its queries rounded by it first.
     """
+    rounded = getattr(module, "quantize_query", None)
+    query = query if rounded is None else rounded(query)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     odd = query.device.type != "cpu" or any(kwargs.get(k) is not None for k in ("position_bias", "softcap", "s_aux"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 # Integers and 8-bit floats: what no parameter of a plain model has.
 CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
+TINY = 1e-12  # below it no scale was ever calibrated
 # Stored by writers in whatever float dtype the model had; read as fp32.
 SCALES = (
     *("weight_scale", "weight_scale_inv", "scales", "SCB", "input_scale", "input_offset", "weight_global_scale"),
-    *("input_global_scale", "k_scale", "v_scale"),
+    *("input_global_scale", "k_scale", "v_scale", "q_scale"),
 )
 SUPPORTED = (
     "weights in int4 or int8 per channel or group, or fp8 per tensor, channel or block, MXFP8, MXFP4 and NVFP4; "
@@ -121,7 +122,7 @@ def _of_cache(source: WeightSource) -> Iterator[str]:
     assert source.format is not None
     scales = source.format.CACHE[:2]
     # Scales per channel are what MindIE's format has, and no other.
-    strategies = ("tensor", "attn_head") if len(source.format.CACHE) == 2 else ("channel",)
+    strategies = ("channel",) if source.format.NAME == "mindie" else ("tensor", "attn_head")
     if args.dynamic or args.num_bits != 8 or not args.symmetric or args.strategy not in strategies:
         yield "kv_cache_scheme: only static symmetric 8-bit scales per tensor or head are read"
     if not source.cache_quantizers:
@@ -131,3 +132,13 @@ def _of_cache(source: WeightSource) -> Iterator[str]:
             attention = name.removesuffix(f".{part}")
             if attention != name and attention not in source.cache_quantizers:
                 yield f"tensor '{name}' is there, but '{attention}.{other}' is missing"
+    for attention in source.cache_quantizers:
+        for name in source.cache_names(attention):
+            value = source.checkpoint.tensor(name).float()
+            if name.endswith("_zero_point") and bool((value != 0).any()):
+                yield f"tensor '{name}' is not zero, and kv_cache_scheme is symmetric"
+            # Scales that nobody calibrated are whatever was in memory.
+            if name.endswith("q_scale") and not bool((value.isfinite() & (value > TINY)).all()):
+                yield f"tensor '{name}' has scales that are not finite and above {TINY:g}; they were not calibrated"
+        if f"{attention}.q_scale" in tensors and attention not in source.query_quantizers:
+            yield f"tensor '{attention}.q_scale' is there, but no config group is for attention"

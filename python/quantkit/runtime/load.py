@@ -21,6 +21,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats.source import WeightSource
 from ..live_hooks import CacheQuantizer
+from ..models.attention import round_queries
 from ..models.experts import Expert, Experts
 from ..models.fused_block import fuse_blocks
 from ..models.fused_norm import replace_norms
@@ -174,7 +175,10 @@ class _Filler:
                 raise CheckpointError(f"{self.skeleton.folder}: tensor '{name}' is not finite and positive")
         assert self.source.kv_cache is not None
         hook = CacheQuantizer(self.source.kv_cache, keys, values, self.source.cache_quantizers[attention])
-        self.model.get_submodule(paths[0]).register_forward_pre_hook(hook, with_kwargs=True)
+        module = self.model.get_submodule(paths[0])
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        if attention in self.source.query_quantizers:
+            round_queries(self.model, module, self.source.query_quantizers[attention])
 
     def _put_experts(self, linears: dict[str, tuple[str, nn.Linear]]) -> None:
         """QuantExperts in the place of experts that are quantized in one way; their Linears leave `linears`."""
@@ -262,6 +266,8 @@ def _configure(skeleton: Skeleton, folder: Path, attn_implementation: str | None
     codes = any(isinstance(hook, CacheQuantizer) and hook.has_codes for hook in hooks)
     model._prepare_cache_for_generation = partial(_prepare_cache, model, codes)
     if attn_implementation is not None:
+        if any(hasattr(module, "quantize_query") for module in model.modules()):
+            raise ConfigError("attn_implementation: the checkpoint quantizes queries, which only the default does")
         try:
             model.set_attn_implementation(attn_implementation)
         except (ValueError, ImportError) as error:
