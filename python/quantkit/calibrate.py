@@ -19,7 +19,7 @@ from .checkpoint.hub import resolve_model
 from .config.presets import preset
 from .config.recipe import GPTQModifier, QuantizationModifier
 from .engine import forward_dtype
-from .errors import ConfigError, DistributedError, PlanError
+from .errors import ConfigError, PlanError
 from .estimate import memory_available
 from .formats.fp8_source import open_source
 from .formats.source import WeightSource
@@ -93,13 +93,21 @@ def calibrate(
     """Save the statistics of `config`'s model and data, of every kind in `calibration.gather`, to the folder `output`,
     which appears once it is complete; `rows` of token ids take the place of the dataset section.
 
-    Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit.
+    Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit. Of several
+    processes that torchrun started the first does all of it, and the others wait.
     """
-    if distributed.ranks().world > 1:
-        raise DistributedError(
-            "quantkit calibrate is one process: start it without torchrun, with part of the data on each machine, and "
-            "join the results by quantkit merge-statistics"
-        )
+    ranks = distributed.ranks()
+    try:
+        found: Path = ranks.broadcast(_calibrate(config, output, overwrite, rows, progress) if ranks.first else None)
+    except BaseException as error:
+        ranks.failed(error)
+        raise
+    return found
+
+
+def _calibrate(
+    config: RunConfig, output: Path | None, overwrite: bool, rows: Sequence[Sequence[int]] | None, progress: bool
+) -> Path:
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
     remote, seed, kinds = config.model.trust_remote_code, config.global_.seed, config.calibration.gather
     if config.global_.num_threads is not None:

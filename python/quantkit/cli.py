@@ -48,7 +48,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         args.config, overrides=args.set, model_path=args.model_path, save_path=args.save_path, calibrate=True
     )
     output = None if args.output is None else Path(args.output)
-    print(f"written to {calibrate(config, output, overwrite=args.overwrite)}")
+    folder = calibrate(config, output, overwrite=args.overwrite)
+    if distributed.ranks().first:
+        print(f"written to {folder}")
     return 0
 
 

@@ -25,7 +25,7 @@ from .checkpoint.writer import CheckpointWriter
 from .config.run_config import FP8_SOURCE, RunConfig
 from .data_free import data_free, own_tensors
 from .distributed import ONE, Ranks
-from .errors import ConfigError, DistributedError, Interrupted, QuantkitError
+from .errors import DistributedError, Interrupted, QuantkitError
 from .fingerprint import (
     config_fingerprint,
     data_fingerprint,
@@ -141,9 +141,7 @@ def _run(
     if config.compression.disable_level != "L0":
         from .fall_back import with_level
 
-        if ranks.world > 1:
-            raise ConfigError("compression.disable_level: measured in one process; name the layers in ignore instead")
-        config = with_level(config, rows, progress=progress)
+        config = with_level(config, rows, progress=progress, ranks=ranks)
     with open_plan(config, ranks) as plan:
         if show is not None:
             show(plan)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .calibration.statistics import Statistics, Wants, tail
+from .distributed import ONE, Ranks
 from .errors import ConfigError
 from .plan import Plan
 
@@ -32,8 +33,12 @@ def count_of(level: str) -> int:
     return int(found[1])
 
 
-def with_level(config: RunConfig, rows: Sequence[Sequence[int]] | None = None, *, progress: bool = True) -> RunConfig:
-    """`config` with the Linears that its `disable_level` leaves out by name, and none left to find."""
+def with_level(
+    config: RunConfig, rows: Sequence[Sequence[int]] | None = None, *, progress: bool = True, ranks: Ranks = ONE
+) -> RunConfig:
+    """`config` with the Linears that its `disable_level` leaves out by name, and none left to find. Of several `ranks`
+    the first measures: it is a few samples.
+    """
     count = count_of(config.compression.disable_level)
     if count == 0:
         return config
@@ -41,7 +46,7 @@ def with_level(config: RunConfig, rows: Sequence[Sequence[int]] | None = None, *
         raise ConfigError(
             "compression.disable_level: runs the model, and calibration.statistics is there not to; drop one"
         )
-    scores = measure(config, rows, progress=progress)
+    scores = ranks.broadcast(measure(config, rows, progress=progress) if ranks.first else None)
     chosen = worst(scores, count)
     told = ", ".join(f"{name} ({scores[name]:.0f})" for name in chosen)
     note = f"disable_level {config.compression.disable_level} keeps in full precision, by their inputs' tails: {told}"

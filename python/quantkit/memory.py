@@ -29,7 +29,7 @@ PROCESS, CALIBRATING = 340 << 20, 70 << 20
 # Packed weights that wait for the disk.
 QUEUE = 16 << 20
 # Compiled products of matrices, of which experts need a new one for each number of tokens, and what they leave behind.
-PRODUCTS = 56 << 20
+PRODUCTS = 64 << 20
 # What malloc keeps of what was freed, as a share of all that a calibration works with; and where it goes back at once.
 KEPT, RETURNED = 1.3, 1.1
 # num_samples: -1 means all there are, which the plan does not count.

@@ -33,10 +33,13 @@ JOBS = {
     "gptq fp4": ("tiny-moe", "{GPTQModifier: {scheme: NVFP4}}"),
     "gptq fp8": ("tiny-llama", "{GPTQModifier: {scheme: FP8_BLOCK}}"),
     "every expert": ("tiny-moe", "{GPTQModifier: {scheme: W4A16, moe_calibrate_all_experts: true}}"),
+    "level": ("tiny-llama", "{QuantizationModifier: {scheme: FP8}}"),
     "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
 }
 
 
+# What else stands in a job's section `compression`, and in front of `save_path`.
+COMPRESSION = {"level": "disable_level: L2, "}
 MORE = {
     "two forwards": "global: {calibration_forwards: 2, ",
     "on disk": "calibration: {offload: disk}\nglobal: {",
@@ -52,7 +55,7 @@ def yaml_of(job: str, folder: Path, save: Path) -> Path:
         f"""
 {MORE.get(job, "global: {")}save_path: {save}, max_shard_size: 200KB}}
 model: {{model_path: {EXAMPLES / "models" / model}}}
-compression: {{recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}}}
+compression: {{{COMPRESSION.get(job, "")}recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}}}
 dataset:
   name: TextDataset
   data_path: {EXAMPLES / "data" / "calibration.jsonl"}

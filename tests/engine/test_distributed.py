@@ -12,7 +12,7 @@ import pytest
 
 from .ranks import RUN_ALL, differences, ended, files, run_all, start, yaml_of
 
-FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free")
+FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free", "level")
 MORE = (
     "gptq fp4",
     "gptq fp8",
@@ -58,6 +58,16 @@ def test_any_number_of_ranks_writes_the_same_files_of_other_recipes(ranks: int, 
     one, many = (run_all(MORE, n, tmp_path / str(n)) for n in (1, ranks))
     for job, found in one.items():
         assert len(found) > 12 and not differences(found, many[job]), job
+
+
+def test_the_first_rank_calibrates_for_all(tmp_path: Path) -> None:
+    job = yaml_of("gptq", tmp_path, tmp_path / "out")
+    for ranks in (1, 2):
+        command = ["-m", "quantkit", "calibrate", "-c", str(job), "-o", str(tmp_path / str(ranks))]
+        found = ended(start(command, ranks), 60)
+        assert all(status == 0 for status, _, _ in found), found
+        assert "".join(out for _, out, _ in found).count("written to") == 1
+    assert not differences(files(tmp_path / "1"), files(tmp_path / "2"))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.native import Trimmer, kept_memory
+from ..checkpoint.native import host, kept_memory
 from ..distributed import ONE, Ranks
 from ..errors import CalibrationError, DistributedError
 from ..models.skeleton import Skeleton, WeightSource
@@ -87,7 +87,7 @@ def sweep(
             hidden, calls = embedded(skeleton, mine, offload, within, keep=begin == 0)
         if keeper is not None and begin:
             keeper.restore(hidden, report)
-        probe_view, trimmer = probe_hidden.view(0), Trimmer()
+        probe_view = probe_hidden.view(0)
         for index in range(begin, stop):
             routed = skeleton.experts[index]
             most = max(map(len, routed), default=0)
@@ -154,7 +154,8 @@ def sweep(
                     seen = run.statistics(layer, last, keep=feeds_on, recorders=recorders)
                     visitor.observe(layer, seen, recorders)
             skeleton.drop(index, source)
-            trimmer.layer_done()
+            # Blocks of changing sizes leave gaps, which would grow with each layer.
+            host().release_free_memory()
             if keeper is not None:
                 keeper.layer_done(index, hidden if feeds_on else None, report)
             if progress is not None:

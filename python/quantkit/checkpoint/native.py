@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 from ..errors import CheckpointError
@@ -20,28 +19,6 @@ def host() -> ModuleType:
             f"the compiled module quantkit._host cannot be loaded ({error}); install quantkit again with a C++ compiler"
         ) from error
     return _host
-
-
-class Trimmer:
-    """Bounds what is kept: blocks of changing sizes leave gaps, a few percent more with each layer."""
-
-    def __init__(self) -> None:
-        self._first: int | None = None
-
-    def layer_done(self) -> None:
-        """What is free goes back to the system if the process has grown by a fiftieth since its first layer."""
-        now = _resident()
-        self._first = self._first or now
-        if now > self._first * 51 // 50:
-            host().release_free_memory()
-
-
-def _resident() -> int:
-    """Pages of this process in memory, 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 @contextmanager
