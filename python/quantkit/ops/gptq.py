@@ -35,37 +35,39 @@ def _factor_fake(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     return g.new_empty(g.shape), g.new_empty(g.shape[:-1], dtype=torch.bool)
 
 
-def _factor_one(g: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
-    diagonal = g.diagonal()
-    unusable = ~(diagonal.isfinite() & (diagonal >= 0))
-    if bool(unusable.any()):
-        raise RuntimeError(
-            f"quantkit::gptq_factor: {int(unusable.sum())} of {g.shape[0]} diagonal elements of {name} are NaN, "
-            f"infinite or negative, the first at column {int(unusable.nonzero()[0])}: look for NaN in the activations"
-        )
-    dead = diagonal == 0
-    h = g.flip(0, 1)
-    if g.shape[0]:
-        damped = h.diagonal().add_(dampening * diagonal.mean())
-        damped[damped == 0] = 1.0  # a dead column is tied to no other one: any positive number will do
-    lower, info = torch.linalg.cholesky_ex(h)
-    if int(info) != 0:
-        raise LinAlgError(
-            f"quantkit::gptq_factor: {name} + {dampening:g} * mean(diag({name})) is {_INDEFINITE} (minor {int(info)} "
-            f"of {g.shape[0]}): raise the dampening, or give more calibration tokens"
-        )
-    # With J the reversal, J chol(J H J) J is the upper R with R R^T = H, the inverse of chol(H^-1).
-    return lower.flip(0, 1), dead
-
-
 def _factor_reference(g: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    """All of a batch at once; a device is waited for but once, to see whether anything is wrong."""
     _check_factor(g, dampening)
-    if g.dim() == 2:
-        return _factor_one(g, dampening, "g")
-    factor, dead = _factor_fake(g, dampening)
-    for b, matrix in enumerate(g):
-        factor[b], dead[b] = _factor_one(matrix, dampening, f"g[{b}]")
-    return factor, dead
+    diagonal = g.diagonal(dim1=-2, dim2=-1)
+    unusable = ~(diagonal.isfinite() & (diagonal >= 0))
+    dead = diagonal == 0
+    h = g.flip(-2, -1)
+    if g.shape[-1]:
+        damped = h.diagonal(dim1=-2, dim2=-1)
+        damped.add_(dampening * diagonal.mean(-1, keepdim=True))
+        damped.masked_fill_(damped == 0, 1.0)  # a dead column is tied to no other one: any positive number will do
+    lower, info = torch.linalg.cholesky_ex(h)
+    if bool(unusable.any() | (info != 0).any()):
+        _refuse_factor(g, dampening, unusable, info)
+    # With J the reversal, J chol(J H J) J is the upper R with R R^T = H, the inverse of chol(H^-1).
+    return lower.flip(-2, -1), dead
+
+
+def _refuse_factor(g: Tensor, dampening: float, unusable: Tensor, info: Tensor) -> None:
+    """Raises for the first matrix that has no factor."""
+    for b in range(g.shape[0] if g.dim() == 3 else 1):
+        name = f"g[{b}]" if g.dim() == 3 else "g"
+        bad, minor = (unusable[b], int(info[b])) if g.dim() == 3 else (unusable, int(info))
+        if bool(bad.any()):
+            raise RuntimeError(
+                f"quantkit::gptq_factor: {int(bad.sum())} of {g.shape[-1]} diagonal elements of {name} are NaN, "
+                f"infinite or negative, the first at column {int(bad.nonzero()[0])}: look for NaN in the activations"
+            )
+        if minor != 0:
+            raise LinAlgError(
+                f"quantkit::gptq_factor: {name} + {dampening:g} * mean(diag({name})) is {_INDEFINITE} (minor {minor} "
+                f"of {g.shape[-1]}): raise the dampening, or give more calibration tokens"
+            )
 
 
 def _check_sweep(
@@ -380,7 +382,8 @@ def gptq_factor(g: Tensor, dampening: float = 0.01) -> tuple[Tensor, Tensor]:
     needs, and the inverse of the factor that the paper takes of g^-1. Dead columns, bool [K] or [B, K], are those whose
     input was always zero: nothing ties them to others, so the sweep rounds them to nearest. RuntimeError if g's
     diagonal holds NaN, infinities or negative numbers; torch.linalg.LinAlgError if the damped g is not positive
-    definite. fp64 is served too, by the reference.
+    definite. fp64 is served too, by the reference; on CUDA that is torch's batched Cholesky (cuSOLVER) and one wait for
+    the device.
     """
     if g.dtype == torch.float64:
         return _factor_reference(g, dampening)
