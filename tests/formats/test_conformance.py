@@ -69,6 +69,12 @@ def test_int4_weights_with_int8_activations(tmp_path: Path) -> None:
     assert not check_folder(folder, "sglang").ok
 
 
+@pytest.mark.parametrize(("scheme", "limited"), [("NVFP4", True), ("NVFP4A16", False), ("MXFP4A16", True)])
+def test_what_runs_otherwise_than_it_says_is_told(scheme: str, limited: bool, outputs: Callable[[str], Path]) -> None:
+    verdict = check_folder(outputs(scheme), "vllm")
+    assert verdict.ok and any("FP4 by FP4" in finding.rule for finding in verdict.findings) is limited
+
+
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
 
 

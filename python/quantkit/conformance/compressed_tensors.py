@@ -213,7 +213,8 @@ def _micro(stored: Stored, group: Group, scheme: str, found: Inventory, verdict:
     if verdict.client == "vllm" and verdict.hardware not in RUNS_ON[scheme]:
         verdict.add("refused", stored.name, f"{scheme} has no kernel on {verdict.hardware}", "serve it elsewhere")
         return
-    if verdict.client == "vllm":
+    as_it_is = scheme == "NVFP4" and group.inputs is None  # activations stay in 16 bit everywhere
+    if verdict.client == "vllm" and not as_it_is:
         verdict.add("limited", f"config_groups.{group.key}", f"{scheme} {ON_GPUS[scheme]}")
     divides(verdict, stored, rows, cols, col_unit=size, what=" (groups)")
 
