@@ -76,9 +76,10 @@ def _run(args: argparse.Namespace) -> int:
     from . import engine
     from .report.plan_view import render_plan
 
+    config = _config(args)
     _end_cleanly_on_signals()
     show = lambda plan: print(render_plan(plan), flush=True)  # noqa: E731
-    result = engine.run(_config(args), show=show, restart=args.restart)
+    result = engine.run(config, show=show, restart=args.restart)
     if not distributed.ranks().first:
         return 0 if result.audit.ok else 1
     if result.report is not None and (told := result.report.render()):

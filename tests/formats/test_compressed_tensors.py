@@ -142,7 +142,7 @@ def test_packing_is_the_librarys() -> None:
     assert torch.equal(ops.pack_zero_points(zero, 4), library.pack_to_int32(zero, 4, packed_dim=0))
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"LLM_INT8"}))  # which it cannot tell, and the plan refuses
 def test_config_block_is_the_librarys(preset: str) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
     block = ct.config_block([every(preset)], ["lm_head"], ["lm_head"])
