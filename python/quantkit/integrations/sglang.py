@@ -9,9 +9,10 @@ out, and so does any other name that is not `quantkit`.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
+
+from .chosen import chosen_device
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,8 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.utils import is_cpu, is_cuda
 
-    from .. import ops
-
-    device = _device(is_cpu(), is_cuda())
+    device = chosen_device("SGLang", CUDA, logger, cpu=is_cpu(), cuda=is_cuda())
     if device is None:
-        return
-    status = ops._load.status()[device]
-    if not status.loaded:
-        logger.warning("quantkit: its %s kernels are not loaded (%s); SGLang's own serve", device, status.reason)
         return
     HookRegistry.register(TARGET, linear_scheme, HookType.AROUND)
     logger.info("quantkit: kernels for int8, FP8, W4A8 and weight-only Linears on %s are offered", device)
@@ -66,19 +61,3 @@ def linear_scheme(
                 logger.info("quantkit: %s for %s", type(scheme).__name__, layer_name)
                 return scheme
     return original(config, layer, layer_name, matched_target)
-
-
-def _device(cpu: bool, cuda: bool) -> str | None:
-    """The device type whose kernels are wanted, None for none."""
-    if cpu:
-        return "cpu"
-    if cuda:
-        asked = os.environ.get(CUDA, "0")
-        if asked not in ("0", "1"):
-            raise ValueError(f"{CUDA} must be 0 or 1, got {asked!r}")
-        if asked == "1":
-            return "cuda"
-        logger.info("quantkit: SGLang's own kernels serve on this GPU; %s=1 puts quantkit's in front", CUDA)
-        return None
-    logger.info("quantkit: no kernels for this platform; SGLang's own serve")
-    return None

@@ -8,8 +8,8 @@ for CUDA where the environment variable QUANTKIT_VLLM_CUDA is 1; what they do no
 from __future__ import annotations
 
 import logging
-import os
-from typing import Any
+
+from .chosen import chosen_device
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,9 @@ def register() -> None:
     """
     from vllm.platforms import current_platform
 
-    from .. import ops
-
-    device = _device(current_platform)
+    cpu, cuda = current_platform.is_cpu(), current_platform.is_cuda()
+    device = chosen_device("vLLM", CUDA, logger, cpu=cpu, cuda=cuda)
     if device is None:
-        return
-    status = ops._load.status()[device]
-    if not status.loaded:
-        logger.warning("quantkit: its %s kernels are not loaded (%s); vLLM's own serve", device, status.reason)
         return
     from vllm.model_executor.kernels import linear
 
@@ -47,19 +42,3 @@ def register() -> None:
         if kernel not in offered:  # vLLM may load plugins more than once in a process
             offered.insert(0, kernel)
     logger.info("quantkit: kernels for int8, FP8, W4A8 and weight-only Linears on %s are offered", device)
-
-
-def _device(platform: Any) -> str | None:
-    """The device type whose kernels are wanted on this platform, None for none."""
-    if platform.is_cpu():
-        return "cpu"
-    if platform.is_cuda():
-        asked = os.environ.get(CUDA, "0")
-        if asked not in ("0", "1"):
-            raise ValueError(f"{CUDA} must be 0 or 1, got {asked!r}")
-        if asked == "1":
-            return "cuda"
-        logger.info("quantkit: vLLM's own kernels serve on this GPU; %s=1 puts quantkit's in front", CUDA)
-        return None
-    logger.info("quantkit: no kernels for this platform; vLLM's own serve")
-    return None
