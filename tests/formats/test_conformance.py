@@ -28,7 +28,12 @@ NOT_ON_CPU = {
     *("W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16"),
 }
 # What a client does not take on a GPU.
-REFUSED = {"int8 cache": ("vllm", "sglang"), "W4A8": ("sglang",)}
+REFUSED = {
+    "int8 cache": ("vllm", "sglang"),  # SGLang: for its static inputs
+    **dict.fromkeys(
+        ("int8_static", "W8A8_STATIC_ASYM", "W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16"), ("sglang",)
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +71,42 @@ def test_int4_weights_with_int8_activations(tmp_path: Path) -> None:
     for hardware, limits in (("cuda", []), ("cpu", ["activations are kept in 16 bit on cpu"])):
         verdict = check_folder(folder, "vllm", hardware=hardware)
         assert verdict.ok and sorted({finding.rule for finding in verdict.findings}) == limits, verdict.render()
-    assert not check_folder(folder, "sglang").ok
+    verdict = check_folder(folder, "sglang")
+    assert told(verdict, "refused", "o_proj no scheme of SGLang's Linears quantkit's plugin"), verdict.render()
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_static_int8_in_sglangs_fused_linears(differ: bool, outputs: Callable[[str], Path], tmp_path: Path) -> None:
+    """SGLang was seen to stop at k's scale (test_sglang_rules.py), whatever it is; the plugin takes equal ones."""
+    other = (lambda t, c: t[f"{K}.input_scale"].mul_(2)) if differ else (lambda t, c: None)
+    folder = broken(outputs("int8_static"), tmp_path / "changed", other)
+    verdict = check_folder(folder, "sglang")
+    refused = [finding.where for finding in verdict.findings if finding.kind == "refused"]
+    parts = ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+    assert sorted(refused) == sorted(f"model.layers.{i}.{part}.input_scale" for i in range(4) for part in parts)
+    assert told(verdict, "refused", "k_proj.input_scale room for one IndexError dynamic inputs")
+    assert told(verdict, "wrong", "q_proj.input_scale differs among q_proj, k_proj, v_proj") is differ
+    assert told(check_folder(folder, "vllm"), "wrong", "q_proj.input_scale differs") is differ
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "words"),
+    [
+        ("W8A8", "refused", "experts.0.gate_proj int8 W8A8, dynamic is no scheme of SGLang's experts"),
+        ("W8A8_ASYM", "limited", "config_groups.group_0 inputs are quantized symmetrically"),
+        ("W4A8", "limited", "config_groups.group_0 experts multiply by inputs in FP8, on SM90 alone"),
+        ("W4AFP8", "refused", "self_attn.q_proj W4A8 FP8 is no scheme of SGLang's Linears"),
+        ("MXFP4", "wrong", "experts.0.gate_proj MXFP4 experts numbers that nobody wrote"),
+        ("{W8A8: ['re:.*attn.*'], W4A16: ['re:.*mlp.*']}", "refused", "experts.0.gate_proj format of the whole"),
+        ("W4A16_ASYM", "", ""),
+        ("FP8_DYNAMIC", "", ""),
+    ],
+)
+def test_experts_in_sglang(scheme: str, kind: str, words: str, tmp_path: Path) -> None:
+    verdict = check_folder(
+        quantize_by("tiny-moe", f"{{QuantizationModifier: {{scheme: {scheme}}}}}", tmp_path), "sglang"
+    )
+    assert told(verdict, kind, words) if kind else verdict.ok and not verdict.findings, verdict.render()
 
 
 @pytest.mark.parametrize(("scheme", "limited"), [("NVFP4", True), ("NVFP4A16", False), ("MXFP4A16", True)])

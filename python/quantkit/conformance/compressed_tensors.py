@@ -13,6 +13,7 @@ from typing import Any
 from ..formats.compressed_tensors import of_attention
 from ..models.families import text_config
 from ..plan import attention_modules, kv_heads
+from . import sglang
 from .config_groups import TINY, Group, check_block, groups_of, scheme_of, strategy_of, told
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
@@ -95,9 +96,11 @@ def check(found: Inventory, verdict: Verdict) -> None:
     if verdict.client in ("vllm", "sglang"):
         why = "the fused layer keeps one of them"
         same_in_fused(found, verdict, ("weight_g_idx", "weight_global_scale", "input_global_scale"), why)
-        static_int = [g for g in groups if schemes[g.key] == "int8 W8A8, static"]
-        if static_int:
+        static = [name for name, g in assigned.items() if g and schemes[g.key] == "int8 W8A8, static"]
+        if static:
             same_in_fused(found, verdict, ("input_scale", "input_zero_point"), why)
+        if verdict.client == "sglang":
+            sglang.static_in_fused(found, static, verdict)
     sound_scales(found, verdict, lambda stored: schemes.get(getattr(assigned[stored.name], "key", "")) == "WNA16")
     _cache(block, found, verdict)
 
@@ -169,7 +172,8 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
     if verdict.client == "vllm":
         _vllm(stored, shape, group, scheme, found, verdict)
     elif verdict.client == "sglang":
-        _sglang(stored, shape, group, scheme, verdict)
+        divides(verdict, stored, rows, cols, col_unit=size if strategy == "group" and size else 1, what=" (groups)")
+        sglang.linear(stored, group, scheme, _all_packed(found), verdict)
     elif verdict.client == "transformers":
         _transformers(stored, group, scheme, verdict)
 
@@ -217,6 +221,12 @@ def _micro(stored: Stored, group: Group, scheme: str, found: Inventory, verdict:
     if verdict.client == "vllm" and not as_it_is:
         verdict.add("limited", f"config_groups.{group.key}", f"{scheme} {ON_GPUS[scheme]}")
     divides(verdict, stored, rows, cols, col_unit=size, what=" (groups)")
+    if verdict.client == "sglang":
+        sglang.linear(stored, group, scheme, _all_packed(found), verdict)
+
+
+def _all_packed(found: Inventory) -> bool:
+    return (found.block or {}).get("format") == "pack-quantized"
 
 
 def _shape(stored: Stored, packed: bool, found: Inventory) -> tuple[int, int] | None:
@@ -274,17 +284,6 @@ def _vllm(
         divides(verdict, stored, rows, cols, col_unit=size or 1, what=" (groups)")
 
 
-def _sglang(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
-    size = group.weights.get("group_size") if strategy_of(group.weights) == "group" else None
-    divides(verdict, stored, *shape, col_unit=size or 1, what=" (groups)")
-    if scheme == "int8 W8A8, static":
-        verdict.add("limited", stored.name, "inputs are quantized per token at run time; input_scale is not used")
-    elif scheme == "W4A8 FP8":
-        verdict.add("limited", f"config_groups.{group.key}", "activations are kept in 16 bit")
-    elif scheme == "WNA8Int":
-        verdict.add("refused", stored.name, "int4 weights with int8 inputs are not served")
-
-
 def _transformers(stored: Stored, group: Group, scheme: str, verdict: Verdict) -> None:
     w = group.weights
     if stored.expert and (scheme.startswith("int8") or not w.get("symmetric", True)):
@@ -309,13 +308,14 @@ def _cache(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None
     if not isinstance(args, Mapping):
         return
     kind = (args.get("type", "int"), args.get("num_bits", 8), args.get("symmetric", True))
-    if verdict.client in ("vllm", "sglang") and kind != ("float", 8, True):
+    if verdict.client == "vllm" and kind != ("float", 8, True):
         verdict.add("refused", "kv_cache_scheme", f"is {told(args)}; served is symmetric FP8 per tensor or per head")
+    if verdict.client == "sglang" and (*kind, strategy_of(args)) != ("float", 8, True, "tensor"):
+        rule = f"is {told(args)}, and left out: the cache stays in 16 bit; read is symmetric FP8 per tensor"
+        verdict.add("limited", "kv_cache_scheme", rule)
     scales = [name for name in found.checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))]
     if not scales:
         verdict.add("wrong", "kv_cache_scheme", "asks for an 8-bit cache, and no attention has k_scale and v_scale")
-    elif verdict.client == "sglang":
-        verdict.add("limited", "kv_cache_scheme", "SGLang does not read k_scale and v_scale from compressed-tensors")
     _attention_scales(block, strategy_of(args) == "attn_head", found, verdict)
 
 
