@@ -15,6 +15,7 @@ from ..models.families import text_config
 from ..plan import attention_modules, kv_heads
 from . import sglang
 from .config_groups import TINY, Group, check_block, groups_of, scheme_of, strategy_of, told
+from .experts import in_vllm
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
@@ -174,6 +175,8 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
     elif verdict.client == "sglang":
         divides(verdict, stored, rows, cols, col_unit=size if strategy == "group" and size else 1, what=" (groups)")
         sglang.linear(stored, group, scheme, _all_packed(found), verdict)
+        if strategy == "block":
+            whole_blocks(found, verdict, stored, shape, w.get("block_structure") or (128, 128))
     elif verdict.client == "transformers":
         _transformers(stored, group, scheme, verdict)
 
@@ -249,8 +252,8 @@ def _vllm(
         verdict.add("refused", stored.name, f"{scheme} has no kernel on {verdict.hardware}", "serve it elsewhere")
         return
     size = w.get("group_size") if strategy == "group" else None
-    if stored.expert and cpu and not (scheme == "WNA16" or scheme.startswith("int8")):
-        verdict.add("refused", stored.name, f"{scheme} experts have no kernel on cpu")
+    if stored.expert:
+        in_vllm(stored, shape, group, scheme, verdict)
     if scheme == "W4A8 FP8":
         verdict.add("limited", f"config_groups.{group.key}", f"{scheme} {ON_GPUS[scheme]}")
     if scheme == "WNA16":

@@ -6,21 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .config_groups import Group, strategy_of, told
+from .config_groups import Group, strategy_of
+from .experts import in_sglang
 from .inventory import Inventory, Stored
 from .verdict import Verdict
 
 PLUGIN = "quantkit's plugin serves it (docs/integrations/sglang.md)"
 # Its int4 with 8-bit inputs, and MX, are experts' alone.
 NO_LINEAR = ("WNA8Int", "W4A8Int", "W4A8 FP8", "MXFP4", "MXFP8")
-NO_EXPERTS = ("int8 W8A8, dynamic", "int8 W8A8, static", "W4A8Int", "MXFP8", "FP8 W8A16")
 
 
 def linear(stored: Stored, group: Group, scheme: str, packed: bool, verdict: Verdict) -> None:
     """What `group`, which is `scheme` to vLLM, is to SGLang; `packed`: the whole checkpoint is pack-quantized."""
     where, w, i = f"config_groups.{group.key}", group.weights, group.inputs
     if stored.expert:
-        _expert(stored, group, scheme, packed, verdict)
+        in_sglang(stored, group, scheme, packed, verdict)
     elif scheme in NO_LINEAR:
         action = PLUGIN if scheme == "WNA8Int" and w.get("num_bits") == 4 else "serve it with vLLM"
         verdict.add("refused", stored.name, f"{scheme} is no scheme of SGLang's Linears", action)
@@ -34,27 +34,6 @@ def linear(stored: Stored, group: Group, scheme: str, packed: bool, verdict: Ver
         verdict.add("limited", where, "NVFP4 multiplies FP4 by FP4 from SM100 on; older GPUs keep inputs in 16 bit")
     if scheme == "WNA16" and w.get("num_bits") not in (4, 8):
         verdict.add("refused", stored.name, f"packed weights have 4 or 8 bits, not {w.get('num_bits')}")
-
-
-def _expert(stored: Stored, group: Group, scheme: str, packed: bool, verdict: Verdict) -> None:
-    where, w, i = f"config_groups.{group.key}", group.weights, group.inputs
-    strategies = (strategy_of(w), strategy_of(i) if i else None)
-    pairs = (("tensor", "tensor"), ("channel", "token"))
-    if scheme in NO_EXPERTS:
-        verdict.add("refused", stored.name, f"{scheme} is no scheme of SGLang's experts on a GPU")
-    elif scheme == "MXFP4":
-        verdict.add(
-            "wrong", stored.name, "MXFP4 experts are left with numbers that nobody wrote: no weight_packed is read"
-        )
-    elif scheme == "FP8 W8A8" and strategies not in pairs and strategies[0] != "block":
-        rule = f"{told(w)} weights with {told(i)} inputs are no scheme of SGLang's experts"
-        verdict.add("refused", stored.name, rule)
-    elif scheme in ("WNA16", "WNA8Int", "W4A8 FP8") and not packed:
-        verdict.add("refused", stored.name, "packed experts need pack-quantized as the format of the whole checkpoint")
-    elif scheme in ("WNA8Int", "W4A8 FP8"):
-        if strategies[0] != "group":
-            verdict.add("refused", stored.name, f"{scheme} experts need groups")
-        verdict.add("limited", where, "experts multiply by inputs in FP8, on SM90 alone")
 
 
 def static_in_fused(found: Inventory, static: Collection[str], verdict: Verdict) -> None:

@@ -1,0 +1,66 @@
+"""Experts of compressed-tensors checkpoints, for which vLLM (0.32) and SGLang (0.5.23) have classes of their own."""
+
+from __future__ import annotations
+
+from .config_groups import Group, strategy_of, told
+from .inventory import Stored
+from .verdict import Verdict
+
+# What SGLang has a class for on NPUs alone, or on nothing.
+NOT_IN_SGLANG = ("int8 W8A8, dynamic", "int8 W8A8, static", "W4A8Int", "MXFP8", "FP8 W8A16")
+W4A8_UNIT = 256  # of vLLM's kernel for int4 by FP8
+
+
+def in_vllm(stored: Stored, shape: tuple[int, int], group: Group, scheme: str, verdict: Verdict) -> None:
+    strategy, inputs, cpu = strategy_of(group.weights), group.inputs or {}, verdict.hardware == "cpu"
+    if scheme in ("WNA8Int", "W4A8Int"):
+        verdict.add("refused", stored.name, "int4 experts with int8 inputs run on Arm CPUs alone, from a code a byte")
+    elif cpu and not (scheme == "WNA16" or scheme.startswith("int8")):
+        verdict.add("refused", stored.name, f"{scheme} experts have no kernel on cpu")
+    elif cpu and scheme == "WNA16" and strategy == "channel":
+        verdict.add("refused", stored.name, "weight-only experts on cpu need groups")
+    elif scheme in ("FP8 W8A16", "int8 W8A8, static") or (scheme == "int8 W8A8, dynamic" and strategy != "channel"):
+        _no_scheme(stored, group, verdict)
+    elif scheme == "int8 W8A8, dynamic" and not inputs.get("symmetric", True):
+        verdict.add("limited", f"config_groups.{group.key}", "experts quantize their inputs symmetrically")
+    elif scheme == "FP8 W8A8":
+        _fp8(stored, group, verdict)
+    elif scheme == "W4A8 FP8":
+        if group.weights.get("group_size") != 128:
+            verdict.add("refused", stored.name, "int4 experts with FP8 inputs need groups of 128")
+        rows, cols = shape
+        split = (
+            (rows, cols // verdict.tensor_parallel) if stored.row_parallel else (rows // verdict.tensor_parallel, cols)
+        )
+        if any(size % W4A8_UNIT for size in split):
+            rule = f"int4 experts with FP8 inputs need multiples of {W4A8_UNIT}, and are {list(split)} on a rank"
+            verdict.add("refused", stored.name, rule)
+
+
+def in_sglang(stored: Stored, group: Group, scheme: str, packed: bool, verdict: Verdict) -> None:
+    """`packed`: the whole checkpoint is pack-quantized."""
+    if scheme in NOT_IN_SGLANG:
+        verdict.add("refused", stored.name, f"{scheme} is no scheme of SGLang's experts on a GPU")
+    elif scheme == "MXFP4":
+        rule = "MXFP4 experts have no weight_packed in SGLang, and keep numbers that nobody wrote"
+        verdict.add("wrong", stored.name, rule)
+    elif scheme == "FP8 W8A8":
+        _fp8(stored, group, verdict)
+    elif scheme in ("WNA16", "WNA8Int", "W4A8 FP8") and not packed:
+        verdict.add("refused", stored.name, "packed experts need pack-quantized as the format of the whole checkpoint")
+    elif scheme in ("WNA8Int", "W4A8 FP8"):
+        if strategy_of(group.weights) != "group":
+            verdict.add("refused", stored.name, f"{scheme} experts need groups")
+        verdict.add("limited", f"config_groups.{group.key}", "experts multiply by inputs in FP8, on SM90 alone")
+
+
+def _fp8(stored: Stored, group: Group, verdict: Verdict) -> None:
+    """One class has scales per tensor on both sides, per channel and token, or blocks."""
+    weights, inputs = strategy_of(group.weights), strategy_of(group.inputs or {})
+    if weights != "block" and (weights, inputs) not in (("tensor", "tensor"), ("channel", "token")):
+        _no_scheme(stored, group, verdict)
+
+
+def _no_scheme(stored: Stored, group: Group, verdict: Verdict) -> None:
+    rule = f"{told(group.weights)} weights with {told(group.inputs)} inputs are no scheme of {verdict.client}'s experts"
+    verdict.add("refused", stored.name, rule)
