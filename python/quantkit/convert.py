@@ -49,8 +49,9 @@ def convert(
     progress: bool = True,
 ) -> Path:
     """Write the quantized checkpoint in `source` to `target` in the format `format_name` ("compressed-tensors", "gptq",
-    "awq", "fp8", "bitsandbytes"); gives back the target. Dequantized weights are the same to the bit. `scheme`: a name
-    of PRESETS with the same weights, whose activations (dynamic or in 16 bit) the target gets instead of the source's.
+    "awq", "fp8", "bitsandbytes", "mindie"); gives back the target. Dequantized weights are the same to the bit.
+    `scheme`: a name of PRESETS with the same weights, whose activations (dynamic or in 16 bit) the target gets instead
+    of the source's.
 
     ConfigError for a format that cannot hold the source's schemes, CheckpointError naming the Linear whose scales it
     would round; the target appears only when it is complete.
@@ -110,6 +111,11 @@ def _schemes(read: WeightSource, fmt: Format, name: str | None) -> dict[str, Qua
         found = {module: _with_activations(module, scheme, preset(name)) for module, scheme in found.items()}
     for scheme in dict.fromkeys(found.values()):
         fmt.check(scheme)
+        if scheme.needs_calibration and (fmt.FOLDS or (read.format is not None and read.format.FOLDS)):
+            raise ConfigError(
+                "static inputs: mindie rounds their scales and folds them into the weights' and the bias: it does not "
+                "hold the same numbers; quantize the full-precision model into it, or give a scheme with dynamic inputs"
+            )
     if read.kv_cache is not None and (read.format is None or fmt.CACHE != read.format.CACHE):
         raise ConfigError(f"format '{fmt.NAME}' has no place for KV-cache scales as the source has them")
     return found

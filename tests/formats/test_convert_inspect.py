@@ -104,6 +104,23 @@ def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob("no*"))
 
 
+@pytest.mark.parametrize("first", ["compressed-tensors", "mindie"])
+def test_static_inputs_of_mindie_are_its_own(first: str, tmp_path: Path) -> None:
+    """Weights go over with dynamic inputs."""
+    made = quantize_by(
+        "tiny-llama", "{QuantizationModifier: {scheme: W8A8_STATIC_ASYM}}", tmp_path, f"compression.save_name={first}"
+    )
+    for name in {"compressed-tensors": ("mindie",), "mindie": ("compressed-tensors", "mindie")}[first]:
+        with pytest.raises(ConfigError, match="static inputs: mindie rounds their scales"):
+            convert(made, tmp_path / "no", name, progress=False)
+        assert not (tmp_path / "no").exists()
+        dynamic = convert(made, tmp_path / f"to-{name}", name, scheme="W8A8", progress=False)
+        assert same(weights(dynamic), weights(made))
+        client = "mindie" if name == "mindie" else "vllm"
+        assert check_folder(dynamic, client).ok, check_folder(dynamic, client).render()
+        assert inspect_folder(dynamic, progress=False).render()
+
+
 def test_kv_cache_scales_go_along_or_are_refused(tmp_path: Path) -> None:
     job = quantize_by("tiny-llama", "{QuantizationModifier: {scheme: FP8, kv_cache_scheme: fp8}}", tmp_path)
     there = convert(job, tmp_path / "fp8", "fp8", progress=False)
