@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "rtn_nvfp4a16": {"QuantizationModifier": {"scheme": "NVFP4A16", **IGNORE}},
     **{
         f"rtn_{name.lower()}": {"QuantizationModifier": {"scheme": name, **IGNORE}}
-        for name in ("MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "W4A8", "W4AFP8", "LLM_INT8")
+        for name in ("FP8_BLOCK", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "W4A8", "W4AFP8", "LLM_INT8")
     },
     "gptq_mxfp4a16": {"GPTQModifier": {"scheme": "MXFP4A16", **IGNORE}},
     "smoothquant_gptq": {

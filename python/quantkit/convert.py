@@ -111,13 +111,15 @@ def _schemes(read: WeightSource, fmt: Format, name: str | None) -> dict[str, Qua
         found = {module: _with_activations(module, scheme, preset(name)) for module, scheme in found.items()}
     for scheme in dict.fromkeys(found.values()):
         fmt.check(scheme)
-        if scheme.needs_calibration and (fmt.FOLDS or (read.format is not None and read.format.FOLDS)):
-            raise ConfigError(
-                "static inputs: mindie rounds their scales and folds them into the weights' and the bias: it does not "
-                "hold the same numbers; quantize the full-precision model into it, or give a scheme with dynamic inputs"
-            )
     if read.kv_cache is not None and (read.format is None or fmt.CACHE != read.format.CACHE):
         raise ConfigError(f"format '{fmt.NAME}' has no place for KV-cache scales as the source has them")
+    if any(scheme.needs_calibration for scheme in found.values()) and (
+        fmt.FOLDS or (read.format is not None and read.format.FOLDS)
+    ):
+        raise ConfigError(
+            "static inputs: mindie rounds their scales and folds them into the weights' and the bias: it does not "
+            "hold the same numbers; quantize the full-precision model into it, or give a scheme with dynamic inputs"
+        )
     return found
 
 
@@ -206,6 +208,8 @@ def _activations(read: WeightSource, fmt: Format, module: str, scheme: Quantizat
 
 def _config(read: WeightSource, fmt: Format, schemes: Mapping[str, QuantizationScheme]) -> dict[str, Any]:
     config = dict(read.checkpoint.config)
+    if read.format is not None and read.format.IN_CONFIG != "quantization_config":
+        config.pop(read.format.IN_CONFIG, None)
     shapes = {name: info.shape for name, info in read.checkpoint.tensors.items()}
     shapes = {name: shape for name, shape in shapes.items() if read.module_of(name) is None}
     ignore = kept_linears(family_of(config), shapes, schemes)

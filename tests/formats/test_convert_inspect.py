@@ -116,6 +116,9 @@ def test_static_inputs_of_mindie_are_its_own(first: str, tmp_path: Path) -> None
         assert not (tmp_path / "no").exists()
         dynamic = convert(made, tmp_path / f"to-{name}", name, scheme="W8A8", progress=False)
         assert same(weights(dynamic), weights(made))
+        assert json.loads((dynamic / "config.json").read_text()).get("quantize") == (
+            "w8a8_dynamic" if name == "mindie" else None
+        )
         client = "mindie" if name == "mindie" else "vllm"
         assert check_folder(dynamic, client).ok, check_folder(dynamic, client).render()
         assert inspect_folder(dynamic, progress=False).render()

@@ -153,7 +153,9 @@ def test_a_model_on_the_npu(tmp_path: Path) -> None:
     """Seed's layout; perplexity's cousin, KL, through the emulation beside that through quantkit's own reading."""
     output = quantize_by("tiny-llama", STATIC, tmp_path, "compression.save_name=mindie")
     assert sorted(p.name for p in output.glob("*.safetensors")) == [WEIGHTS]
-    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config and config["quantize"] == "w8a8"
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     tensors = load_file(output / WEIGHTS)
     described = json.loads((output / mindie.DESCRIPTION).read_text())
     assert described["model_quant_type"] == "W8A8" and described["version"] == "1.0.0"
@@ -291,6 +293,10 @@ def test_the_check_finds_what_loaders_trip_over(tmp_path: Path) -> None:
     assert "is not in quant_model_description.json" in findings(**{f"{q}.deq_scale": None})
     assert "become one layer" in findings(**{f"{q}.weight": "W8A8_DYNAMIC"})
     path.write_text(json.dumps(described))
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(config | {"quantize": "w8a16"}))
+    assert "is 'w8a16' in config.json" in check_folder(output, "mindie").render()
+    (output / "config.json").write_text(json.dumps(config))
     tensors = load_file(output / WEIGHTS)
     save_file(tensors | {f"{q}.input_scale": tensors[f"{q}.input_scale"] * 2}, output / WEIGHTS)
     assert "input_scale  differs" in check_folder(output, "mindie").render().replace(" |", "")

@@ -20,6 +20,9 @@ NZ = 32  # channels of a head that lie together in an int8 cache
 def check(found: Inventory, verdict: Verdict) -> None:
     block = found.block or {}
     dtype = str(found.config.get("dtype") or found.config.get("torch_dtype"))
+    named, kind = found.config.get("quantize"), str(block.get("model_quant_type")).lower()
+    if named is not None and named != kind:
+        verdict.add("wrong", "quantize", f"is '{named}' in config.json, and {DESCRIPTION} is of '{kind}'")
     for name in found.checkpoint.tensors:
         if name not in block:
             verdict.add("refused", name, f"is not in {DESCRIPTION}, where loaders look each tensor up")

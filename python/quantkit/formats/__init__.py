@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 class Format(Protocol):
     """What a format module offers. A new format is one new file and one line in FORMATS. `PARTS`: the last names of the
-    tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: whether config.json has its block. `FOLDS`:
-    whether the scales of a static input take in the weight and the bias. `ZERO_POINT`: its zero point's last name.
+    tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: the key of config.json that has its block, or
+    the kind alone where another file tells the rest. `FOLDS`: whether the scales of a static input take in the weight
+    and the bias. `ZERO_POINT`: its zero point's last name.
     `BY_ROWS`: whether each of its tensors has rows for rows of the weight, or is the same for all of them. `CACHE`:
     what an attention module with an 8-bit cache has: the scales of keys and values, and whatever else.
     """
@@ -32,7 +33,7 @@ class Format(Protocol):
     NAME: str
     VERSION: str
     PARTS: tuple[str, ...]
-    IN_CONFIG: bool
+    IN_CONFIG: str
     FOLDS: bool
     BY_ROWS: bool
     ZERO_POINT: str
@@ -89,8 +90,15 @@ def format_by_name(name: str) -> Format:
 
 
 def written_config(fmt: Format, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as config.json has it: without the block that other files tell."""
-    return {key: value for key, value in config.items() if fmt.IN_CONFIG or key != "quantization_config"}
+    """`config` as config.json has it. Where another file has the block, the key `IN_CONFIG` has its kind, as Ascend's
+    scripts write it, and the model's dtype has the name that older readers know, too.
+    """
+    if fmt.IN_CONFIG == "quantization_config":
+        return dict(config)
+    written = {key: value for key, value in config.items() if key != "quantization_config"}
+    if "dtype" in written:
+        written["torch_dtype"] = written["dtype"]
+    return written | {fmt.IN_CONFIG: str(config["quantization_config"]["model_quant_type"]).lower()}
 
 
 def format_of_checkpoint(config: Mapping[str, Any]) -> Format | None:

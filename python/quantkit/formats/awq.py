@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NAME = "awq"
 VERSION = ""
 # Whether config.json has the block, and whether input scales take in the weight and bias.
-IN_CONFIG, FOLDS = True, False
+IN_CONFIG, FOLDS = "quantization_config", False
 BY_ROWS = False  # they are its columns
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 CACHE = ()

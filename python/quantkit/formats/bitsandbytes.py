@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "bitsandbytes"
 VERSION = ""
-IN_CONFIG, FOLDS = True, False
+IN_CONFIG, FOLDS = "quantization_config", False
 BY_ROWS = False  # weight_format has none
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 CACHE = ()

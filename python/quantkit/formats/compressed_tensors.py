@@ -30,7 +30,7 @@ NAME = "compressed-tensors"
 # The release of the library whose rules this file follows; readers only report it.
 VERSION = "0.18.0"
 # Whether config.json has the block, and whether input scales take in the weight and bias.
-IN_CONFIG, FOLDS = True, False
+IN_CONFIG, FOLDS = "quantization_config", False
 BY_ROWS = True
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 # What llm-compressor stores beside the scales of keys and values: zero points that are zeros, and queries' scales.
