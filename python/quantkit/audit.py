@@ -18,14 +18,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .attentions import attention_modules, cache_shape, query_heads
 from .checkpoint.layout import OutputTensor
 from .checkpoint.reader import Checkpoint
 from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
+from .formats.attention import QUERY, query_tensor
 from .models.families import family_of
 from .models.mappings import OFFSET_NORMS
 from .parallel import each, single_threaded_ops
-from .plan import attention_modules, cache_shape, collapse
+from .plan import collapse
 from .quantized import QuantizedTensor
 from .report.progress import Progress
 from .report.table import table
@@ -191,6 +193,8 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
     if quantized.kv_cache is not None:
         for attention in attention_modules(family_of(source.config), source.tensors):
             stored = fmt.kv_tensors(attention, quantized.kv_cache, cache_shape(source, attention))
+            if quantized.queries is not None:
+                stored.append(query_tensor(attention, quantized.queries, query_heads(source.config) or 1))
             expected.update({t.name: t for t in stored})
     for name in sorted(set(expected) - set(written.tensors)):
         result.problems.append(f"{name}: missing")
@@ -210,7 +214,8 @@ def _check_structure(quantized: WeightSource, source: Checkpoint, result: AuditR
 def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult, show: bool) -> None:
     family = family_of(source.config)
     for attention in quantized.cache_quantizers:
-        for name in quantized.cache_names(attention)[:2]:
+        scales = [f"{attention}.{QUERY}"] if attention in quantized.query_quantizers else []
+        for name in quantized.cache_names(attention)[:2] + scales:
             _check_scale(name, quantized.checkpoint, result)
     names = list(source.tensors)
     found = [AuditResult("") for _ in names]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import distributed
+from .attentions import attention_modules, kv_heads, query_heads
 from .calibration.batches import batches
 from .calibration.dataset import load_rows, load_tokenizer
 from .calibration.fingerprint import Fingerprint, config_hash, data_of, model_hash
 from .calibration.layer import Layer
 from .calibration.statistics import Statistics, Wants
-from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, wants
+from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, query_tensor, wants
 from .calibration.sweep import sweep
 from .checkpoint.hub import resolve_model
 from .config.presets import preset
@@ -24,9 +25,10 @@ from .estimate import memory_available
 from .formats.fp8_source import open_source
 from .formats.source import WeightSource
 from .memory import Demand, Means, choose
+from .models.attention import shows_queries
 from .models.families import Family
 from .models.skeleton import Skeleton
-from .plan import PlannedModule, attention_modules, kv_heads
+from .plan import PlannedModule
 from .report.progress import Progress
 from .report.table import size
 
@@ -50,11 +52,12 @@ class Gatherer:
         gathered: Mapping[str, Wants],
         before: Collection[str],
         caches: Collection[str],
+        queries: Collection[str],
         writer: StatisticsWriter,
     ) -> None:
         self.statistics = {name: wanted for name, wanted in gathered.items() if name in before}
         self.ranges = {name: wanted for name, wanted in gathered.items() if name not in before}
-        self.caches = caches
+        self.caches, self.queries = caches, queries
         self._writer = writer
 
     def across(self, index: int) -> str | None:
@@ -128,7 +131,9 @@ def _calibrate(
             for name in skeleton.linears(index)
             if family.is_linear(f"{name}.weight", shapes.get(f"{name}.weight", ()))
         ]
-        caches = attention_modules(family, shapes) if "kv_cache" in kinds else ()
+        attentions = attention_modules(family, shapes)
+        queries = attentions if "queries" in kinds and shows_queries(skeleton.model) else ()
+        caches = attentions if "kv_cache" in kinds else queries
         fingerprint = Fingerprint(
             model_hash(checkpoint, family),
             config_hash(checkpoint.config),
@@ -138,6 +143,7 @@ def _calibrate(
         contents = Contents(fingerprint, kinds, [data_of(rows, seed)])
         expected = expected_bytes(family, linears, shapes, kinds)
         expected += sum(t.nbytes for name in caches for t in cache_tensors(name, kv_heads(checkpoint.config) or 1))
+        expected += sum(query_tensor(name, query_heads(checkpoint.config) or 1).nbytes for name in queries)
         with StatisticsWriter(
             output or statistics_folder(config), contents, overwrite=overwrite, expected=expected
         ) as writer:
@@ -148,7 +154,7 @@ def _calibrate(
                 for name in skeleton.linears(index)
                 if experts and (every or how.experts is not None)
             }
-            visitor = Gatherer(dict.fromkeys(linears, wants(kinds)), routed, caches, writer)
+            visitor = Gatherer(dict.fromkeys(linears, wants(kinds)), routed, caches, queries, writer)
             with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
                 sweep(
                     skeleton,

@@ -21,6 +21,8 @@ from .config.presets import preset
 from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import CheckpointError, ConfigError
 from .formats import Format, format_by_name, written_config
+from .formats.attention import with_attention
+from .formats.compressed_tensors import of_attention
 from .models.families import family_of
 from .plan import kept_linears
 from .quantized import QuantizedTensor
@@ -214,7 +216,12 @@ def _config(read: WeightSource, fmt: Format, schemes: Mapping[str, QuantizationS
     shapes = {name: shape for name, shape in shapes.items() if read.module_of(name) is None}
     ignore = kept_linears(family_of(config), shapes, schemes)
     user = config["quantization_config"].get("ignored_layers") or ["lm_head"]
-    config["quantization_config"] = fmt.config_block(served_targets(schemes), ignore, user, read.kv_cache)
+    block = fmt.config_block(served_targets(schemes), ignore, user, read.kv_cache)
+    if read.queries is not None:
+        groups = config["quantization_config"]["config_groups"].values()
+        targets = next(group["targets"] for group in groups if of_attention(group))
+        block = with_attention(block, targets, read.queries)
+    config["quantization_config"] = block
     return config
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from . import __version__, distributed
+from .attentions import cache_shape
 from .audit import AuditResult, audit
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.hub import resolve_model
@@ -33,9 +34,10 @@ from .fingerprint import (
     source_fingerprint,
     statistics_fingerprint,
 )
+from .formats.attention import query_scale
 from .formats.folded import Folded
 from .formats.fp8_source import open_source
-from .plan import Plan, build_plan, cache_shape, config_bytes
+from .plan import Plan, build_plan, config_bytes
 from .report.calibration import CalibrationReport
 from .report.model_card import model_card
 from .report.progress import Progress
@@ -357,6 +359,10 @@ class WrittenOutput:
         self.writer.write(name, value)
         if self.plan.format.FOLDS and name.endswith(".bias"):
             self._biases[name] = value
+
+    def query(self, attention: str, scale: Tensor) -> None:
+        for name, tensor in query_scale(attention, scale).items():
+            self.writer.write(name, tensor)
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         shape = cache_shape(self.plan.checkpoint, attention)

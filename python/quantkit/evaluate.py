@@ -265,14 +265,8 @@ def _rounding_queries(skeleton: Skeleton, index: int, quantizers: Mapping[str, A
     """The attention modules of layer `index` that now round their queries."""
     from .models.attention import round_queries
 
-    prefix = f"{skeleton.layer_prefix(index)}."
-    found = []
-    for name, quantizer in quantizers.items():
-        if name.startswith(prefix):
-            found.append(
-                round_queries(skeleton.model, skeleton.layers[index].get_submodule(name[len(prefix) :]), quantizer)
-            )
-    return found
+    here = {n: quantizer for n, quantizer in quantizers.items() if n.startswith(f"{skeleton.layer_prefix(index)}.")}
+    return [round_queries(skeleton.model, skeleton.module(index, name), quantizer) for name, quantizer in here.items()]
 
 
 def _quantizing(quantizer: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -102,6 +102,7 @@ class _Tails:
         self.statistics: dict[str, Wants] = {}
         self.ranges = {name: Wants(histogram=True) for name in names}
         self.caches: tuple[str, ...] = ()
+        self.queries: tuple[str, ...] = ()
         self.found: dict[str, float] = {}
 
     def across(self, index: int) -> str | None:

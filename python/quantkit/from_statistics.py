@@ -95,6 +95,8 @@ def require(file: StatisticsFile, plan: Plan, pipeline: Pipeline) -> None:
             _refuse(where, lacking, need, f"run quantkit calibrate with {kind} in calibration.gather")
     lacking = [name for name in pipeline.caches if name not in file.contents.caches]
     _refuse(where, lacking, "keys and values", "run quantkit calibrate with kv_cache in calibration.gather")
+    lacking = [name for name in pipeline.queries if name not in file.contents.queries]
+    _refuse(where, lacking, "queries", "run quantkit calibrate with queries in calibration.gather")
     if plan.kv_cache is not None and plan.kv_cache.strategy == "channel":
         _refuse(where, list(pipeline.caches), "channels of keys and values", "leave calibration.statistics out")
     if plan.recipe.all_experts != found.all_experts and any(family.is_expert(name) for name in wanted):

@@ -17,6 +17,8 @@ from .report.progress import Progress
 from .report.table import size, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .formats.source import WeightSource
 
 FP8_MAX, FP4_MAX = 448.0, 6.0
@@ -104,6 +106,10 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
+def _range(scales: Tensor) -> str:
+    return f"{float(scales.min()):.2e} to {float(scales.max()):.2e}"
+
+
 def _cache(read: WeightSource, told: str) -> str:
     """The KV cache's scheme and the range of its scales."""
     import torch
@@ -114,8 +120,11 @@ def _cache(read: WeightSource, told: str) -> str:
     parts = []
     for what, values in zip(("keys", "values"), zip(*scales, strict=True), strict=True):
         every = torch.cat([scale.flatten() for scale in values])
-        parts.append(f"{what} {float(every.min()):.2e} to {float(every.max()):.2e}")
-    queries = f"; queries of {len(read.query_quantizers)} are rounded, too" if read.query_quantizers else ""
+        parts.append(f"{what} {_range(every)}")
+    queries = ""
+    if read.query_quantizers:
+        every = torch.cat([read.query_scale(attention).flatten() for attention in read.query_quantizers])
+        queries = f"; queries of {len(read.query_quantizers)} are rounded, too, scales of {_range(every)}"
     return f"{told}; {len(scales)} attention layers, scales of {' and '.join(parts)}{queries}"
 
 

@@ -21,7 +21,9 @@ from .checkpoint.writer import CheckpointWriter
 from .config.run_config import RunConfig
 from .engine import WrittenOutput, side_files
 from .errors import CheckpointError, ConfigError, nearest
+from .formats.source import cache_quantizer
 from .live_hooks import CacheQuantizer, InputQuantizer
+from .models.attention import round_queries
 from .models.live import LiveCheckpoint
 from .plan import Plan, build_plan
 from .quantized import QuantizedTensor
@@ -43,6 +45,7 @@ class LiveSink:
         self.inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.caches: dict[str, tuple[Tensor, Tensor]] = {}
+        self.queries: dict[str, Tensor] = {}
 
     def weight(self, module: str, quantized: QuantizedTensor) -> None:
         self.weights[module] = quantized
@@ -52,6 +55,9 @@ class LiveSink:
 
     def tensor(self, name: str, value: Tensor) -> None:
         self.tensors[name] = value
+
+    def query(self, attention: str, scale: Tensor) -> None:
+        self.queries[attention] = scale
 
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         self.caches[attention] = (key_scale, value_scale)
@@ -64,6 +70,8 @@ class LiveSink:
             other.input(module, *scales)
         for attention, cache_scales in self.caches.items():
             other.cache(attention, *cache_scales)
+        for attention, scale in self.queries.items():
+            other.query(attention, scale)
 
 
 class LiveOutput:
@@ -96,6 +104,9 @@ class LiveOutput:
             assert plan.kv_cache is not None
             cache_hook = CacheQuantizer(plan.kv_cache, keys, values)
             checkpoint.module(attention).register_forward_pre_hook(cache_hook, with_kwargs=True)
+        for attention, scale in sink.queries.items():
+            assert plan.attention is not None
+            round_queries(checkpoint.model, checkpoint.module(attention), cache_quantizer(plan.attention.args, scale))
         checkpoint.model._quantkit = self  # tells that it was quantized here
         checkpoint.model.save_pretrained = self.save_pretrained
 

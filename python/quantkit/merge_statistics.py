@@ -46,10 +46,9 @@ def merge_statistics(
                 batch, held = {}, 0
             bar.advance(1)
         caches = {}
-        for name in files[0].contents.caches:
-            pairs = [file.cache(name) for file in files]
-            key, value = (torch.stack(part).amax(0) for part in zip(*pairs, strict=True))
-            caches[name] = (key, value)
+        for name in {**files[0].contents.caches, **files[0].contents.queries}:
+            kept = [file.cache(name) for file in files]
+            caches[name] = {part: torch.stack([one[part] for one in kept]).amax(0) for part in kept[0]}
         writer.add(batch, caches)
         silent = (name for file in files for name in file.contents.silent)
         contents.silent = [n for n in dict.fromkeys(silent) if all(n not in file.inputs for file in files)]
@@ -63,8 +62,8 @@ def _check(files: Sequence[StatisticsFile]) -> None:
     whose: dict[str, Path] = {}
     for file in files:
         mine, theirs = asdict(first.contents.fingerprint), asdict(file.contents.fingerprint)
-        mine |= {"kinds": set(first.contents.kinds), "caches": first.contents.caches}
-        theirs |= {"kinds": set(file.contents.kinds), "caches": file.contents.caches}
+        for told, of in ((mine, first.contents), (theirs, file.contents)):
+            told |= {"kinds": set(of.kinds), "caches": of.caches, "queries": of.queries}
         differ = [key for key in mine if mine[key] != theirs[key]]
         if differ:
             words = {"model": "are of another model", "config": "are of a model with another config.json"}

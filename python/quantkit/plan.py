@@ -13,9 +13,11 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .attentions import attention_group, attentions_of, cache_shape, query_heads, require_place
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.layout import Layout, OutputTensor, plan_layout
 from .checkpoint.reader import Checkpoint
+from .config.attention import AttentionGroup
 from .config.groups import SchemeGroup
 from .config.recipe import AWQModifier, QuantizationModifier, Recipe, SmoothQuantModifier
 from .config.run_config import RunConfig
@@ -23,9 +25,9 @@ from .config.schemes import QuantizationArgs, QuantizationScheme
 from .errors import PlanError
 from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name, written_config
-from .formats.cache import CacheShape
+from .formats.attention import query_tensor, with_attention
 from .memory import Means, means
-from .models.families import Family, family_of, text_config
+from .models.families import Family, family_of
 from .models.mappings import Smoothing, smoothings
 from .targets import assign, match_ignore, served, served_targets
 
@@ -39,8 +41,6 @@ TENSOR_PARALLEL = (2, 4, 8)
 # Linears whose input is split over ranks (their output is summed); all others split their output.
 ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|w2|dense_4h_to_h|fc2)$")
 EMBEDDING = re.compile(r"(^|[._])embed\w*\.weight$|(^|\.)(wte|wpe)\.weight$|norm\d*\.weight$")
-# The Linear that makes keys stands below the module that caches them.
-KEYS = re.compile(r"\.(k_proj|qkv_proj|kv_b_proj|query_key_value)$")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ class Plan:
 
     `groups`: the recipe's groups that took a Linear. `smoothings`: places by the modifier's index in the recipe.
     `carried`: tensors copied byte for byte. `rewritten`: tensors that keep name, dtype and shape, and whose values a
-    transform changes. `attentions`: modules that get KV-cache scales, if `kv_cache` is not None. `ignore`: full names
-    of all Linears that stay in full precision; `ignore_matches`: what each of the user's patterns took out.
-    `statistics`: those that stand in for running the model.
+    transform changes. `attentions`: modules that get KV-cache scales, if `kv_cache` is not None, and scales of queries
+    with `attention`, whose one target is their class. `ignore`: full names of all Linears that stay in full precision;
+    `ignore_matches`: what each of the user's patterns took out. `statistics`: those that stand in for running the
+    model.
     """
 
     config: RunConfig
@@ -78,6 +79,7 @@ class Plan:
     carried: tuple[str, ...]
     rewritten: frozenset[str]
     kv_cache: QuantizationArgs | None
+    attention: AttentionGroup | None
     attentions: tuple[str, ...]
     ignore: tuple[str, ...]
     ignore_matches: dict[str, tuple[str, ...]]
@@ -133,6 +135,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     recipe, fmt = config.recipe, format_by_name(config.save_name)
     for group in recipe.groups:
         fmt.check(group.scheme)
+    require_place(recipe, fmt)
     if checkpoint.config.get("quantization_config") is not None:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise PlanError(
@@ -176,7 +179,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     places, notes = _smoothings(recipe, family, shapes, modules)
     warnings += notes
     rewritten = _rewritten(places, modules, shapes)
-    attentions = _attentions(recipe, family, checkpoint, shapes)
+    attentions = attentions_of(recipe, family, checkpoint, shapes)
     if recipe.kv_cache is not None and recipe.kv_cache.type == "int" and fmt.NAME != "mindie":
         warnings.append("an int8 KV cache: vLLM reads FP8 ones only, and refuses this model; Transformers reads it")
     if any(m.scheme.weights.actorder == "group" for m in modules.values()):
@@ -189,6 +192,10 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     if recipe.kv_cache is not None:
         for attention in attentions:
             outputs += fmt.kv_tensors(attention, recipe.kv_cache, cache_shape(checkpoint, attention))
+    queries = attention_group(config, family, checkpoint, attentions)
+    if queries is not None:
+        heads = query_heads(checkpoint.config) or 1
+        outputs += [query_tensor(attention, queries.args, heads) for attention in attentions]
     clashes = [name for name, count in Counter(t.name for t in outputs).items() if count > 1]
     if clashes:
         raise PlanError(f"{checkpoint.folder}: already has tensors that the output would add, e.g. {clashes[0]}")
@@ -196,7 +203,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     layout = plan_layout(outputs, config.global_.max_shard_bytes, stem=stem)
     config_json = dict(checkpoint.config)
     written = served_targets({name: m.scheme for name, m in modules.items()})
-    config_json["quantization_config"] = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
+    block = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
+    config_json["quantization_config"] = with_attention(block, queries.targets, queries.args) if queries else block
     found = estimate(
         config,
         checkpoint,
@@ -224,6 +232,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
         tuple(carried),
         rewritten,
         recipe.kv_cache,
+        queries,
         attentions,
         ignore,
         matches,
@@ -277,47 +286,6 @@ def _rewritten(
         found |= {f"{module}.weight" for module in (place.smooth, *place.balance) if module not in modules}
         found |= {f"{place.smooth}.bias"} & shapes.keys()
     return frozenset(found)
-
-
-def attention_modules(family: Family, names: Iterable[str]) -> tuple[str, ...]:
-    """Of a checkpoint with these tensor names the modules that cache keys and values: those above what makes keys."""
-    modules = (name.removesuffix(".weight") for name in names if family.layer_of(name) is not None)
-    return tuple(dict.fromkeys(name[: match.start()] for name in modules if (match := KEYS.search(name))))
-
-
-def kv_heads(config: Mapping[str, Any]) -> int | None:
-    """How many heads keys and values have, None where config.json does not tell or they are not cached by head."""
-    text = text_config(config)
-    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    return heads if isinstance(heads, int) and not text.get("kv_lora_rank") else None
-
-
-def cache_shape(checkpoint: Checkpoint, attention: str) -> CacheShape:
-    """Of the keys and values that `attention` makes in a plain checkpoint."""
-    made = [checkpoint.tensors.get(f"{attention}.{part}.weight") for part in ("k_proj", "v_proj")]
-    keys, values = (0 if info is None else info.shape[0] for info in made)
-    dtype = None if made[0] is None else made[0].dtype
-    return CacheShape(kv_heads(checkpoint.config) or 1, keys, values, dtype)
-
-
-def _attentions(
-    recipe: Recipe, family: Family, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[str, ...]:
-    """The modules that get KV-cache scales."""
-    if recipe.kv_cache is None:
-        return ()
-    found = attention_modules(family, shapes)
-    if not found:
-        raise PlanError(
-            f"kv_cache_scheme: no decoder layer of {checkpoint.folder} has a k_proj, qkv_proj or kv_b_proj, so it is "
-            "not known which modules cache keys; leave kv_cache_scheme out"
-        )
-    if recipe.kv_cache.strategy == "attn_head" and kv_heads(checkpoint.config) is None:
-        raise PlanError(
-            "kv_cache_scheme: strategy attn_head needs num_key_value_heads in config.json and one cache entry a head, "
-            f"which model_type '{family.model_type}' does not have; use strategy tensor"
-        )
-    return found
 
 
 def _planned(

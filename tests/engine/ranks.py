@@ -34,6 +34,16 @@ JOBS = {
     "gptq fp8": ("tiny-llama", "{GPTQModifier: {scheme: FP8_BLOCK}}"),
     "every expert": ("tiny-moe", "{GPTQModifier: {scheme: W4A16, moe_calibrate_all_experts: true}}"),
     "level": ("tiny-llama", "{QuantizationModifier: {scheme: FP8}}"),
+    "attention": (
+        "tiny-llama",
+        "{GPTQModifier: {config_groups: {linears: {targets: [Linear], weights: {num_bits: 4, group_size: 32}}, "
+        "attention: {targets: [LlamaAttention], input_activations: {num_bits: 8, type: float, strategy: attn_head}}}}}",
+    ),
+    "attention experts": (
+        "tiny-moe",
+        "{QuantizationModifier: {config_groups: {attention: {targets: [Attention], input_activations: {num_bits: 8, "
+        "type: float, strategy: tensor}}, linears: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}}}",
+    ),
     "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
 }
 

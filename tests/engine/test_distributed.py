@@ -12,7 +12,7 @@ import pytest
 
 from .ranks import RUN_ALL, differences, ended, files, run_all, start, yaml_of
 
-FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free", "level")
+FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free", "level", "attention")
 MORE = (
     "gptq fp4",
     "gptq fp8",
@@ -24,6 +24,7 @@ MORE = (
     "two forwards",
     "on disk",
     "every expert",
+    "attention experts",
 )
 
 # The process RANK stops working in the third layer and says so, or raises.

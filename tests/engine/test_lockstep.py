@@ -38,6 +38,7 @@ class Watcher:
         self.statistics = dict.fromkeys(names, Wants(gram=True))
         self.ranges = dict.fromkeys(names, EVERYTHING)
         self.caches: tuple[str, ...] = ()
+        self.queries: tuple[str, ...] = ()
         self.finished: list[tuple[str, ...]] = []
         self.seen: dict[str, Statistics] = {}
         self.last: dict[str, Statistics] = {}

@@ -102,7 +102,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["gptq", "free"])
+@pytest.mark.parametrize("kind", ["gptq", "attention", "free"])
 def test_killed_again_and_again(kind: str, kills: int, tmp_path: Path) -> None:
     """One job, killed at random moments of every run of it, and each time begun again with the same command."""
     chance = random.Random(kills)

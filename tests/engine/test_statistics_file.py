@@ -119,7 +119,7 @@ class Unquantized:
             name: pipeline.statistics.get(name, Wants()) | pipeline.ranges.get(name, Wants())
             for name in (*pipeline.statistics, *pipeline.ranges)
         }
-        self.caches = pipeline.caches
+        self.caches, self.queries = pipeline.caches, pipeline.queries
 
     def across(self, index: int) -> str | None:
         return None
@@ -180,6 +180,8 @@ def require_same(one: LiveSink, two: LiveSink) -> None:
     assert one.tensors.keys() == two.tensors.keys() and one.caches.keys() == two.caches.keys()
     assert all(torch.equal(value, two.tensors[name]) for name, value in one.tensors.items())
     assert all(all(map(torch.equal, pair, two.caches[name])) for name, pair in one.caches.items())
+    assert one.queries.keys() == two.queries.keys()
+    assert all(torch.equal(scale, two.queries[name]) for name, scale in one.queries.items())
 
 
 RECIPES: dict[str, tuple[Modifier, ...]] = {
@@ -246,7 +248,7 @@ def test_experts_come_in_groups(every: bool, tmp_path: Path, monkeypatch: pytest
     """What is saved is the same, whatever of a layer is in memory at once; only files are cut otherwise."""
     make(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0], num_experts=8)
     modifier = GPTQModifier(scheme=INT4, ignore=["lm_head"], moe_calibrate_all_experts=every)
-    kinds = {"gather": ("gram", "histogram", "kv_cache")}
+    kinds = {"gather": ("gram", "histogram", "kv_cache", "queries")}
     folders = [statistics(tmp_path, tokens(6), "whole", modifier, **kinds)]
     monkeypatch.setattr("quantkit.calibrate._means", lambda *_: Means(2, "disk", 3, kept=False))
     folders.append(statistics(tmp_path, tokens(6), "groups", modifier, **kinds))
@@ -260,7 +262,8 @@ def test_experts_come_in_groups(every: bool, tmp_path: Path, monkeypatch: pytest
             for reader in entry.readers:
                 for part in ("min", "max", "extremes", "gram", "absum", "histogram", "span"):
                     found[reader, part] = tensors[f"{entry.name}.{part}"]
-        found |= {(name, part): tensors[f"{name}.{part}"] for name in contents.caches for part in ("key", "value")}
+        parts = ("key", "value", "query")
+        found |= {(name, part): tensors[f"{name}.{part}"] for name in contents.caches for part in parts}
         found |= {("silent", name): torch.ones(1) for name in contents.silent}
     assert whole.keys() == groups.keys() and all(torch.equal(whole[key], groups[key]) for key in whole)
     assert len(whole) > 7 * 3 * 8 * 2
@@ -329,8 +332,8 @@ def test_merged_statistics_are_those_of_all_data(tmp_path: Path) -> None:
         torch.testing.assert_close(a.absum, b.absum, rtol=1e-3, atol=1e-3)
         assert int(a.histogram.counts.sum()) == int(b.histogram.counts.sum())
     for name in whole.contents.caches:
-        for one, two in zip(merged.cache(name), whole.cache(name), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        assert set(whole.cache(name)) == {"key", "value", "query"}
+        torch.testing.assert_close(merged.cache(name), whole.cache(name), rtol=1e-4, atol=1e-5)
     kept, _ = replayed(config(tmp_path), merged.folder)
     assert all(torch.isfinite(q.dequantize()).all() for q in kept.weights.values())
 

@@ -38,6 +38,7 @@ class Recorder:
         self.statistics: dict[str, Wants] = {}
         self.ranges: dict[str, Wants] = {}
         self.caches: tuple[str, ...] = ()
+        self.queries: tuple[str, ...] = ()
         self.pools_below = 0
         self.found: dict[str, Statistics] = {}
         self.recorders: dict[str, CacheRecorder] = {}
@@ -346,7 +347,7 @@ def test_keys_and_values_are_measured_as_they_are_cached(tmp_path: Path) -> None
         recorder = visitor.recorders[name]
         assert recorder.key is not None and recorder.value is not None
         torch.testing.assert_close(torch.stack((recorder.key, recorder.value)), expected[i], rtol=1e-4, atol=1e-5)
-        key, value = recorder.heads()
+        key, value = (recorder.heads()[part] for part in ("key", "value"))
         assert key is not None and value is not None
         torch.testing.assert_close(torch.stack((key, value)), expected[i].amax(-1), rtol=1e-4, atol=1e-5)
 

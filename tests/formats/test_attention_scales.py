@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantkit
 from quantkit.cli import main
-from quantkit.config.recipe_file import recipe_of
 from quantkit.conformance import check_folder
 from quantkit.errors import QuantkitError
 from quantkit.formats import compressed_tensors as ct
@@ -139,9 +138,3 @@ def test_bad_ones_are_found(tmp_path: Path) -> None:
     assert "one class alone" in findings({}, config_groups=several)
     with pytest.raises(QuantkitError, match="has no weights"):
         ct.read_schemes({"config_groups": {"g": groups["group_0"] | {"targets": ["Linear"]}}})
-
-
-def test_they_are_not_made() -> None:
-    group = {"targets": ["LlamaAttention"], "input_activations": {"num_bits": 8, "type": "float"}}
-    with pytest.raises(QuantkitError, match="scales of queries are read, not made"):
-        recipe_of({"QuantizationModifier": {"config_groups": {"attention": group}}})

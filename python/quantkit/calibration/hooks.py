@@ -181,19 +181,25 @@ class InputHooks:
 
 class CacheRecorder:
     """Stands in for a KV cache: gives keys and values back as they came, and keeps the largest magnitude of each of
-    their channels: fp32 [heads, head size].
+    their channels: fp32 [heads, head size]. `see` does so with queries, if they are `wanted`.
     """
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, wanted: bool = False) -> None:
+        self.where, self.wanted = where, wanted
         self.mask: Tensor | None = None
         self.key: Tensor | None = None
         self.value: Tensor | None = None
+        self.query: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [rows, heads, tokens, head size]; `mask` [rows, tokens] keeps padding out."""
         self.key, self.value = self._seen(self.key, keys), self._seen(self.value, values)
         return keys, values
+
+    def see(self, queries: Tensor) -> Tensor:
+        """queries [rows, heads, tokens, head size] as attention gets them."""
+        self.query = self._seen(self.query, queries)
+        return queries
 
     def _seen(self, before: Tensor | None, x: Tensor) -> Tensor:
         magnitude = x.detach().abs()
@@ -201,20 +207,25 @@ class CacheRecorder:
             magnitude = magnitude.masked_fill(~self.mask[:, None, :, None], 0)
         largest = magnitude.amax((0, 2)).float()
         if not bool(torch.isfinite(largest).all()):
-            raise CalibrationError(f"{self.where}: NaN or Inf in keys or values; the model does not run in this dtype")
+            what = "queries, keys or values"
+            raise CalibrationError(f"{self.where}: NaN or Inf in {what}; the model does not run in this dtype")
         return largest if before is None else torch.maximum(before, largest)
 
-    def heads(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of each head: fp32 [heads]."""
-        key, value = (None if largest is None else largest.amax(1) for largest in (self.key, self.value))
-        return key, value
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What there is of `key`, `value` and `query`."""
+        found = {"key": self.key, "value": self.value, "query": self.query}
+        return {part: largest for part, largest in found.items() if largest is not None}
 
-    def merge(self, key: Tensor | None, value: Tensor | None) -> None:
+    def heads(self) -> dict[str, Tensor]:
+        """`kept` of each head: fp32 [heads]."""
+        return {part: largest.amax(1) for part, largest in self.kept.items()}
+
+    def merge(self, kept: Mapping[str, Tensor]) -> None:
         """Take in what another one kept."""
-        if key is not None:
-            self.key = key if self.key is None else torch.maximum(self.key, key)
-        if value is not None:
-            self.value = value if self.value is None else torch.maximum(self.value, value)
+        for part, largest in kept.items():
+            mine = getattr(self, part)
+            setattr(self, part, largest if mine is None else torch.maximum(mine, largest))
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

@@ -45,7 +45,8 @@ class Layer:
 
 class Visitor(Protocol):
     """What is done to each layer. `statistics`: which Linears' inputs are wanted to work with, `ranges`: which of them
-    as they will be served; `caches`: attention modules whose keys and values are looked at as they will be.
+    as they will be served; `caches`: attention modules whose keys and values are looked at as they will be; `queries`:
+    those of them whose queries are, too.
     """
 
     @property
@@ -54,6 +55,8 @@ class Visitor(Protocol):
     def ranges(self) -> Mapping[str, Wants]: ...
     @property
     def caches(self) -> Collection[str]: ...
+    @property
+    def queries(self) -> Collection[str]: ...
     @property
     def pools_below(self) -> int:
         """An expert that saw fewer tokens is worked on with what all of its layer's experts saw."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..distributed import Ranks
 from ..errors import CalibrationError
 from ..estimate import HELD_BYTES
+from ..models.attention import watched_queries
 from ..models.skeleton import LayerCall, Skeleton
 from .batches import Batch
 from .expert_groups import projection
@@ -110,7 +111,7 @@ class LayerRun:
 
         rows = [BatchRows(batch) for batch in self.batches]
         walks = Lockstep(layer, course, rows, forward, self.leaves, self.ranks, cache, self.hidden.rest)
-        with faster(self.skeleton, self.index, self.everything):
+        with faster(self.skeleton, self.index, self.everything), self._watched(recorders):
             found = walks.run(visitor, first, last, to_end=keep or cache is not None)
         if keep:
             self.hidden.turn()
@@ -142,7 +143,7 @@ class LayerRun:
     ) -> None:
         """Every batch through the layer, watched by `hooks`."""
         cache = next(iter(recorders.values()), None) if recorders else None
-        with hooks or nullcontext():
+        with hooks or nullcontext(), self._watched(recorders or {}):
             forward(
                 self.skeleton,
                 self.index,
@@ -157,11 +158,21 @@ class LayerRun:
         if recorders:
             self._together(recorders)
 
+    @contextmanager
+    def _watched(self, recorders: Mapping[str, CacheRecorder]) -> Iterator[None]:
+        """Within the block, recorders that want queries are given them."""
+        with ExitStack() as stack:
+            for name, recorder in recorders.items():
+                if recorder.wanted:
+                    module = self.skeleton.module(self.index, name)
+                    stack.enter_context(watched_queries(self.skeleton.model, module, recorder.see))
+            yield
+
     def _together(self, recorders: Mapping[str, CacheRecorder]) -> None:
         """What the recorders of all ranks saw, in each."""
         for recorder in recorders.values():
-            for key, value in self.ranks.gather((recorder.key, recorder.value)):
-                recorder.merge(key, value)
+            for kept in self.ranks.gather(recorder.kept):
+                recorder.merge(kept)
 
     def outputs(self) -> Iterator[Tensor]:
         """The layer as it is, for each of this rank's batches; hidden states stay as they are."""

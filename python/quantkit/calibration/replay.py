@@ -73,7 +73,7 @@ def replay(
             report.silent_experts += [n for n in names[index] if n in known and n not in file.inputs]
             recorders = {name: CacheRecorder(name) for name in caches[index]}
             for name, recorder in recorders.items():
-                recorder.key, recorder.value = (largest[:, None] for largest in file.cache(name))
+                recorder.merge({part: largest[:, None] for part, largest in file.cache(name).items()})
             visitor.observe(layer, {}, recorders)
             skeleton.drop(index, source)
             if keeper is not None:

@@ -57,7 +57,7 @@ class StatisticsFile:
             self._check_tensors(self._files.tensors)
             for entry in self.contents.inputs.values():
                 self._check(entry)
-            for attention in self.contents.caches:
+            for attention in {**self.contents.caches, **self.contents.queries}:
                 self.cache(attention)
         except Refused as error:
             self.fail(str(error))
@@ -153,10 +153,12 @@ class StatisticsFile:
                 self.fail(str(error))
         return seen
 
-    def cache(self, attention: str) -> tuple[Tensor, Tensor]:
-        """The largest magnitudes of the keys and values of each head."""
-        found = self._tensor(f"{attention}.key"), self._tensor(f"{attention}.value")
-        for part, x in zip(("key", "value"), found, strict=True):
+    def cache(self, attention: str) -> dict[str, Tensor]:
+        """What there is of the largest magnitudes of its `key`, `value` and `query`, of each head."""
+        parts = ["key", "value"] if attention in self.contents.caches else []
+        parts += ["query"] if attention in self.contents.queries else []
+        found = {part: self._tensor(f"{attention}.{part}") for part in parts}
+        for part, x in found.items():
             if not bool((torch.isfinite(x) & (x >= 0)).all()):
                 raise Refused(f"'{attention}.{part}' has NaN, Inf or negative magnitudes")
         return found
@@ -216,12 +218,18 @@ def _contents(value: Mapping[str, Any]) -> Contents:
     caches = {name: _count(heads, f"caches.{name}", MOST_CHANNELS) for name, heads in _object(value, "caches").items()}
     if caches and "kv_cache" not in kinds:
         raise Refused(f"{MAIN}: caches without kv_cache in kinds")
+    # Older files have none.
+    asked = _object(value, "queries").items() if "queries" in value else ()
+    queries = {name: _count(heads, f"queries.{name}", MOST_CHANNELS) for name, heads in asked}
+    if queries and "queries" not in kinds:
+        raise Refused(f"{MAIN}: queries without queries in kinds")
     return Contents(
         _fingerprint(_object(value, "fingerprint")),
         tuple(kinds),
         data,
         inputs,
         caches,
+        queries,
         _names(value.get("silent"), "silent"),
     )
 

@@ -2,8 +2,8 @@
 
 For each distinct input, under the name of the first Linear that reads it: `min`, `max` fp32 [channels], `extremes` fp32
 [batches, 2]; `absum` fp32 [channels] and `gram`, its lower triangle (`symmetric.pack`); `histogram` int64 [bins] and
-`span` fp32 [1]. For each attention module `key` and `value` fp32 [heads]: the largest magnitudes that it caches. An
-expert that no token reached has none; it is in the list of the silent.
+`span` fp32 [1]. For each attention module `key` and `value` fp32 [heads], the largest magnitudes that it caches, and
+`query` fp32 [heads] of what it is asked for. An expert that no token reached has none; it is in the list of the silent.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def cache_tensors(attention: str, heads: int) -> list[OutputTensor]:
     return [OutputTensor(f"{attention}.{part}", "F32", (heads,)) for part in ("key", "value")]
 
 
+def query_tensor(attention: str, heads: int) -> OutputTensor:
+    """What a file holds of an attention module's queries."""
+    return OutputTensor(f"{attention}.query", "F32", (heads,))
+
+
 def wants(kinds: tuple[str, ...]) -> Wants:
     """What to gather of every input for a file with these kinds."""
     return Wants(gram="gram" in kinds, histogram="histogram" in kinds, averages=True)
@@ -83,6 +88,7 @@ class Contents:
     data: list[Data] = field(default_factory=list)
     inputs: dict[str, Input] = field(default_factory=dict)
     caches: dict[str, int] = field(default_factory=dict)
+    queries: dict[str, int] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
 
     @property
@@ -101,6 +107,8 @@ class Contents:
             yield from entry.tensors(self.kinds)
         for attention, heads in self.caches.items():
             yield from cache_tensors(attention, heads)
+        for attention, heads in self.queries.items():
+            yield query_tensor(attention, heads)
 
     def record(self) -> dict[str, Any]:
         """Where the statistics are from, for an output made with them."""
@@ -118,6 +126,7 @@ class Contents:
             "data": [asdict(data) for data in self.data],
             "inputs": inputs,
             "caches": self.caches,
+            "queries": self.queries,
             "silent": self.silent,
         }
         return json.dumps(value, indent=1) + "\n"
@@ -147,11 +156,10 @@ class StatisticsWriter:
         """Where files of this calibration that are no statistics may lie until `finish`."""
         return self._staging.path
 
-    def add(
-        self, statistics: Mapping[str, Statistics], caches: Mapping[str, tuple[Tensor | None, Tensor | None]]
-    ) -> None:
-        """One more file: statistics by the names of Linears, those that share an input having the same object; keys and
-        values of attention modules. Experts with a count of 0 borrowed theirs, and are silent.
+    def add(self, statistics: Mapping[str, Statistics], caches: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """One more file: statistics by the names of Linears, those that share an input having the same object; what
+        there is of the `key`, `value` and `query` of attention modules. Experts with a count of 0 borrowed theirs, and
+        are silent.
         """
         groups: dict[int, tuple[Statistics, list[str]]] = {}
         for name, seen in statistics.items():
@@ -166,13 +174,14 @@ class StatisticsWriter:
             self.contents.inputs[entry.name] = entry
             planned += entry.tensors(self.contents.kinds)
             sources.update(_sources(entry.name, seen))
-        for attention, pair in caches.items():
-            key, value = pair
-            if key is None or value is None:
-                continue
-            self.contents.caches[attention] = len(key)
-            planned += cache_tensors(attention, len(key))
-            sources[f"{attention}.key"], sources[f"{attention}.value"] = key.clone, value.clone
+        for attention, kept in caches.items():
+            if "kv_cache" in self.contents.kinds and "key" in kept and "value" in kept:
+                self.contents.caches[attention] = len(kept["key"])
+                planned += cache_tensors(attention, len(kept["key"]))
+            if "queries" in self.contents.kinds and "query" in kept:
+                self.contents.queries[attention] = len(kept["query"])
+                planned.append(query_tensor(attention, len(kept["query"])))
+            sources |= {f"{attention}.{part}": largest.clone for part, largest in kept.items()}
         if planned:
             self._write(planned, sources)
 

@@ -137,7 +137,7 @@ def sweep(
             first = {n: visitor.statistics[n] for n in names[index] if n in visitor.statistics}
             last = {n: visitor.ranges[n] for n in names[index] if n in visitor.ranges}
             feeds_on = index + 1 < stop
-            recorders = {name: CacheRecorder(name) for name in caches[index]}
+            recorders = {name: CacheRecorder(name, name in visitor.queries) for name in caches[index]}
             course = run.course(layer, visitor, [*first, *last], forwards) if first else None
             if in_groups:
                 groups = ExpertGroups if ranks.world == 1 else SharedExperts

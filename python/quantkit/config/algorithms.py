@@ -34,7 +34,7 @@ class QuantMethod:
 
     `group_size` -1 is the default too, as AngelSlim writes it. `zero_point`: asymmetric weights. `block_size`: of
     per-block weights. `actorder` belongs to int4_gptq and `mse_range` to int4_awq. `kv_cache`: granularity of the KV
-    cache's scales; None keeps it in 16 bit.
+    cache's scales; None keeps it in 16 bit. `queries`: they are quantized as the cache is.
     """
 
     weight: str | None = None
@@ -45,6 +45,7 @@ class QuantMethod:
     actorder: bool | None = None
     mse_range: bool | None = None
     kv_cache: str | None = None
+    queries: bool = False
 
     def __post_init__(self) -> None:
         for key in ("weight", "activation"):
@@ -60,6 +61,11 @@ class QuantMethod:
                 f"'{cache}': servers hold the cache with a scale per tensor or per head, NPUs also per channel; "
                 f"{_one_of(KV_STRATEGY_OF)}",
             )
+        require(
+            not self.queries or cache in ("per-tensor", "per-head"),
+            "queries",
+            f"true, but kv_cache is {cache or 'null'}; they have the cache's granularity, per-tensor or per-head",
+        )
         size = self.group_size
         require(
             size is None or size == -1 or (size > 0 and size % 8 == 0),

@@ -82,19 +82,30 @@ def config_group(key: str, group: Any) -> SchemeGroup:
         return group
     if not isinstance(group, MappingType):
         raise FieldError(at, f"expected targets, weights and input_activations, got {group!r}")
+    check_keys(at, group)
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if weights is None:
+        raise FieldError(f"{at}.weights", "is missing; only a group for classes of attention has none")
+    targets = names(f"{at}.targets", group.get("targets", "Linear"))
+    classes = [target for target in targets if target.endswith("Attention")]
+    require(
+        not classes,
+        f"{at}.weights",
+        f"do not go with {classes and classes[0]}: weights are those of Linears (target re:.*_proj$ or the like); a "
+        "group for attention has input_activations alone",
+    )
+    weights = weights if isinstance(weights, QuantizationArgs) else args_of(f"{at}.weights", weights)
+    if inputs is not None and not isinstance(inputs, QuantizationArgs):
+        inputs = args_of(f"{at}.input_activations", inputs)
+    return SchemeGroup(targets, QuantizationScheme(key, weights, inputs))
+
+
+def check_keys(at: str, group: MappingType[str, Any]) -> None:
+    """FieldError for what a group does not have."""
     known = ("targets", "weights", "input_activations", "output_activations", "format")
     for name in group:
         require(name in known, f"{at}.{name}", f"unknown{nearest(name, known)}; a group has {', '.join(known)}")
     require(group.get("output_activations") is None, f"{at}.output_activations", "is not supported; leave it out")
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    if weights is None and inputs is not None and str(group.get("targets")).rstrip("']").endswith("Attention"):
-        raise FieldError(at, "scales of queries are read, not made; kv_cache_scheme quantizes keys and values")
-    if weights is None:
-        raise FieldError(f"{at}.weights", "is missing; a group needs weights")
-    weights = weights if isinstance(weights, QuantizationArgs) else args_of(f"{at}.weights", weights)
-    if inputs is not None and not isinstance(inputs, QuantizationArgs):
-        inputs = args_of(f"{at}.input_activations", inputs)
-    return SchemeGroup(names(f"{at}.targets", group.get("targets", "Linear")), QuantizationScheme(key, weights, inputs))
 
 
 def group_entry(group: SchemeGroup) -> dict[str, Any]:

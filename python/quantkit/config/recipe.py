@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import nearest
 from .arguments import Checked
+from .attention import AttentionGroup, attention_of, cache_args, check_observer, for_attention
 from .fields import FieldError, require
 from .groups import SchemeGroup, config_group, group_entry, kv_cache_args, names, with_actorder
 from .observers import INPUT_OBSERVERS, WEIGHT_OBSERVERS, observer
@@ -51,10 +52,10 @@ class QuantizationModifier(Modifier):
     """Round to nearest, with static activation and KV-cache scales from calibration data where the scheme has them.
 
     `scheme`: a preset's name, a QuantizationScheme, or {preset: [targets]}; `config_groups` spells groups out as
-    compressed-tensors does, instead of it. `kv_cache_scheme`: QuantizationArgs or a mapping of its fields, or "fp8" /
-    "int8". Observers say how scales are found: weights minmax, mse or percentile; inputs minmax, moving_average,
-    percentile, mse, kl, eq or admm. `moe_calibrate_all_experts`: experts see all tokens in calibration, not only those
-    routed to them.
+    compressed-tensors does, instead of it; one without weights is for attention, see `config.attention`.
+    `kv_cache_scheme`: QuantizationArgs or a mapping of its fields, or "fp8" / "int8". Observers say how scales are
+    found: weights minmax, mse or percentile; inputs minmax, moving_average, percentile, mse, kl, eq or admm.
+    `moe_calibrate_all_experts`: experts see all tokens in calibration, not only those routed to them.
     """
 
     kind: ClassVar[str] = "rtn"
@@ -74,15 +75,23 @@ class QuantizationModifier(Modifier):
             object.__setattr__(self, key, names(key, getattr(self, key)))
         require(bool(self.targets), "targets", "is empty; use Linear, names, or re: and a pattern")
         require(self.scheme is None or self.config_groups is None, "scheme", "and config_groups both given; use one")
+        object.__setattr__(self, "_attention", attention_of(self.config_groups))
         object.__setattr__(self, "_groups", self._ordered(self._with_observers(self._resolve())))
         self._spell_groups()
-        object.__setattr__(self, "_kv_cache", kv_cache_args(self.kv_cache_scheme))
+        object.__setattr__(self, "_kv_cache", cache_args(kv_cache_args(self.kv_cache_scheme), self.attention))
         self._require_something()
 
     def _spell_groups(self) -> None:
         """`config_groups` in one way, so that equal recipes are equal."""
         if self.config_groups is not None:
-            object.__setattr__(self, "config_groups", {g.scheme.name: group_entry(g) for g in self.groups})
+            object.__setattr__(self, "config_groups", self.entries())
+
+    def entries(self) -> dict[str, Any]:
+        """All groups as `config_groups` has them, by names of their own."""
+        schemes = [g.scheme.name for g in self.groups]
+        keys = schemes if len(set(schemes)) == len(schemes) else [f"group_{i}" for i in range(len(schemes))]
+        attention = {} if self.attention is None else {self.attention.name: self.attention.entry}
+        return dict(zip(keys, map(group_entry, self.groups), strict=True)) | attention
 
     def _require_something(self) -> None:
         require(
@@ -98,6 +107,12 @@ class QuantizationModifier(Modifier):
         return found
 
     @property
+    def attention(self) -> AttentionGroup | None:
+        """How queries are quantized, and keys and values with them; None: queries stay in 16 bit."""
+        found: AttentionGroup | None = self._attention  # type: ignore[attr-defined]
+        return found
+
+    @property
     def kv_cache(self) -> QuantizationArgs | None:
         """How keys and values are held in the cache; None: in 16 bit."""
         args: QuantizationArgs | None = self._kv_cache  # type: ignore[attr-defined]
@@ -106,7 +121,7 @@ class QuantizationModifier(Modifier):
     def _resolve(self) -> tuple[SchemeGroup, ...]:
         targets = tuple(self.targets)
         if self.config_groups is not None:
-            return tuple(config_group(key, group) for key, group in self.config_groups.items())
+            return tuple(config_group(k, group) for k, group in self.config_groups.items() if not for_attention(group))
         if self.scheme is None:
             return ()
         if isinstance(self.scheme, QuantizationScheme):
@@ -126,6 +141,8 @@ class QuantizationModifier(Modifier):
                 chosen[key] = chosen[key] or name
         weights = observer("weight_observer", chosen["weights"], WEIGHT_OBSERVERS)
         inputs = observer("input_observer", chosen["input"], INPUT_OBSERVERS)
+        if self.attention is not None:
+            check_observer("input_observer", inputs)
         result = []
         for group in groups:
             scheme = group.scheme
@@ -302,7 +319,8 @@ class Recipe:
             "has no modifier that quantizes; add QuantizationModifier or GPTQModifier with a scheme",
         )
         caches = [m for m in self.quantizers if m.kv_cache is not None]
-        require(len(caches) < 2, "recipe", "gives kv_cache_scheme twice; keep one")
+        told = "gives kv_cache_scheme twice, as a group for attention does, too; keep one"
+        require(len(caches) < 2, "recipe", told)
 
     @property
     def quantizers(self) -> tuple[QuantizationModifier, ...]:
@@ -323,6 +341,10 @@ class Recipe:
     @property
     def kv_cache(self) -> QuantizationArgs | None:
         return next((m.kv_cache for m in self.quantizers if m.kv_cache is not None), None)
+
+    @property
+    def attention(self) -> AttentionGroup | None:
+        return next((m.attention for m in self.quantizers if m.attention is not None), None)
 
     @property
     def idle(self) -> tuple[str, ...]:
@@ -349,7 +371,8 @@ class Recipe:
         titles = {"smoothquant": "SmoothQuant", "awq": "AWQ", "gptq": "GPTQ", "rtn": ""}
         schemes = list(dict.fromkeys(group.scheme.name for group in self.groups))
         if self.kv_cache is not None:
-            schemes.append(f"KV {'FP8' if self.kv_cache.type == 'float' else 'INT8'}")
+            what = "KV" if self.attention is None else "attention"
+            schemes.append(f"{what} {'FP8' if self.kv_cache.type == 'float' else 'INT8'}")
         methods = list(dict.fromkeys(titles[m.kind] for m in self.modifiers if titles[m.kind]))
         return " ".join(part for part in (" + ".join(methods), " / ".join(schemes)) if part)
 
@@ -409,8 +432,6 @@ def _arguments(modifier: Modifier) -> dict[str, Any]:
         isinstance(modifier.scheme, QuantizationScheme) or modifier.config_groups is not None
     ):
         found.pop("scheme", None)
-        schemes = [g.scheme.name for g in modifier.groups]
-        keys = schemes if len(set(schemes)) == len(schemes) else [f"group_{i}" for i in range(len(schemes))]
-        found["config_groups"] = dict(zip(keys, map(group_entry, modifier.groups), strict=True))
+        found["config_groups"] = modifier.entries()
         found.pop("targets", None)
     return found

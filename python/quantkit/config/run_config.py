@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from ..errors import nearest
 from .algorithms import KV_STRATEGY_OF, PRESETS, Algorithm, QuantMethod, algorithm_of
+from .attention import ANY, AttentionGroup
 from .fields import FieldError, require
+from .groups import SchemeGroup
 from .presets import INT8_STATIC_ASYM
 from .recipe import AWQModifier, GPTQModifier, Modifier, Recipe, SmoothQuantModifier
 from .schemes import QuantizationArgs
@@ -26,8 +28,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_SOURCE = "fp8"
 FORWARDS = ("auto", 1, 2)
 OFFLOADS = ("auto", "memory", "disk")
-# What `quantkit calibrate` saves of an input besides its ranges, and of the KV cache.
-GATHERED = ("gram", "histogram", "kv_cache")
+# What `quantkit calibrate` saves of an input besides its ranges, of the KV cache, and of what attention is asked for.
+GATHERED = ("gram", "histogram", "kv_cache", "queries")
 TEXT_DATASET = "TextDataset"
 _EXAMPLE = "  dataset:\n    name: TextDataset\n    data_path: ./examples/data/calibration.jsonl\n    num_samples: 64"
 
@@ -158,7 +160,13 @@ class QuantizationConfig:
             # FP8 is what servers read; an int8 cache goes with int8 activations only, as in AngelSlim, and with NPUs.
             integers = self.save_name == "mindie" or (inputs is not None and inputs.type == "int")
             kind: Literal["int", "float"] = "int" if integers else "float"
-            common["kv_cache_scheme"] = QuantizationArgs(8, kind, strategy=KV_STRATEGY_OF[method.kv_cache])
+            cache = QuantizationArgs(8, kind, strategy=KV_STRATEGY_OF[method.kv_cache])
+            if method.queries:
+                queries, linears = AttentionGroup("queries", (ANY,), cache), SchemeGroup(("Linear",), scheme)
+                groups = {scheme.name: linears, queries.name: queries}
+                common = {"config_groups": groups, "ignore": self.ignore_layers}
+            else:
+                common["kv_cache_scheme"] = cache
         quantizer: Modifier
         if self.algorithm.modifier is GPTQModifier:
             # AngelSlim's order of columns leaves groups where they are, so no g_idx is written.

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..attentions import attention_modules, kv_heads
 from ..formats.compressed_tensors import of_attention
 from ..models.families import text_config
-from ..plan import attention_modules, kv_heads
 from . import sglang
 from .config_groups import TINY, Group, check_block, groups_of, scheme_of, strategy_of, told
 from .experts import in_vllm

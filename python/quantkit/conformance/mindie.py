@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..attentions import attention_modules, kv_heads
 from ..checkpoint.folder import DESCRIPTION
 from ..formats.mindie_cache import CACHE, KEYS, KIND
-from ..plan import attention_modules, kv_heads
 from .inventory import FLOATS, Inventory, Stored
 from .rules import expect, fused_alike, same_in_fused, sound_scales
 from .verdict import Verdict

@@ -250,10 +250,10 @@ def config_block(
         "config_groups": {
             f"group_{i}": {
                 "format": format_of(group.scheme),
-                "input_activations": _entry(group.scheme.input_activations) if group.scheme.input_activations else None,
+                "input_activations": entry(group.scheme.input_activations) if group.scheme.input_activations else None,
                 "output_activations": None,
                 "targets": list(group.targets),
-                "weights": _entry(group.scheme.weights),
+                "weights": entry(group.scheme.weights),
             }
             for i, group in enumerate(groups)
         },
@@ -261,7 +261,7 @@ def config_block(
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "ignored_layers": list(user_ignore),
-        "kv_cache_scheme": None if kv_cache is None else _entry(kv_cache),
+        "kv_cache_scheme": None if kv_cache is None else entry(kv_cache),
         "quant_method": NAME,
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -270,7 +270,7 @@ def config_block(
     }
 
 
-def _entry(args: QuantizationArgs) -> dict[str, Any]:
+def entry(args: QuantizationArgs) -> dict[str, Any]:
     """The args object of config.json. scale_dtype only where it tells MX and NVFP4, since older vLLM refuses the key;
     never zp_dtype. Readers clear the observer of dynamic activations.
     """

@@ -45,6 +45,7 @@ class WeightSource:
         self.cache_quantizers: dict[str, tuple[Quantizer, Quantizer]] = {}
         self.query_quantizers: dict[str, Quantizer] = {}
         self.kv_cache: QuantizationArgs | None = None
+        self.queries: QuantizationArgs | None = None
         if self.format is None:
             return
         self.kv_cache = self.format.read_kv_cache(checkpoint.config["quantization_config"])
@@ -54,11 +55,10 @@ class WeightSource:
                 attention = name.removesuffix(keys)
                 if attention != name and f"{attention}{values}" in checkpoint.tensors:
                     self.cache_quantizers[attention] = self._cache_quantizers(attention, self.kv_cache)
-        queries = read_attention(checkpoint.config["quantization_config"])
-        if queries is not None:
+        self.queries = read_attention(checkpoint.config["quantization_config"])
+        if self.queries is not None:
             for attention in self.cache_quantizers:
-                scale = checkpoint.tensor(f"{attention}.q_scale").float().clone()
-                self.query_quantizers[attention] = cache_quantizer(queries, scale)
+                self.query_quantizers[attention] = cache_quantizer(self.queries, self.query_scale(attention))
         schemes = self.format.read_schemes(checkpoint.config["quantization_config"])
         self.schemes = {module: schemes(module) for module in self.format.quantized_modules(checkpoint.tensors)}
         self.modules = set(self.schemes)
@@ -92,6 +92,10 @@ class WeightSource:
         """Of its keys and values: fp32 [1], [heads, 1, 1], or [channels of all heads]."""
         keys, values = (self.checkpoint.tensor(name).float().clone() for name in self.cache_names(attention)[:2])
         return keys, values
+
+    def query_scale(self, attention: str) -> Tensor:
+        """Of its queries: fp32 [1] or [heads, 1, 1]."""
+        return self.checkpoint.tensor(f"{attention}.q_scale").float().clone()
 
     def prefetch(self, name: str) -> None:
         """Start reading from disk what `get(name)` needs; returns at once. Names that are not there are left to it."""

@@ -10,7 +10,9 @@ fused attention takes ten times as long there. Whatever is not plain causal atte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from .. import ops
 from ..errors import ConfigError
 
 NAME = "quantkit_causal"
+# In front of another attention's name: that one, with queries that go through a module's `quantize_query` first.
+HOOKED = "quantkit_queries_"
 BLOCK = 128
 
 
@@ -34,16 +38,50 @@ def register() -> str:
 
 
 def round_queries(model: Any, module: nn.Module, quantizer: Callable[[Tensor], Tensor]) -> nn.Module:
-    """From now on `module`, an attention of `model`, has its queries rounded. ConfigError where another attention than
-    this file's runs, which would not.
+    """From now on the queries of `module`, an attention of `model`, go through `quantizer` in front of what it attends
+    with: [batch, heads, tokens, dim], after rotary embeddings. ConfigError for one that is not called by its name.
     """
-    if getattr(model.config, "_attn_implementation", None) != NAME:
-        raise ConfigError(
-            f"{type(model).__name__}: queries that the checkpoint quantizes are rounded in '{NAME}' attention, not "
-            f"in '{model.config._attn_implementation}'; leave attn_implementation out"
-        )
+    name = getattr(getattr(module, "config", None) or model.config, "_attn_implementation", None)
+    if name != NAME and not str(name).startswith(HOOKED):
+        model.set_attn_implementation(_hooked(model, module, str(name)))
     module.quantize_query = quantizer  # type: ignore[assignment]
     return module
+
+
+def shows_queries(model: Any) -> bool:
+    """Whether `model` calls its attention by a name, so that its queries can be seen."""
+    return bool(getattr(model.config, "_attn_implementation", None) == NAME or model._can_set_attn_implementation())
+
+
+@contextmanager
+def watched_queries(model: Any, module: nn.Module, see: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block `see` is given the queries of `module`, and gives back what is used."""
+    round_queries(model, module, see)
+    try:
+        yield
+    finally:
+        del module.quantize_query
+
+
+def _hooked(model: Any, module: nn.Module, name: str) -> str:
+    """The name of attention `name` with queries that go through `quantize_query`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    known, masks = AttentionInterface(), AttentionMaskInterface()
+    plain = known.get(name, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
+    if plain is None or name not in masks or not shows_queries(model):
+        raise ConfigError(
+            f"{type(module).__name__}: attends by '{name}' in a way of its own, and not by Transformers' attention "
+            "interface, so that its queries cannot be seen; keys and values are quantized by kv_cache_scheme"
+        )
+
+    def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rounded = getattr(module, "quantize_query", None)
+        return plain(module, query if rounded is None else rounded(query), *args, **kwargs)
+
+    AttentionInterface.register(HOOKED + name, attend)
+    AttentionMaskInterface.register(HOOKED + name, masks[name])
+    return HOOKED + name
 
 
 def causal_attention(

@@ -121,6 +121,12 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def module(self, index: int, name: str) -> nn.Module:
+        """The module of layer `index` whose checkpoint name is `name`."""
+        path = f"{self._layers_path}.{index}"
+        modules = self.layers[index].named_modules()
+        return next(module for inner, module in modules if self.checkpoint_name(f"{path}.{inner}") == name)
+
     def stored(self, index: int) -> dict[str, tuple[nn.Module, str]]:
         """Every parameter and persistent buffer of the layer by its checkpoint name: (module, attribute)."""
         path = f"{self._layers_path}.{index}"
@@ -429,6 +435,12 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, 
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {str(error).strip()}") from error
     return plain_config(config), raw
+
+
+def bare_model(folder: Path, trust_remote_code: bool) -> Any:
+    """The model of `folder`'s config.json without weights, as a Skeleton has it."""
+    config, raw = _read_config(folder, trust_remote_code)
+    return _build(_auto(trust_remote_code), config, family_of(raw), None, folder)
 
 
 def plain_config(config: Any) -> Any:

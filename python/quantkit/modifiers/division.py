@@ -126,6 +126,10 @@ class OwnSink:
         if self._own(name.rpartition(".")[0]):
             self._inner.tensor(name, value)
 
+    def query(self, attention: str, scale: Tensor) -> None:
+        if self._ranks.first:
+            self._inner.query(attention, scale)
+
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         if self._ranks.first:
             self._inner.cache(attention, key_scale, value_scale)

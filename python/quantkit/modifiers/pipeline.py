@@ -44,6 +44,7 @@ class Pipeline:
         self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
         self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
+        self.queries = self.caches if plan.attention is not None else ()
         self.shared = GlobalScales(plan)
         pooling = [m for m in plan.recipe.modifiers if isinstance(m, GPTQModifier) and m.low_data == "all_tokens"]
         self.pools_below = max((m.min_tokens_per_module for m in pooling), default=0)
@@ -194,21 +195,24 @@ class Pipeline:
             inputs = self.modules[name].scheme.input_activations
             assert inputs is not None
             self.sink.input(name, *static_scale(seen, inputs))
-        args = self.plan.kv_cache
         for attention, recorder in caches.items():
-            assert args is not None
-            divisor = ops.FP8_MAX[torch.float8_e4m3fn] if args.type == "float" else args.divisor
-            scales = []
-            for largest in (recorder.key, recorder.value):
-                if largest is None:
-                    raise CalibrationError(
-                        f"{attention}: its forward puts no keys and values into a cache, so kv_cache_scheme cannot be "
-                        "calibrated; leave it out"
-                    )
-                extreme = largest.flatten() if args.strategy == "channel" else largest.amax(1)
-                extreme = extreme.amax().reshape(1) if args.strategy == "tensor" else extreme
-                scales.append(ops.symmetric_scale(extreme, divisor))
-            self.sink.cache(attention, scales[0], scales[1])
+            key, value = (self._scale(attention, recorder, part) for part in ("key", "value"))
+            self.sink.cache(attention, key, value)
+            if attention in self.queries:
+                self.sink.query(attention, self._scale(attention, recorder, "query"))
+
+    def _scale(self, attention: str, recorder: CacheRecorder, part: str) -> torch.Tensor:
+        """Of what `recorder` kept: the largest code for the largest magnitude."""
+        args, largest = self.plan.kv_cache, recorder.kept.get(part)
+        assert args is not None
+        if largest is None:
+            what = "attends to no queries that are seen" if part == "query" else "puts no keys and values into a cache"
+            key = "a group for attention" if part == "query" else "kv_cache_scheme"
+            raise CalibrationError(f"{attention}: its forward {what}, so {key} cannot be calibrated; leave it out")
+        extreme = largest.flatten() if args.strategy == "channel" else largest.amax(1)
+        extreme = extreme.amax().reshape(1) if args.strategy == "tensor" else extreme
+        divisor = ops.FP8_MAX[torch.float8_e4m3fn] if args.type == "float" else args.divisor
+        return ops.symmetric_scale(extreme, divisor)
 
 
 def _clipped(args: QuantizationArgs) -> QuantizationArgs:

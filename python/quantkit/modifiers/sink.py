@@ -24,6 +24,10 @@ class Sink(Protocol):
         """A tensor that stays in full precision and that a transform has changed; dtype and shape are as they were."""
         ...
 
+    def query(self, attention: str, scale: Tensor) -> None:
+        """The scale of the queries of the module `attention`: fp32 [1], or [heads] per head."""
+        ...
+
     def cache(self, attention: str, key_scale: Tensor, value_scale: Tensor) -> None:
         """Scales of the keys and values that the module `attention` caches: fp32 [1], [heads] per head, or [heads *
         head size] per channel.

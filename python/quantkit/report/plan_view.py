@@ -73,6 +73,8 @@ def schemes(plan: Plan) -> list[str]:
         )
     if plan.kv_cache is not None:
         lines.append(f"KV cache: {describe(plan.kv_cache)} ({len(plan.attentions)} attention layers)")
+    if plan.attention is not None:
+        lines.append(f"queries: as the KV cache, in {plan.attention.targets[0]}")
     return lines
 
 
