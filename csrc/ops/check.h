@@ -126,6 +126,11 @@ inline void check_scale_dtype(const char* op, ScalarType dtype) {
         name_of(dtype));
 }
 
+inline void check_code_range(const char* op, int64_t q_min, int64_t q_max) {
+  check(-128 <= q_min && q_min < q_max && q_max <= 127, op, "[q_min, q_max] must fit int8, got [",
+        q_min, ", ", q_max, "]");
+}
+
 // Kernels that walk along a row need its elements side by side; the row stride is free.
 inline void check_rows(const char* op, const char* name, const Tensor& x) {
   check(x.dim() == 0 || x.size(-1) <= 1 || x.numel() == 0 || x.stride(-1) == 1, op, name,

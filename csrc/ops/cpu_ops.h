@@ -27,11 +27,6 @@ Tensor quantize_int(const Tensor& x, const Tensor& scale, const std::optional<Te
 Tensor quantize_fp8(const Tensor& x, const Tensor& scale, const Block& block, ScalarType dtype);
 Tensor pack_int32(const Tensor& codes, int64_t num_bits);
 
-inline void check_code_range(const char* op, int64_t q_min, int64_t q_max) {
-  check(-128 <= q_min && q_min < q_max && q_max <= 127, op, "[q_min, q_max] must fit int8, got [",
-        q_min, ", ", q_max, "]");
-}
-
 // f(begin, end) over rows of `cols` elements; a thread gets no fewer than are worth waking it for.
 template <typename Body>
 void parallel_rows(int64_t rows, int64_t cols, const Body& body) {

@@ -54,11 +54,6 @@ inline Shape shape_of(const Tensor& tensor) {
   return Shape(sizes.begin(), sizes.end());
 }
 
-inline void check_code_range(const char* op, int64_t q_min, int64_t q_max) {
-  check(-128 <= q_min && q_min < q_max && q_max <= 127, op, "[q_min, q_max] must fit int8, got [",
-        q_min, ", ", q_max, "]");
-}
-
 template <typename T>
 const T* data_of(const char* op, const char* name, const Tensor& tensor) {
   check(on_device(tensor), op, name, " must be on a CUDA device");

@@ -9,6 +9,7 @@
 
 #include "cpu/reduce.h"
 #include "ops/cpu_ops.h"
+#include "ops/histogram_check.h"
 
 namespace qk::cpu {
 namespace {
@@ -19,29 +20,6 @@ constexpr int64_t kPiece = 8192;  // values: their extreme is found, then they a
 
 // Spans whose reciprocal, times the bins, is an fp32 number.
 constexpr float kLeastSpan = 0x1p-100f, kMostSpan = 0x1p127f;
-
-void check_arguments(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& counts,
-                     const Tensor& span) {
-  check(x.dim() == 2, kOp, "x must be 2-D [tokens, columns], got ", x.dim(), "-D");
-  check_float(kOp, "x", x);
-  check_rows(kOp, "x", x);
-  check(counts.dim() == 1 && counts.size(0) == kHistogramBins &&
-            counts.scalar_type() == ScalarType::Long,
-        kOp, "counts must be torch.int64 [", kHistogramBins, "], got ",
-        name_of(counts.scalar_type()), " ", text_of(counts.sizes()));
-  check(span.dim() == 1 && span.size(0) == 1 && span.scalar_type() == ScalarType::Float, kOp,
-        "span must be torch.float32 [1], got ", name_of(span.scalar_type()), " ",
-        text_of(span.sizes()));
-  check(counts.is_contiguous(), kOp, "counts must be contiguous, got strides ",
-        text_of(counts.strides()));
-  check_same_device(kOp, "counts", counts, x);
-  check_same_device(kOp, "span", span, x);
-  if (mask) {
-    check(mask->dim() == 1 && mask->size(0) == x.size(0) && mask->scalar_type() == ScalarType::Bool,
-          kOp, "mask must be torch.bool [", x.size(0), "], one value a row of x");
-    check_same_device(kOp, "mask", *mask, x);
-  }
-}
 
 // How many times `span` must double to be `wider`; nothing but zeros has no span to double.
 int doublings(float span, float wider) {
@@ -104,7 +82,10 @@ struct Histogram {
 
 void histogram_accumulate(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& counts,
                           const Tensor& span) {
-  check_arguments(x, mask, counts, span);
+  check(x.dim() == 2, kOp, "x must be 2-D [tokens, columns], got ", x.dim(), "-D");
+  check_float(kOp, "x", x);
+  check_rows(kOp, "x", x);
+  check_accumulate(kOp, x, mask, counts, span);
   const int64_t rows = x.size(0), cols = x.size(1), total = rows * cols;
   if (total == 0) return;
   const DType dtype = dtype_of(kOp, x.scalar_type());

@@ -98,8 +98,7 @@ std::tuple<Tensor, Tensor> percentile_scale(const Tensor& x, const Block& block,
   check_rows(kOp, "x", x);
   check_search_codes(kOp, q_min, q_max, symmetric, divisor);
   check_scale_dtype(kOp, scale_dtype);
-  check(percentile > 0.0 && percentile <= 100.0, kOp, "percentile must be in (0, 100], got ",
-        percentile);
+  check_percentile(kOp, percentile);
   check_finite(kOp, absmax(x, block));
   Tensor low = empty(x, {grid.rows, grid.cols}, ScalarType::Float);
   Tensor high = empty(x, {grid.rows, grid.cols}, ScalarType::Float);

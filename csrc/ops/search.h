@@ -4,17 +4,9 @@
 #include <cmath>
 
 #include "ops/cpu_ops.h"
+#include "ops/search_check.h"
 
 namespace qk::cpu {
-
-inline void check_search_codes(const char* op, int64_t q_min, int64_t q_max, bool symmetric,
-                               double divisor) {
-  check_code_range(op, q_min, q_max);
-  check(!symmetric || (q_min <= 0 && 0 <= q_max), op, "[q_min, q_max] must hold 0, got [", q_min,
-        ", ", q_max, "]");
-  check(!symmetric || (divisor > 0.0 && std::isfinite(divisor)), op,
-        "divisor must be positive, got ", divisor);
-}
 
 // An extreme of every block.
 inline void check_finite(const char* op, const Tensor& extreme) {

@@ -2,10 +2,10 @@
 // call that was given them.
 #include "cuda/common/search.h"
 
-#include <cmath>
 #include <tuple>
 
 #include "ops/reduce_cuda.h"
+#include "ops/search_check.h"
 
 namespace qk::cuda {
 namespace ops {
@@ -15,11 +15,7 @@ constexpr auto kOp = "mse_scale";
 
 void check_arguments(int64_t q_min, int64_t q_max, bool symmetric, double divisor, double norm,
                      double search_range, int64_t search_steps) {
-  check_code_range(kOp, q_min, q_max);
-  check(!symmetric || (q_min <= 0 && 0 <= q_max), kOp, "[q_min, q_max] must hold 0, got [", q_min,
-        ", ", q_max, "]");
-  check(!symmetric || (divisor > 0.0 && std::isfinite(divisor)), kOp,
-        "divisor must be positive, got ", divisor);
+  check_search_codes(kOp, q_min, q_max, symmetric, divisor);
   check(norm > 0.0 && norm <= 8.0, kOp, "norm must be above 0 and at most 8, got ", norm);
   check(search_range >= 0.0 && search_range < 1.0, kOp, "search_range must be in [0, 1), got ",
         search_range);

@@ -12,7 +12,10 @@ import quantkit.ops as ops
 from quantkit.ops.search import _mse_candidates, _mse_errors
 
 Arguments = tuple[Any, ...]
-OPS = {"gptq_sweep", "gram_accumulate", "awq_search", "smoothquant_scales", "mse_scale", "histogram_accumulate"}
+OPS = {
+    *("gptq_sweep", "gram_accumulate", "awq_search", "smoothquant_scales", "mse_scale", "histogram_accumulate"),
+    *("percentile_scale", "histogram_scale"),
+}
 
 
 def inputs(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -187,3 +190,23 @@ def histogram_cases() -> Iterator[Arguments]:
     for unit in (0.0, 1e-45, 1e-35, 2.0**126, 1.0, 2.0**-20):
         yield torch.full((3, 9), -unit), None, counts, torch.tensor([2.0**-10])
         yield torch.full((3, 9), unit), None, torch.zeros(8192, dtype=torch.int64), torch.zeros(1)
+
+
+def percentile_cases(x: Tensor, block: list[int]) -> Iterator[Arguments]:
+    for i, percentile in enumerate((99.9, 50.0, 1e-9, 100.0, 87.5)):
+        yield x, block, percentile, -8, 7, True, 7.5, (torch.bfloat16, torch.float32)[i % 2]
+        yield x, block, percentile, -128, 127, False, 0.0, (torch.float32, torch.float16)[i % 2]
+
+
+def histogram_scale_cases() -> Iterator[Arguments]:
+    """Every method over distributions with and without tails, gaps, a side or anything at all."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 100, generator=generator)
+    few = torch.randint(-7, 8, (50, 50), generator=generator).float()  # bins far apart, many ranges without loss
+    for i, values in enumerate((x, x**5 * 2.0**-90, x.exp() * 1e5, -x.abs() - 1, few, torch.zeros(2, 2))):
+        counts, span = torch.zeros(8192, dtype=torch.int64), torch.zeros(1)
+        ops._library.REFERENCES["histogram_accumulate"](values, None, counts, span)
+        found = counts, span, torch.stack((values.min(), values.max()))
+        for q_min, q_max, symmetric, divisor in ((-8, 7, True, 7.5), (-128, 127, False, 0.0), (0, 15, False, 0.0)):
+            for method, parameter in ((0, (99.9, 50.0)[i % 2]), (1, (2.0, 2.4)[i % 2]), (2, 0.0), (3, 0.0), (4, 0.0)):
+                yield *found, method, parameter, q_min, q_max, symmetric, divisor

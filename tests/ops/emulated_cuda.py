@@ -53,7 +53,7 @@ def build(folder: Path) -> Path:
     sources = sorted([*ROOT.glob("csrc/cuda/*/*.cu"), *ROOT.glob("csrc/ops/*_cuda.cpp")])
     sources += sorted([*EMULATION.glob("*.cpp"), *EMULATION.glob("*.cu")])
     headers = [*ROOT.glob("csrc/cuda/*/*.h"), *ROOT.glob("csrc/ops/*.h"), *EMULATION.glob("**/*.h")]
-    headers.append(ROOT / "csrc" / "cpu" / "types.h")
+    headers += [ROOT / "csrc" / "cpu" / name for name in ("types.h", "histogram_scale.h")]
     digest = hashlib.sha256(repr((FLAGS, compiler(), torch.__version__)).encode())
     for path in (*sources, *sorted(headers)):
         digest.update(path.read_bytes())

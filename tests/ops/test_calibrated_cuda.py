@@ -19,13 +19,15 @@ from .calibrated_cases import (
     awq_cases,
     gram_cases,
     histogram_cases,
+    histogram_scale_cases,
     inputs,
     mse_cases,
+    percentile_cases,
     smooth_cases,
     sweep_cases,
 )
 from .cuda_cases import BLOCKS, FLOATS, SHAPES, assert_same, matrix, relocate, results
-from .device import call
+from .device import call, check_graph
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 
@@ -94,19 +96,39 @@ def test_histogram() -> None:
         assert_same("histogram_accumulate", call("histogram_accumulate", args), (counts, span))
 
 
-def test_scales_by_torch() -> None:
-    """percentile_scale, histogram_scale and gptq_factor have no kernel of their own: torch's serve."""
-    x = matrix(33, 264, torch.bfloat16).nan_to_num(1.0, 2.0, -3.0).clamp(-100, 100)
-    args = (x, [1, 128], 98.0, -8, 7, False, 0.0, torch.float32)
-    assert_same("percentile_scale", call("percentile_scale", args), cpu("percentile_scale", args))
-    counts, span = torch.zeros(8192, dtype=torch.int64), torch.zeros(1)
-    ops.histogram_accumulate(x, counts, span)
-    for method in range(5):
-        found = (counts, span, torch.tensor([-100.0, 100.0]), method, 2.0, -128, 127, True, 127.0)
-        got, wanted = call("histogram_scale", found), cpu("histogram_scale", found)
-        torch.testing.assert_close(got[0].cpu(), wanted[0], rtol=1e-2, atol=0)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_percentile(block: list[int]) -> None:
+    for i, shape in enumerate((*SHAPES, (700, 400))):
+        x = matrix(*shape, FLOATS[i % 3], i).nan_to_num(1.0, 2.0, -3.0).clamp(-6e4, 6e4)
+        for args in percentile_cases(x, block):
+            assert_same("percentile_scale", call("percentile_scale", args), cpu("percentile_scale", args))
+
+
+def test_percentile_of_a_large_matrix() -> None:
+    for dtype in FLOATS:
+        x = (torch.randn(2048, 4100) * torch.exp(torch.randn(2048, 1))).to(dtype)
+        for block in ([-1, -1], [1, -1], [1, 128], [512, -1]):
+            for args in list(percentile_cases(x, block))[:3]:
+                assert_same("percentile_scale", call("percentile_scale", args), cpu("percentile_scale", args))
+
+
+def test_histogram_scale() -> None:
+    """Powers and logarithms are a device's own, but no loss moves by as much as two that count as equal may differ."""
+    for args in histogram_scale_cases():
+        assert_same("histogram_scale", call("histogram_scale", args), cpu("histogram_scale", args))
+
+
+def test_factor_by_torch() -> None:
     g = inputs(8, 300)[1]
     torch.testing.assert_close(ops.gptq_factor(g.cuda())[0].cpu(), ops.gptq_factor(g)[0], rtol=1e-3, atol=1e-5)
+
+
+def test_scales_in_a_graph() -> None:
+    """The two that do not wait for the device."""
+    x = matrix(300, 600, torch.bfloat16).nan_to_num(1.0, 2.0, -3.0)
+    cases = [("percentile_scale", args) for b in ([-1, -1], [1, 128]) for args in percentile_cases(x, b)]
+    cases += [("histogram_scale", args) for args in histogram_scale_cases()]
+    check_graph(cases[::5], cpu)
 
 
 def one_of_each() -> list[tuple[str, tuple[Any, ...]]]:
@@ -118,6 +140,8 @@ def one_of_each() -> list[tuple[str, tuple[Any, ...]]]:
         ("smoothquant_scales", list(smooth_cases())[-1]),
         ("mse_scale", next(mse_cases(x, [1, 128]))),
         ("histogram_accumulate", (x, None, torch.zeros(8192, dtype=torch.int64), torch.zeros(1))),
+        ("percentile_scale", next(percentile_cases(x, [1, 128]))),
+        ("histogram_scale", next(histogram_scale_cases())),
     ]
     assert {op for op, _ in found} == OPS
     return found

@@ -19,7 +19,9 @@ from .calibrated_cases import (
     awq_cases,
     gram_cases,
     histogram_cases,
+    histogram_scale_cases,
     mse_cases,
+    percentile_cases,
     smooth_cases,
     sweep_cases,
 )
@@ -243,3 +245,96 @@ def test_histogram_refuses_and_leaves_all_as_it_was(emulated: Any) -> None:
         with pytest.raises(RuntimeError, match=r"histogram_accumulate: x must be finite and below 2\^127"):
             torch.ops.quantkit_emulated.histogram_accumulate(guarded(x), None, counts, span)
         assert torch.equal(counts, torch.arange(8192)) and span.item() == 0.5
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_percentile(emulated: Any, block: list[int]) -> None:
+    for i, shape in enumerate(SHAPES[:-1]):
+        x = matrix(*shape, FLOATS[i % 3], i).nan_to_num(1.0, 2.0, -3.0).clamp(-6e4, 6e4)
+        for args in list(percentile_cases(x, block))[i % 4 :: 4]:
+            same_as_cpu(emulated, "percentile_scale", args)
+
+
+def test_percentile_of_strides_and_magnitudes(emulated: Any) -> None:
+    for x in strided():
+        for args in list(percentile_cases(x.nan_to_num(1.0, 2.0, -3.0), [2, 16]))[1::3]:
+            wanted = torch.ops.quantkit.percentile_scale(x.contiguous().nan_to_num(1.0, 2.0, -3.0), *args[1:])
+            assert_same("percentile_scale", emulated("percentile_scale", args), wanted)
+    for i, dtype in enumerate(FLOATS):
+        every = torch.arange(-32768, 32768).to(torch.int16).view(FLOATS[i] if i else torch.bfloat16)
+        x = every[every.isfinite()].to(dtype)[torch.randperm(int(every.isfinite().sum()))].reshape(-1, 64)
+        for args in list(percentile_cases(x, [10, 64]))[::3]:
+            same_as_cpu(emulated, "percentile_scale", args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_percentile_in_pieces(emulated: Any, dtype: torch.dtype) -> None:
+    """Blocks that are too large for a team: counted by all of the device, some bits at a time."""
+    x = (torch.randn(500, 300) * torch.exp(torch.randn(500, 1))).to(dtype)
+    for args in list(percentile_cases(x, [-1, -1]))[1:4]:
+        same_as_cpu(emulated, "percentile_scale", args)
+    for args in list(percentile_cases(x.repeat(2, 1)[:998], [499, -1]))[6:8]:
+        same_as_cpu(emulated, "percentile_scale", args)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_percentile_of_nothing(emulated: Any, shape: tuple[int, int]) -> None:
+    for args in percentile_cases(torch.zeros(shape), [1, 4]):
+        same_as_cpu(emulated, "percentile_scale", args)
+
+
+@pytest.mark.parametrize("size", [20, 600])
+def test_percentile_marks_what_is_not_finite(emulated: Any, size: int) -> None:
+    """It does not wait for the device, so it cannot raise: the scale of that block is NaN, the others are as ever."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(2 * size, 250)
+        x[size + 3, 77] = value
+        for args in list(percentile_cases(x, [size, -1]))[:2]:
+            scale, zero_point = emulated("percentile_scale", args)
+            wanted = torch.ops.quantkit.percentile_scale(x[:size], *args[1:])
+            assert torch.equal(scale[:1], wanted[0]) and torch.equal(zero_point[:1], wanted[1])
+            assert scale[1].isnan().all() and not zero_point[1:].any()
+
+
+def test_percentile_refuses(emulated: Any) -> None:
+    for words, args in (
+        ("percentile must be in", (torch.ones(2, 2), [1, 2], 0.0, -8, 7, True, 7.5, torch.float32)),
+        ("must hold 0", (torch.ones(2, 2), [1, 2], 9.0, 1, 7, True, 7.5, torch.float32)),
+        ("divisor must be positive", (torch.ones(2, 2), [1, 2], 9.0, -8, 7, True, 0.0, torch.float32)),
+        ("scale_dtype must be", (torch.ones(2, 2), [1, 2], 9.0, -8, 7, True, 7.5, torch.int8)),
+    ):
+        with pytest.raises(RuntimeError, match=f"quantkit::percentile_scale: .*{words}"):
+            emulated("percentile_scale", args)
+
+
+def test_histogram_scale(emulated: Any) -> None:
+    """The CPU's bits: sums in another order move no loss by as much as two that count as equal may differ."""
+    for args in histogram_scale_cases():
+        same_as_cpu(emulated, "histogram_scale", args)
+
+
+def test_histogram_scale_marks_what_it_cannot_use(emulated: Any) -> None:
+    counts, span, seen, *_ = next(histogram_scale_cases())
+    negative = counts.clone()
+    negative[9] = -1
+    for method in range(5):
+        for codes in ((-8, 7, True, 7.5), (-128, 127, False, 0.0)):
+            for some, ends in ((negative, seen), (counts, seen / 0.0), (counts, seen * torch.nan)):
+                scale, zero_point = emulated("histogram_scale", (some, span, ends, method, 2.0, *codes))
+                assert scale.isnan().all() and not zero_point.any()
+
+
+def test_histogram_scale_refuses(emulated: Any) -> None:
+    counts, span, seen, *_ = next(histogram_scale_cases())
+    codes = (-8, 7, True, 7.5)
+    for words, args in (
+        ("counts must be torch.int64", (counts[1:], span, seen, 0, 99.0, *codes)),
+        ("counts must be contiguous", (counts.repeat(2)[::2], span, seen, 0, 99.0, *codes)),
+        ("range must be torch.float32", (counts, span, seen[:1], 0, 99.0, *codes)),
+        ("method must be 0 to 4", (counts, span, seen, 5, 99.0, *codes)),
+        ("percentile must be in", (counts, span, seen, 0, 101.0, *codes)),
+        ("the norm of mse", (counts, span, seen, 1, 9.0, *codes)),
+        ("a symmetric scale needs", (counts, span, seen, 1, 2.0, 0, 7, True, 7.5)),
+    ):
+        with pytest.raises(RuntimeError, match=f"quantkit::histogram_scale: {words}"):
+            emulated("histogram_scale", args)

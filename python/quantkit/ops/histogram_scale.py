@@ -1,6 +1,6 @@
 """One scale for all values of a histogram, by several measures of what a good one is.
 
-The work is a few million scalar operations once for each input of a layer: on the CPU plain C++, elsewhere torch's ops.
+The work is a few million scalar operations once for each input of a layer: plain C++ on the CPU, fp64 on CUDA.
 """
 
 from __future__ import annotations
@@ -207,7 +207,6 @@ _scale = declare(
     "bool symmetric, float divisor) -> (Tensor, Tensor)",
     fake=_fake,
     reference=_reference,
-    kernels=("CPU",),
 )
 
 
@@ -232,7 +231,8 @@ def histogram_scale(
     2), kl (the distribution of magnitudes changes least, as TensorRT's entropy calibration), eq (largest cosine between
     values and what they become), admm (from the whole range, codes and least-squares scale by turns until they stand).
     An empty histogram gives the scale of the range. `percentile` and `norm` are other names of `parameter`.
-    RuntimeError: range not finite, a parameter out of its bounds. ValueError: a method that is none of these.
+    RuntimeError: range not finite, a negative count, a parameter out of its bounds. The CUDA kernel does not wait for
+    the device: of such a range or count its scale is NaN. ValueError: a method that is none of these.
     """
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1)

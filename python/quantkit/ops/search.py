@@ -284,7 +284,6 @@ _percentile = declare(
     "ScalarType scale_dtype) -> (Tensor, Tensor)",
     fake=_percentile_fake,
     reference=_percentile_reference,
-    kernels=("CPU",),
 )
 
 
@@ -304,6 +303,7 @@ def percentile_scale(
     x [rows, cols] fp32, fp16 or bf16 -> scale fp32 of `block`'s grid, rounded to `scale_dtype`; int8 zero point of
     that grid, empty if symmetric. Of a block's n magnitudes (symmetric) or of its values from either end, the range
     ends at the ceil(n * percentile / 100)-th, exactly: no interpolation, so of few elements nothing is cut.
-    RuntimeError: x not finite; percentile outside (0, 100].
+    RuntimeError: x not finite; percentile outside (0, 100]. The CUDA kernel does not wait for the device: of a block
+    that is not finite its scale is NaN and its zero point 0.
     """
     return _percentile(x, list(block), percentile, q_min, q_max, symmetric, divisor, scale_dtype)
