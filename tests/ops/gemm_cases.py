@@ -137,7 +137,7 @@ def bf16_cases(rows: int, cols: int, depth: int) -> Iterator[Case]:
 def w4a8_cases(rows: int, cols: int, depth: int) -> Iterator[Case]:
     packed = ops.pack_w4a8(ops.pack_int32(codes(cols, depth, 4), 4), depth)
     bias = torch.randn(cols, generator=generator(cols))
-    for group in (64, 128, -1, 32, 12):
+    for group in (64, 128, -1, 32, 96, 12):
         if group > 0 and depth % group:
             continue
         count = 1 if group == -1 else depth // group

@@ -38,7 +38,7 @@ struct PackedWeight {
 // Scales of the weight, [out_features / rows][groups] of each expert, and of the activations, of
 // each row and so many of its columns, or null. K is cut into segments within which neither
 // changes; their product multiplies a segment's sum. Segments that are no whole units of the kernel
-// (32 columns, 64 of codes) go to a slower one.
+// (32 columns, 64 of FP8 codes) go to a slower one.
 struct GroupScales {
   const void* data;  // null: ones
   DType dtype;

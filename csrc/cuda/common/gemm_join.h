@@ -66,6 +66,8 @@ cudaError_t join_of<WeightInt8>(const GemmArgs&, int, const void*, cudaStream_t)
 template <>
 cudaError_t join_of<WeightInt4ByInt8>(const GemmArgs&, int, const void*, cudaStream_t);
 template <>
+cudaError_t join_of<WeightInt4ByInt8Short>(const GemmArgs&, int, const void*, cudaStream_t);
+template <>
 cudaError_t join_of<WeightInt4<BFloat16>>(const GemmArgs&, int, const void*, cudaStream_t);
 template <>
 cudaError_t join_of<WeightInt4<Float16>>(const GemmArgs&, int, const void*, cudaStream_t);

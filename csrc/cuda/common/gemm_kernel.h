@@ -12,6 +12,8 @@
 // each group.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/gemm_join.h"
 #include "cuda/common/gemm_tile.h"
 
@@ -31,7 +33,7 @@ struct Tiles {
 
 template <typename Weight, typename Shape>
 struct GemmScratch {
-  static constexpr int kRowChunks = Shape::kUnits * 4;
+  static constexpr int kRowChunks = Shape::kUnits * kUnitBytes<Weight> / 16;
   static constexpr int kWordRows = Shape::kUnits * 4 * Weight::kWords;
   static constexpr int kPanels = Shape::kCols / kPanel;
 
@@ -51,6 +53,7 @@ class TileGemm {
   using Scratch = GemmScratch<Weight, Shape>;
   using Part = typename Weight::Part;
   static constexpr int kTilesM = Shape::kTilesM;
+  static constexpr int kBytes = kUnitBytes<Weight>, kProducts = kBytes / 32;  // of a unit
   static constexpr bool kGrouped =
       Weight::kScaling == Scaling::kGroups || Weight::kScaling == Scaling::kIntGroups;
 
@@ -78,11 +81,11 @@ class TileGemm {
   __device__ void load(int t) {
     const int stage = t % Shape::kStages, plane = t % args.a.planes;
     const int unit = place.first_unit + t / args.a.planes * Shape::kUnits;
-    const int left = (place.end_unit - unit) * kUnitBytes;  // bytes of a row within the split
-    const int row_left = args.a.depth * (kUnitBytes / Weight::kUnit) - unit * kUnitBytes;
+    const int left = (place.end_unit - unit) * kBytes;  // bytes of a row within the split
+    const int row_left = args.a.depth * (kBytes / Weight::kUnit) - unit * kBytes;
     const int bytes = min(left, row_left);
-    const char* const a = static_cast<const char*>(args.a.data) + plane * args.a.plane_bytes +
-                          int64_t{unit} * kUnitBytes;
+    const char* const a =
+        static_cast<const char*>(args.a.data) + plane * args.a.plane_bytes + int64_t{unit} * kBytes;
     constexpr int kChunks = Shape::kRows * Scratch::kRowChunks;
     static_assert(kChunks % Shape::kThreads == 0);
 #pragma unroll
@@ -164,7 +167,7 @@ class TileGemm {
       words[i] =
           load_vector<Words4>(&scratch.words[stage][warp_n / 2][r][Scratch::word_place(r, chunk)]);
     }
-    uint32_t b[4][4];
+    uint32_t b[4][2 * kProducts];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t codes[Weight::kWords];
@@ -175,17 +178,17 @@ class TileGemm {
     // Rows after weights: of activations, few registers are held at a time.
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
-      const int r = (warp_m * kTilesM + m) * 16 + row, chunk = own * 4 + quarter;
-      const Words4 upper = load_vector<Words4>(&scratch.a[stage][r][Scratch::a_place(r, chunk)]);
-      const Words4 lower =
-          load_vector<Words4>(&scratch.a[stage][r + 8][Scratch::a_place(r, chunk)]);
+      using Words = std::conditional_t<kProducts == 2, Words4, Words2>;
+      const int r = (warp_m * kTilesM + m) * 16 + row, byte = own * kBytes + quarter * (kBytes / 4);
+      const int at = Scratch::a_place(r, byte / 16) + byte % 16;
+      const Words upper = load_vector<Words>(&scratch.a[stage][r][at]);
+      const Words lower = load_vector<Words>(&scratch.a[stage][r + 8][at]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Left left{
-            {upper.w[2 * half], lower.w[2 * half], upper.w[2 * half + 1], lower.w[2 * half + 1]}};
+      for (int p = 0; p < kProducts; ++p) {
+        const Left left{{upper.w[2 * p], lower.w[2 * p], upper.w[2 * p + 1], lower.w[2 * p + 1]}};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Right right{{b[j][2 * half], b[j][2 * half + 1]}};
+          const Right right{{b[j][2 * p], b[j][2 * p + 1]}};
           if constexpr (__is_same(Part, IntSums)) {
             multiply_add(part[m][j], left, right);
           } else {

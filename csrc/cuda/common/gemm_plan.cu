@@ -9,15 +9,16 @@ constexpr int kBusyFew = 264, kBusy = 132;
 constexpr int kMostSplits = 16;
 constexpr int kLeastStages = 4;  // of a part
 
-// Calls f with the weight of the kind.
+// Calls f with the weight of the kind, for segments of so many columns.
 template <typename Function>
-auto with_weight(WeightKind kind, DType dtype, Function f) {
+auto with_weight(WeightKind kind, DType dtype, int segment, Function f) {
   const bool half = dtype == DType::kFloat16;
   switch (kind) {
     case WeightKind::kInt8:
       return f(WeightInt8{});
     case WeightKind::kInt4ByInt8:
-      return f(WeightInt4ByInt8{});
+      return segment % WeightInt4ByInt8::kUnit == 0 ? f(WeightInt4ByInt8{})
+                                                    : f(WeightInt4ByInt8Short{});
     case WeightKind::kInt4:
       return half ? f(WeightInt4<Float16>{}) : f(WeightInt4<BFloat16>{});
     case WeightKind::kByte:
@@ -65,7 +66,7 @@ GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
   const int experts = args.experts.count;
   const int64_t rows = experts == 0 ? args.a.rows : ceil_div(args.a.rows, experts);
   const int shape = rows <= 16 ? 0 : rows <= 32 ? 1 : rows <= 64 ? 2 : 3;
-  return with_weight(kind, dtype, [&](auto weight) {
+  return with_weight(kind, dtype, args.groups.segment, [&](auto weight) {
     using Weight = decltype(weight);
     if (args.groups.segment % Weight::kUnit != 0) {
       GemmPlan odd = {};
@@ -85,7 +86,7 @@ GemmPlan plan_gemm(WeightKind kind, DType dtype, const GemmArgs& args) {
 cudaError_t gemm(WeightKind kind, DType dtype, const GemmArgs& args, const GemmPlan& plan,
                  void* workspace, cudaStream_t stream) {
   if (plan.shape == kOddGroups) return gemm_of_odd_groups(kind, dtype, args, stream);
-  return with_weight(kind, dtype, [&](auto weight) {
+  return with_weight(kind, dtype, args.groups.segment, [&](auto weight) {
     using Weight = decltype(weight);
     if constexpr (__is_same(Weight, WeightFloat8Codes)) {
       GemmArgs cut = args;

@@ -46,6 +46,14 @@ struct ShapesFor<WeightFloat8Codes> : ShapesOf<4, false> {
   using More = Tiles<2, 4, 1, 2, 2, 4>;
   using Many = Tiles<4, 2, 1, 2, 2, 4>;
 };
+// As ShapesOf<2, true>, of units half as long.
+template <>
+struct ShapesFor<WeightInt4ByInt8Short> {
+  using Few = Tiles<1, 4, 1, 1, 8, 4>;
+  using Some = Tiles<1, 4, 1, 2, 4, 4>;
+  using More = Tiles<1, 4, 1, 4, 4, 4>;
+  using Many = Tiles<2, 4, 1, 4, 4, 4>;
+};
 template <typename Weight>
 using Shapes = ShapesFor<Weight>;
 
@@ -83,6 +91,8 @@ template <>
 cudaError_t gemm_of<WeightInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>
 cudaError_t gemm_of<WeightInt4ByInt8>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
+template <>
+cudaError_t gemm_of<WeightInt4ByInt8Short>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>
 cudaError_t gemm_of<WeightInt4<BFloat16>>(const GemmArgs&, const GemmPlan&, void*, cudaStream_t);
 template <>

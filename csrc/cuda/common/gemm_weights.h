@@ -5,7 +5,7 @@
 // every channel the kWords words with the same k, from word row 4 p on. `decode` makes four
 // registers of them that match the activations' four: 0 and 1 for the first product, 2 and 3 for
 // the second. Which k a product calls its own does not matter as long as both sides agree, so no
-// number ever changes its thread.
+// number ever changes its thread. A short unit is half as long: one product of 8 bytes a thread.
 #pragma once
 
 #include "cuda/common/chunk.h"
@@ -14,6 +14,7 @@
 
 namespace qk::cuda {
 
+template <typename Weight>
 constexpr int kUnitBytes = 64;
 
 // How sums become results: as they are, by scales of rows and channels, by those of groups along K.
@@ -58,6 +59,18 @@ struct WeightInt4ByInt8 {
     return static_cast<int>(word >> (k % 4 * 8 + k / 4 * 4) & 15u) - 8;
   }
 };
+
+// The same words in short units, for groups of 32 columns and the odd multiples of that.
+struct WeightInt4ByInt8Short : WeightInt4ByInt8 {
+  static constexpr int kWords = 1, kUnit = 32;
+
+  __device__ static void decode(const uint32_t (&words)[1], Offset, uint32_t (&b)[2]) {
+    b[0] = logic3<(0xF0 & 0xCC) ^ 0xAA>(words[0] << 4, 0xF0F0F0F0u, 0x80808080u);
+    b[1] = logic3<(0xF0 & 0xCC) ^ 0xAA>(words[0], 0xF0F0F0F0u, 0x80808080u);
+  }
+};
+template <>
+constexpr int kUnitBytes<WeightInt4ByInt8Short> = 32;
 
 constexpr uint32_t kOnesBFloat16 = 0x3F803F80u, kOnesFloat16 = 0x3C003C00u;
 

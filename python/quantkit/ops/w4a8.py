@@ -244,5 +244,8 @@ def w4a8_gemm(
     Each token gets the symmetric scale and codes of `int8_quant_per_token`. The int32 sums of groups are exact; the
     scaling is fp32, bit for bit the same on every instruction set (see the module). NaN or infinity in a row of x gives
     NaN in that row.
+
+    On CUDA tensor cores take groups that are multiples of 32 and whole rows; other groups are multiplied by a plain
+    kernel, many times slower. Those of sm_90a's own instructions take multiples of 128.
     """
     return _w4a8_gemm(x, packed, weight_scale, out_features, group_size, weight_zero_point, bias)
