@@ -35,3 +35,15 @@ def library(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def emulated(library: Any) -> Any:
     return emulated_cuda.call
+
+
+@pytest.fixture
+def opchecked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every alias that the test calls is asked about once."""
+    if "compil" in request.node.name:  # torch.compile does nothing within a mode
+        yield
+        return
+    from .opchecked import OpCheck  # registers the aliases
+
+    with OpCheck():
+        yield

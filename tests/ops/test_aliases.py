@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,3 +43,10 @@ def test_no_op_of_quantkit_is_hidden() -> None:
 
     shared = {name for name in ALIASES if name.split(".")[0] in REFERENCES}
     assert all("." in name for name in shared), "an alias replaces an op"
+
+
+def test_every_alias_is_called_by_a_test() -> None:
+    """Where each of them is asked about by opcheck."""
+    called = "".join(path.read_text() for path in Path(__file__).parent.glob("test_aliases_*.py"))
+    missing = [name for name in ALIASES if not re.search(rf"Q\.{name.split('.')[0]}\b", called)]
+    assert not missing

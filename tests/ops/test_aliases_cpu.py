@@ -13,6 +13,8 @@ from .test_aliases_gemm import assert_product, codes, scales
 from .test_aliases_quantize import E4M3, INT8, Q, as_fp8, assert_codes, x_of
 from .test_aliases_weight_only import Weight, pack
 
+pytestmark = pytest.mark.usefixtures("opchecked")
+
 M, N, K = 5, 128, 256
 
 

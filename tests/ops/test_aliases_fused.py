@@ -10,6 +10,8 @@ import quantkit.aliases  # noqa: F401  registers what is tested
 
 from .test_aliases_quantize import E4M3, INT8, Q, as_fp8, assert_codes, x_of
 
+pytestmark = pytest.mark.usefixtures("opchecked")
+
 EPS = 1e-5
 
 

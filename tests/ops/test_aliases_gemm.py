@@ -13,6 +13,8 @@ from quantkit.aliases.quantize import swizzle
 
 from .test_aliases_quantize import E4M3, INT8, Q, as_fp8, x_of
 
+pytestmark = pytest.mark.usefixtures("opchecked")
+
 M, N, K = 5, 80, 272
 
 
@@ -131,4 +133,6 @@ def test_compile_and_nothing() -> None:
     for one, other in zip(torch.compile(step, fullgraph=True)(a, w), step(a, w), strict=True):
         assert torch.equal(one, other)
     assert Q.fp8_scaled_mm(a[:0], w.t(), sa[:0], sb, torch.float16, None).shape == (0, N)
-    assert Q.cutlass_scaled_mm_supports_fp8(80) and not Q.cutlass_scaled_mm_supports_fp8(75)
+    for supports in (Q.cutlass_scaled_mm_supports_fp8, Q.cutlass_scaled_mm_supports_block_fp8):
+        assert supports(80) and not supports(75)
+    assert Q.cutlass_scaled_mm_supports_fp4(80) in (True, False)

@@ -12,6 +12,8 @@ from torch import Tensor
 import quantkit.aliases  # noqa: F401  registers what is tested
 from quantkit import ops
 
+pytestmark = pytest.mark.usefixtures("opchecked")
+
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 Q = torch.ops.quantkit
 

@@ -13,6 +13,8 @@ import quantkit.aliases  # noqa: F401  registers what is tested
 from .test_aliases_gemm import assert_product
 from .test_aliases_quantize import INT8, Q, x_of
 
+pytestmark = pytest.mark.usefixtures("opchecked")
+
 M, N, K, GROUP = 5, 128, 256, 64
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 TYPES = {(4, True): 1125899906843648, (4, False): 1125899907892224, (8, False): 1125899923621888}
