@@ -9,8 +9,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from quantkit.calibration.dataset import load_tokenizer
 from quantkit.conformance import check_folder
@@ -33,6 +36,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_CI_ENV": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions that look into the model
     "HF_HUB_OFFLINE": "1",
 }
 SERVE = """
@@ -46,16 +50,15 @@ if __name__ == "__main__":
 """
 
 
-def generate(folder: Path, script: Path) -> list[list[int]]:
-    """Greedy tokens from vLLM on the CPU, in a process of its own."""
+def generate(folder: Path, script: Path, what: str = SERVE) -> Any:
+    """What a script tells of vLLM on the CPU, in a process of its own: greedy tokens."""
     environment = os.environ | ENVIRONMENT
     environment.pop("PYTHONPATH", None)
-    script.write_text(SERVE)
+    script.write_text(what)
     done = subprocess.run([PYTHON, str(script), str(folder)], env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     assert lines, f"vLLM did not serve {folder}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    tokens: list[list[int]] = json.loads(lines[-1].removeprefix("TOKENS "))
-    return tokens
+    return json.loads(lines[-1].removeprefix("TOKENS "))
 
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "W4A16", "FP8_DYNAMIC", "int8_static", "W4A16_ASYM"])
@@ -79,6 +82,33 @@ def test_vllm_reads_what_recipes_make(recipe: str, tmp_path: Path) -> None:
 )
 def test_vllm_reads_other_formats(name: str, modifiers: str, tmp_path: Path) -> None:
     check(quantize_by("tiny-llama", modifiers, tmp_path, f"compression.save_name={name}"), tmp_path)
+
+
+SCALES = """
+import json, sys
+from vllm import LLM
+def scales(model):
+    layers = [m for m in model.modules() if hasattr(m, "_q_scale")]
+    return [[getattr(m, f"_{part}_scale").flatten().tolist() for part in "qkv"] for m in layers]
+if __name__ == "__main__":
+    model = LLM(model=sys.argv[1], enforce_eager=True, dtype="bfloat16", max_model_len=256, max_num_seqs=4)
+    print("TOKENS " + json.dumps(model.apply_model(scales)[0]))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["attn_head", "tensor"])
+def test_vllm_takes_up_scales_of_attention(strategy: str, tmp_path: Path) -> None:
+    """Those of queries, too: per head the largest of the heads that share one of keys and values."""
+    args = f"{{num_bits: 8, type: float, strategy: {strategy}}}"
+    attention = f"attention: {{targets: [LlamaAttention], input_activations: {args}}}"
+    output = quantize_by("tiny-llama", f"{{QuantizationModifier: {{config_groups: {{{attention}}}}}}}", tmp_path)
+    tensors = load_file(output / "model.safetensors")
+    found = generate(output, tmp_path / "scales.py", SCALES)
+    assert len(found) == 4
+    for layer, parts in enumerate(found):
+        q, k, v = (tensors[f"model.layers.{layer}.self_attn.{part}_scale"].flatten() for part in "qkv")
+        q = q if strategy == "tensor" else q.reshape(len(k), -1).amax(1)
+        assert [torch.tensor(part).tolist() for part in parts] == [x.tolist() for x in (q, k, v)]
 
 
 def test_eval_through_vllm(tmp_path: Path) -> None:

@@ -111,6 +111,33 @@ def test_they_are_read(strategy: str, tmp_path: Path) -> None:
         quantkit.load(output)
 
 
+@pytest.mark.parametrize("strategy", ["attn_head", "tensor"])
+def test_a_client_computes_what_is_written(strategy: str, tmp_path: Path) -> None:
+    """Transformers with compressed-tensors takes up every scale, and its logits are those of `quantkit.load`."""
+    args = f"{{num_bits: 8, type: float, strategy: {strategy}}}"
+    attention = f"attention: {{targets: [Attention], input_activations: {args}}}"
+    linears = "linears: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}"
+    output = quantize_by("tiny-llama", f"{{GPTQModifier: {{config_groups: {{{attention}, {linears}}}}}}}", tmp_path)
+    tensors = load_file(output / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    held = {
+        name: tensor for name, tensor in theirs.state_dict().items() if name.endswith(("q_scale", "k_scale", "v_scale"))
+    }
+    assert len(held) == 12 and all(torch.equal(tensors[name], tensor) for name, tensor in held.items())
+    ours = quantkit.load(output, dtype=torch.float32)
+    with torch.inference_mode():
+        expected, got = (model(TOKENS, use_cache=True).logits for model in (theirs, ours))
+        for module in ours.modules():
+            if hasattr(module, "quantize_query"):
+                del module.quantize_query
+        without = ours(TOKENS, use_cache=True).logits
+    queries = float((without - expected).abs().mean())
+    off = float((got - expected).abs().mean())
+    assert off < 0.05 * queries, f"{off:.2e} of {queries:.2e} that rounding queries changes"
+    assert check_folder(output, "transformers").ok and check_folder(output, "vllm").ok
+    print(f"{strategy}: logits {off:.1e} apart, rounding queries changes them by {queries:.1e}")
+
+
 def test_bad_ones_are_found(tmp_path: Path) -> None:
     output = written(tmp_path, "attn_head")
     tensors, config = load_file(output / "model.safetensors"), json.loads((output / "config.json").read_text())
