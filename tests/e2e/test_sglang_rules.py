@@ -85,3 +85,15 @@ def test_a_fused_linear_has_room_for_one_static_scale(tmp_path: Path) -> None:
     assert "param_data = param_data[shard_id]" in log
     verdict = check_folder(folder, "sglang")
     assert "model.layers.0.self_attn.k_proj.input_scale" in {f.where for f in verdict.findings if f.kind == "refused"}
+
+
+def test_a_group_without_weights_stops_it(tmp_path: Path) -> None:
+    group = "{targets: [LlamaAttention], input_activations: {num_bits: 8, type: float}}"
+    folder = quantize_by("tiny-llama", f"{{QuantizationModifier: {{config_groups: {{a: {group}}}}}}}", tmp_path)
+    read = 'print("ASKED", answer(lambda: CompressedTensorsConfig.from_config(block)))\n'
+    block = 'block = json.load(open(sys.argv[1] + "/config.json"))["quantization_config"]\n'
+    (tmp_path / "ask.py").write_text(ANY_GPU + ASK.partition("for folder")[0] + block + read)
+    log = run([PYTHON, str(tmp_path / "ask.py"), str(folder)], python_path(tmp_path / "plugins"), SGLANG_PLUGINS="none")
+    assert "ASKED ValidationError" in log and "Input should be a valid dictionary" in log, log[-3000:]
+    verdict = check_folder(folder, "sglang")
+    assert "config_groups.group_0" in {f.where for f in verdict.findings if f.kind == "refused"}

@@ -135,6 +135,7 @@ def test_a_client_computes_what_is_written(strategy: str, tmp_path: Path) -> Non
     off = float((got - expected).abs().mean())
     assert off < 0.05 * queries, f"{off:.2e} of {queries:.2e} that rounding queries changes"
     assert check_folder(output, "transformers").ok and check_folder(output, "vllm").ok
+    assert "has no weights, which SGLang (0.5.23) reads of every group" in check_folder(output, "sglang").render()
     print(f"{strategy}: logits {off:.1e} apart, rounding queries changes them by {queries:.1e}")
 
 
@@ -152,10 +153,16 @@ def test_bad_ones_are_found(tmp_path: Path) -> None:
         return verdict.render()
 
     # What llm-compressor 0.14 stores: memory that nobody wrote.
-    uncalibrated = {f"{A}.q_scale": tensors[f"{A}.q_scale"] * 0}
-    assert "which nobody calibrated" in findings(uncalibrated)
-    with pytest.raises(QuantkitError, match="they were not calibrated"):
-        quantkit.load(output)
+    for garbage in (0.0, 4.5e-44, 1.2e7, float("nan")):
+        uncalibrated = {f"{A}.q_scale": torch.full_like(tensors[f"{A}.q_scale"], garbage)}
+        assert "which nobody calibrated" in findings(uncalibrated)
+        with pytest.raises(QuantkitError, match="they were not calibrated"):
+            quantkit.load(output)
+    for part, heads in (("q", 4), ("k", 2)):
+        cut = tensors[f"{A}.{part}_scale"][:1].clone()
+        assert f"is [1, 1, 1]; kv_cache_scheme needs [{heads}, 1, 1]" in findings({f"{A}.{part}_scale": cut})
+        with pytest.raises(QuantkitError, match=f"'{A}.{part}_scale' has 1 scales, strategy attn_head has {heads}"):
+            quantkit.load(output)
     assert "a config group quantizes queries" in findings({f"{A}.q_scale": None}, "transformers")
     assert "servers read the cache as symmetric" in findings({f"{A}.k_zero_point": torch.ones(2, 1, 1)})
     assert "needs" in findings({f"{A}.k_scale": tensors[f"{A}.k_scale"].reshape(-1)[:1].clone()})

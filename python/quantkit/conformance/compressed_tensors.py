@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..attentions import attention_modules, kv_heads
+from ..formats.attention import LEAST, MOST, calibrated
 from ..formats.compressed_tensors import of_attention
 from ..models.families import text_config
 from . import sglang
-from .config_groups import TINY, Group, check_block, groups_of, scheme_of, strategy_of, told
+from .config_groups import Group, check_block, groups_of, scheme_of, strategy_of, told
 from .experts import in_vllm
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
@@ -324,8 +325,6 @@ def _cache(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None
 
 def _attention_scales(block: Mapping[str, Any], by_head: bool, found: Inventory, verdict: Verdict) -> None:
     """Scales of keys and values, and of queries where a group has them, and zero points, which are zeros."""
-    import torch
-
     text = text_config(found.config)
     heads, kv = text.get("num_attention_heads"), kv_heads(found.config)
     queries = any(of_attention(group) for group in (block.get("config_groups") or {}).values())
@@ -342,12 +341,11 @@ def _attention_scales(block: Mapping[str, Any], by_head: bool, found: Inventory,
             shapes = ((count, 1, 1), (count,)) if by_head and count else ((1,), ())
             if tuple(scale.shape) not in shapes:
                 verdict.add("refused", scale.name, f"is {list(scale.shape)}; kv_cache_scheme needs {list(shapes[0])}")
-            value = found.checkpoint.tensor(scale.name).float()
-            if not bool((torch.isfinite(value) & (value > TINY)).all()):
+            if not calibrated(found.checkpoint.tensor(scale.name)):
                 verdict.add(
                     "wrong",
                     scale.name,
-                    f"has scales that are not finite and above {TINY:g}, which nobody calibrated",
+                    f"has scales that are not between {LEAST:g} and {MOST:g}, which nobody calibrated",
                     "calibrate anew" if part != "q" else "drop the group for attention and keep kv_cache_scheme",
                 )
             if part == "q" and not queries:

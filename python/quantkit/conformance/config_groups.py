@@ -19,7 +19,6 @@ KEYS = frozenset(
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 ACTIVATION_FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
 MIXED = "mixed-precision"
-TINY = 1e-12  # below it no scale was ever calibrated
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,11 @@ def _attention(where: str, entry: Mapping[str, Any], block: Mapping[str, Any], v
     """A group for queries, keys and values, whose scales are the attention modules' own."""
     args, cache = entry["input_activations"], block.get("kv_cache_scheme")
     _args(f"{where}.input_activations", args, "input_activations", verdict)
-    if verdict.client in ("vllm", "sglang"):
+    if verdict.client == "sglang":
+        verdict.add(
+            "refused", where, "has no weights, which SGLang (0.5.23) reads of every group", "serve it with vLLM"
+        )
+    if verdict.client == "vllm":
         if len(entry["targets"]) != 1:
             verdict.add("refused", f"{where}.targets", "are several; vLLM leaves a group out that has one class alone")
         if not isinstance(cache, Mapping):

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUERY = "q_scale"
+# Outside of these no scale was ever calibrated: llm-compressor stores what it finds in memory.
+LEAST, MOST = 1e-12, 1e4
+
+
+def calibrated(scale: Tensor) -> bool:
+    """Whether all of a stored scale may be."""
+    value = scale.float()
+    return bool((value.isfinite() & (value > LEAST) & (value < MOST)).all())
 
 
 def query_tensor(attention: str, args: QuantizationArgs, heads: int) -> OutputTensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..attentions import kv_heads, query_heads
 from ..errors import CheckpointError, ConfigError
+from ..formats.attention import LEAST, MOST, QUERY, calibrated
 from ..formats.source import WeightSource
 from .linear import DEVICES, describe_scheme, kind_of
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 # Integers and 8-bit floats: what no parameter of a plain model has.
 CODES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
 FLOATS = ("F32", "F16", "BF16")
-TINY = 1e-12  # below it no scale was ever calibrated
 # Stored by writers in whatever float dtype the model had; read as fp32.
 SCALES = (
     *("weight_scale", "weight_scale_inv", "scales", "SCB", "input_scale", "input_offset", "weight_global_scale"),
@@ -135,10 +136,14 @@ def _of_cache(source: WeightSource) -> Iterator[str]:
     for attention in source.cache_quantizers:
         for name in source.cache_names(attention):
             value = source.checkpoint.tensor(name).float()
+            heads = (query_heads if name.endswith(QUERY) else kv_heads)(source.checkpoint.config)
+            count = heads if args.strategy == "attn_head" else 1
+            if name.endswith("_scale") and args.strategy != "channel" and count not in (None, value.numel()):
+                yield f"tensor '{name}' has {value.numel()} scales, strategy {args.strategy} has {count}"
             if name.endswith("_zero_point") and bool((value != 0).any()):
                 yield f"tensor '{name}' is not zero, and kv_cache_scheme is symmetric"
             # Scales that nobody calibrated are whatever was in memory.
-            if name.endswith("q_scale") and not bool((value.isfinite() & (value > TINY)).all()):
-                yield f"tensor '{name}' has scales that are not finite and above {TINY:g}; they were not calibrated"
+            if name.endswith(QUERY) and not calibrated(value):
+                yield f"tensor '{name}' has scales not between {LEAST:g} and {MOST:g}; they were not calibrated"
         if f"{attention}.q_scale" in tensors and attention not in source.query_quantizers:
             yield f"tensor '{attention}.q_scale' is there, but no config group is for attention"
