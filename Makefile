@@ -2,7 +2,7 @@
 # make test    lint, types, tests
 # make lint    format and lint alone (lint, types)
 # make test-gpu   kernels for the GPU at hand, its tests and benchmarks; needs nvcc and a torch built with CUDA
-# make memcheck, make racecheck   those tests under compute-sanitizer
+# make memcheck, make racecheck   those ops under compute-sanitizer
 # make build   what these need: .venv with torch and the installed package
 #
 # All that has to be there is Python >= 3.10 with venv, a C++20 compiler, make and the network.
@@ -51,22 +51,16 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Only the architecture of this device is compiled. The benchmarks print; what is kept of it goes to docs/benchmarks.md.
-DEVICE_ARCH := import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))
+# tools/gpu.sh does the same with an interpreter that has all it takes, without network or an environment of its own.
 test-gpu: $(VENV)/.tools
 	@command -v nvcc >/dev/null || { echo 'make test-gpu needs nvcc on PATH' >&2; exit 1; }
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no GPU; set TORCH=")'
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -C cmake.define.QUANTKIT_CUDA=ON \
-	    -C cmake.define.QUANTKIT_CUDA_ARCHS="$$($(BIN)/python -c '$(DEVICE_ARCH)')" '.[test]'
-	rm -f $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'cuda and not slow and not bench' $(PYTEST_ARGS)
-	mkdir -p build && $(BIN)/python benchmarks/ops_cuda.py --json build/ops_cuda.json
-	$(BIN)/python benchmarks/gemm_cuda.py --paths default,sm80
+	$(PIP) pytest numpy
+	PYTHON=$(BIN)/python bash tools/gpu.sh build test ops gemm attention
 
-# The same tests under compute-sanitizer, after make test-gpu; hours if PYTEST_ARGS chooses none of them (-k packing, say).
-memcheck racecheck: $(VENV)/.tools
-	@command -v compute-sanitizer >/dev/null || { echo 'make $@ needs compute-sanitizer on PATH' >&2; exit 1; }
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --error-exitcode 9 --target-processes all \
-	    $(BIN)/python -m pytest -m 'cuda and not slow and not bench' -k 'not graph and not large' $(PYTEST_ARGS)
+# Each op once under compute-sanitizer, after make test-gpu.
+memcheck racecheck:
+	PYTHON=$(BIN)/python LIMIT=3600 bash tools/gpu.sh $@
 
 lint: build
 	$(BIN)/ruff check .

@@ -50,7 +50,8 @@ foreach(_folder IN ITEMS common sm90)
                           CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(
     # -fmad=false is nvcc's -ffp-contract=off.
-    ${_target} PRIVATE --expt-relaxed-constexpr -fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra)
+    ${_target} PRIVATE --expt-relaxed-constexpr -fmad=false $<$<BOOL:${QUANTKIT_WERROR}>:-Werror=all-warnings>
+                       -Xcompiler=-Wall,-Wextra)
   target_link_libraries(${_target} PRIVATE quantkit_flags)
   list(APPEND _objects ${_target})
   set(_has_${_folder} 1)

@@ -5,6 +5,7 @@ target_include_directories(quantkit_flags INTERFACE "${PROJECT_SOURCE_DIR}/csrc"
 target_compile_options(
   quantkit_flags
   INTERFACE
-    $<$<COMPILE_LANGUAGE:CXX>:-O3;-ffp-contract=off;-fno-math-errno;-fno-trapping-math;-Wall;-Wextra;-Werror>
+    $<$<COMPILE_LANGUAGE:CXX>:-O3;-ffp-contract=off;-fno-math-errno;-fno-trapping-math;-Wall;-Wextra>
+    $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${QUANTKIT_WERROR}>>:-Werror>
     # Error messages name source files as csrc/...; no path of the building machine ends up in a library.
     $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>)

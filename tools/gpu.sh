@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Builds quantkit's kernels for the GPU of this machine and runs on it what needs one. Nothing is downloaded or
+# installed: the libraries go into python/quantkit of this checkout, and that is what runs.
+#
+#   bash tools/gpu.sh STEP...        PYTHON=python3      an interpreter whose torch (>= 2.11) sees the GPU, with pytest
+#                                    RESULTS=build/gpu   folder for logs and JSON
+#                                    LIMIT=540           seconds that a step may take
+# Steps:
+#   check      what is here: GPU, driver, torch, nvcc, compiler, tools
+#   build      compile for this device: nvcc, a C++20 compiler, cmake >= 3.25, ninja (QUANTKIT_CUDA_ARCHS=90a if torch
+#              sees no device here)
+#   test       every test that needs a GPU, a process for each file: a fault ends a process's use of the device
+#   memcheck, racecheck, initcheck, synccheck   each op once under compute-sanitizer; CASES chooses others (pytest -k)
+#   ops, gemm, attention   the benchmarks
+# A step that fails does not keep the next from running, but a build that fails does. The exit status is how many failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+STEPS=" check build test memcheck racecheck initcheck synccheck ops gemm attention "
+if [ $# = 0 ]; then
+    sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 2
+fi
+for name in "$@"; do
+    case $STEPS in
+        *" $name "*) ;;
+        *) echo "gpu.sh: no step is called $name; there are$STEPS" >&2 && exit 2 ;;
+    esac
+done
+named=${PYTHON:-python3}
+PYTHON=$(command -v "$named") || { echo "gpu.sh: no interpreter $named: set PYTHON" >&2 && exit 2; }
+RESULTS=${RESULTS:-build/gpu}
+mkdir -p "$RESULTS"
+# Tools that came with the interpreter's environment, and nvcc where its installer leaves it.
+PATH="$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin"
+export PYTHONPATH="$PWD/python" PYTHONUNBUFFERED=1
+
+# Runs a command in what is left of the step's time.
+limited() {
+    local left=$((deadline - SECONDS))
+    [ "$left" -gt 0 ] || { echo "no time left for: $*" && return 124; }
+    timeout --kill-after=10 "$left" "$@"
+}
+
+check() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader
+    "$PYTHON" - << 'END'
+import importlib.util, shutil, sys
+import torch
+print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
+there = torch.cuda.is_available()
+print("device", torch.cuda.get_device_name() if there else "none that torch can use")
+missing = [m for m in ("pytest", "numpy") if importlib.util.find_spec(m) is None]
+print("missing packages:", ", ".join(missing) or "none")
+for tool in ("nvcc", "cmake", "ninja", "g++", "compute-sanitizer"):
+    print(f"{tool:18}", shutil.which(tool) or "not found")
+sys.exit(not there or bool(missing))
+END
+}
+
+arch() {
+    "$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))'
+}
+
+build() {
+    local archs=${QUANTKIT_CUDA_ARCHS:-$(arch)}
+    [ -n "$archs" ] || { echo "torch sees no device: set QUANTKIT_CUDA_ARCHS, to 90a for an H100 or H200" && return 1; }
+    # Without the module for checkpoint files; warnings of compilers that nobody tried stay warnings.
+    limited cmake -S . -B build/gpu-objects -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$PYTHON" \
+        -DQUANTKIT_CUDA=ON -DQUANTKIT_CUDA_ARCHS="$archs" -DQUANTKIT_HOST=OFF -DQUANTKIT_WERROR=OFF &&
+        limited cmake --build build/gpu-objects &&
+        cmake --install build/gpu-objects --prefix python &&
+        "$PYTHON" -c 'import quantkit.ops as o; o._load.require("cpu"), o._load.require("cuda"), print("both libraries load")'
+}
+
+# tests FILE PREFIX... -- ARGUMENTS...
+tests_of() {
+    local file=$1 prefix=()
+    shift
+    while [ "$1" != -- ]; do prefix+=("$1") && shift; done
+    shift
+    echo "== $file"
+    limited "${prefix[@]}" "$PYTHON" -m pytest -q -m 'cuda and not slow and not bench' --durations=5 "$@" "$file"
+    local result=$?
+    [ "$result" = 5 ] && return 0 # none of the file's tests was chosen
+    return "$result"
+}
+
+files() { grep -l 'pytest\.mark\.cuda' tests/ops/test_*.py; }
+
+all_tests() {
+    local failed=0 file
+    for file in $(files); do tests_of "$file" -- || failed=1; done
+    return "$failed"
+}
+
+sanitize() {
+    command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer on PATH" && return 1; }
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # so that a buffer's end is its allocation's
+    local failed=0 file
+    local tool=(compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all)
+    for file in $(files); do tests_of "$file" "${tool[@]}" -- -k "${CASES:-current_stream}" || failed=1; done
+    if [ "$(arch)" = 90a ]; then # wgmma even for few rows
+        QUANTKIT_CUDA_GEMM=sm90 tests_of tests/ops/test_gemm_cuda.py "${tool[@]}" -- -k "${CASES:-current_stream}" ||
+            failed=1
+    fi
+    return "$failed"
+}
+
+benchmark() { limited "$PYTHON" "benchmarks/$1_cuda.py" --json "$RESULTS/$1.json" "${@:2}"; }
+
+step() {
+    deadline=$((SECONDS + ${LIMIT:-540}))
+    case $1 in
+        check | build) "$1" ;;
+        test) all_tests ;;
+        *check) sanitize "$1" ;;
+        gemm) benchmark gemm --paths default,sm80 ;;
+        *) benchmark "$1" ;;
+    esac
+}
+
+failed=0
+for name in "$@"; do
+    echo "=== $name"
+    started=$SECONDS
+    (step "$name") 2>&1 | tee "$RESULTS/$name.log"
+    result=${PIPESTATUS[0]}
+    echo "=== $name: $([ "$result" = 0 ] && echo passed || echo "failed, status $result"), $((SECONDS - started)) s"
+    [ "$result" = 0 ] && continue
+    failed=$((failed + 1))
+    [ "$name" = build ] && break
+done
+exit "$failed"
