@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from .attentions import attention_modules, kv_heads, query_heads
 from .calibration.fingerprint import config_hash, model_hash
 from .calibration.replay import replay
 from .calibration.statistics import Wants
@@ -117,8 +118,15 @@ def _refuse(where: object, names: list[str], what: str, advice: str) -> None:
 
 
 def _check_names(file: StatisticsFile, plan: Plan) -> None:
-    """That all it names are Linears of the model, as wide as it says."""
-    tensors, family = plan.checkpoint.tensors, plan.family
+    """That all it names are Linears and attention modules of the model, as wide as it says."""
+    tensors, family, config = plan.checkpoint.tensors, plan.family, plan.checkpoint.config
+    known = attention_modules(family, tensors)
+    for held, heads in ((file.contents.caches, kv_heads(config)), (file.contents.queries, query_heads(config))):
+        for name, count in held.items():
+            if name not in known:
+                file.fail(f"'{name:.200}' is no attention of {plan.checkpoint.folder}")
+            if heads not in (None, count):
+                file.fail(f"'{name}' has {heads} heads, and statistics of {count}")
     for name in (*file.inputs, *file.contents.silent):
         info = tensors.get(f"{name}.weight")
         if info is None or not family.is_linear(f"{name}.weight", info.shape):

@@ -315,6 +315,17 @@ def test_a_file_without_queries_is_told(tmp_path: Path) -> None:
     save_file(tensors | {name: -tensors[name]}, part)
     with pytest.raises(CheckpointError, match="has NaN, Inf or negative magnitudes"):
         replayed(job, folder)
+    where = name.removesuffix(".query")
+    index = json.loads((folder / "statistics.safetensors.index.json").read_text())
+    for other, heads, message in ((where, 3, "has 4 heads, and statistics of 3"), ("x", 4, "'x' is no attention of")):
+        value = {f"{other}.query": torch.ones(heads)}
+        save_file({n: t for n, t in tensors.items() if n != name} | value, part)
+        weights = {f"{other}.query" if n == name else n: file for n, file in index["weight_map"].items()}
+        (folder / "statistics.safetensors.index.json").write_text(json.dumps(index | {"weight_map": weights}))
+        queries = {n: count for n, count in contents["queries"].items() if n != where} | {other: heads}
+        (folder / "statistics.json").write_text(json.dumps(contents | {"queries": queries}))
+        with pytest.raises(CheckpointError, match=message):
+            replayed(config(tmp_path, QuantizationModifier(scheme="FP8", ignore=["lm_head"])), folder)
 
 
 # ---- what is written ----
