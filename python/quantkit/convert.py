@@ -59,12 +59,14 @@ def convert(
     would round; the target appears only when it is complete.
     """
     from .formats.source import WeightSource
+    from .formats.stored import check_stored
 
     fmt = format_by_name(format_name)
     with Checkpoint(source) as checkpoint:
         read = WeightSource(checkpoint)
         if read.format is None:
             raise CheckpointError(f"{source}: not quantized; `quantkit run` quantizes, in any of the formats")
+        check_stored(read)
         schemes = _schemes(read, fmt, scheme)
         dtype = checkpoint.model_dtype
         if dtype is None:
@@ -75,7 +77,7 @@ def convert(
         with CheckpointWriter(layout, target, overwrite=overwrite) as writer:
             with Progress("convert", total=len(schemes), unit="Linear", enabled=progress) as bar:
                 for module, wanted in schemes.items():
-                    quantized = _for_target(module, read.quantized(module), wanted, fmt)
+                    quantized = _for_target(module, read.sound(module), wanted, fmt)
                     scale = torch_dtype(fmt.scale_dtype(wanted, dtype))
                     for name, tensor in fmt.pack_weight(module, quantized, scale).items():
                         writer.write(name, tensor)

@@ -173,11 +173,16 @@ def _scored(
 
 
 def open_source(folder: Path) -> Source:
-    """The checkpoint in `folder`, quantized or not, as a source of plain weights."""
+    """The checkpoint in `folder`, quantized or not, as a source of plain weights. CheckpointError for a quantized one
+    that is not what its config says.
+    """
     from .checkpoint.reader import Checkpoint
     from .formats.source import WeightSource
+    from .formats.stored import check_stored
 
-    return WeightSource(Checkpoint(folder))
+    source = WeightSource(Checkpoint(folder))
+    check_stored(source)
+    return source
 
 
 class Loaded:

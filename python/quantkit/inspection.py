@@ -133,10 +133,12 @@ def inspect_folder(folder: str | Path, *, progress: bool = True) -> Inspection:
     CheckpointError for a damaged one.
     """
     from .formats.source import WeightSource
+    from .formats.stored import check_stored
     from .models.families import family_of
 
     with Checkpoint(folder) as checkpoint:
         read = WeightSource(checkpoint)
+        check_stored(read)
         family = family_of(checkpoint.config)
         stored = {name for module in read.modules for name in read.stored(module)}
         other = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in stored)
@@ -173,7 +175,7 @@ def _label(name: str, taken: dict[str, str]) -> str:
 def _facts(module: str, scheme: str, read: WeightSource) -> LinearFacts:
     import torch
 
-    weight = read.quantized(module)
+    weight = read.sound(module)
     nbytes = sum(read.checkpoint.tensors[name].nbytes for name in read.stored(module))
     scale, codes = weight.scale.abs(), weight.unpacked()
     if weight.args.fp4:

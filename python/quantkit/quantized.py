@@ -31,6 +31,12 @@ class QuantizedTensor:
     g_idx: Tensor | None = None
     global_scale: Tensor | None = None
 
+    def runs(self) -> Tensor:
+        """int64 [cols]: the group of each column where groups are runs of neighbours."""
+        import torch
+
+        return torch.arange(self.cols) // (self.args.group_size or self.cols)
+
     def part(self, begin: int, end: int) -> QuantizedTensor:
         """Rows [begin, end) as views; `begin` is the first row of a block."""
         size = self.args.block[0]

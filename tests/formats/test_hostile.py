@@ -1,12 +1,12 @@
-"""Checkpoints that contradict themselves, in each format: `quantkit.load` refuses them before it works, and `quantkit
-check` finds them for a client, both naming tensor or key, and rule.
+"""Checkpoints that contradict themselves, in each format: `quantkit.load`, `eval`, `inspect` and `convert` refuse them,
+and `quantkit check` finds them for a client, all naming tensor or key, and rule.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor
 import quantkit
 from quantkit.checkpoint.folder import DESCRIPTION
 from quantkit.conformance import check_folder
-from quantkit.errors import CheckpointError
+from quantkit.convert import convert
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.evaluate import open_source
+from quantkit.inspection import inspect_folder
 
 from ..e2e.jobs import quantize_by
 from .test_conformance import told
@@ -116,7 +119,7 @@ CASES: dict[str, tuple[str, Change, str, str, str]] = {
         "weight_scale",
     ),
     "a block of three": ("static", args(block_structure=[1, 2, 3]), "block_structure is", "vllm", "block_structure"),
-    "bits in a word": ("int8", args(num_bits="eight"), "num_bits is 'eight'", "vllm", "inteight no scheme"),
+    "bits in a word": ("int8", args(num_bits="eight"), "num_bits is 'eight'", "vllm", "num_bits 'eight'"),
     "a group that is none": (
         "int8",
         settings(config_groups={"a": 1}),
@@ -293,9 +296,16 @@ CASES: dict[str, tuple[str, Change, str, str, str]] = {
     "mindie, static and described as dynamic": (
         "mindie",
         lambda t, c: c.update({f"{Q}.{p}": "W8A8_DYNAMIC" for p in ("weight", "weight_scale", "weight_offset")}),
-        rf"{Q}.\w+' does not belong",
+        rf"{Q}.input_scale is 'W8A8', and {Q}.weight 'W8A8_DYNAMIC'",
         "mindie",
         f"{Q}",
+    ),
+    "mindie with a scale of another kind": (
+        "mindie",
+        settings(**{f"{Q}.weight_scale": "W8A16", f"{Q}.weight_offset": "W8A16"}),
+        f"{Q}.weight_scale is 'W8A16', and {Q}.weight 'W8A8'",
+        "mindie",
+        f"{Q}.weight_scale W8A16 W8A8",
     ),
     "mindie with NaN": (
         "mindie",
@@ -316,6 +326,55 @@ def test_refused_and_found(case: str, made: Callable[[str], Path], tmp_path: Pat
     verdict = check_folder(folder, client)
     assert not verdict.ok
     assert any(told(verdict, kind, words) for kind in ("refused", "wrong")), verdict.render()
+    other, scheme = ("bitsandbytes", None) if job == "int8" else ("compressed-tensors", None)
+    if job in ("packed", "static"):
+        other = {"packed": "gptq", "static": "fp8"}[job]
+    if job == "mindie":
+        scheme = "W8A8"
+    for read in (
+        lambda: inspect_folder(folder, progress=False),
+        lambda: open_source(folder).get(f"{Q}.weight"),
+        lambda: convert(folder, tmp_path / "converted", other, scheme=scheme, progress=False),
+    ):
+        with pytest.raises(CheckpointError):
+            read()
+    assert not (tmp_path / "converted").exists()
+
+
+def sites(settings: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value in config.json's block."""
+    items = (
+        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    )
+    for key, value in items:
+        yield (*path, key)
+        yield from sites(value, (*path, key))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_no_value_of_any_type_is_an_accident(job: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Readers and the checker take it or refuse it in words, whatever stands for a setting."""
+    folder = changed(made(job), tmp_path / "changed", lambda tensors, block: None)
+    path = folder / DESCRIPTION if job == "mindie" else folder / "config.json"
+    config = json.loads(path.read_text())
+    block = config if job == "mindie" else config["quantization_config"]
+    clients = ("mindie",) if job == "mindie" else ("vllm", "sglang", "transformers", "gptqmodel")
+    refused = 0
+    places = list(sites(block))
+    for site in places[:: len(places) // 60 + 1]:
+        for value in (None, "x", -1, 0, [], [1, "a"], {"a": 1}):
+            where = changing = json.loads(json.dumps(config))
+            for key in site[:-1] if job == "mindie" else ("quantization_config", *site[:-1]):
+                where = where[key]
+            where[site[-1]] = value
+            path.write_text(json.dumps(changing))
+            try:
+                open_source(folder)
+            except QuantkitError:
+                refused += 1
+            for client in clients:
+                check_folder(folder, client).render()
+    assert refused > 20
 
 
 # Linears that servers make one of (q, k and v), quantized in part; each is computed on its own by `load`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError, nearest
@@ -35,6 +36,8 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "gptqmodel": ("gptq", "awq"),
     "mindie": ("mindie",),
 }
+NUMBERS, SWITCHES = ("bits", "w_bit", "group_size", "q_group_size"), ("desc_act", "sym", "zero_point")
+LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "llm_int8_skip_modules")
 HARDWARE = ("cuda", "cpu", "npu")
 
 
@@ -74,9 +77,35 @@ def _check(found: Inventory, verdict: Verdict) -> None:
         known = ", ".join(CLIENTS[verdict.client])
         verdict.add("refused", "quant_method", f"is '{verdict.method}'; {verdict.client} is checked for {known}")
         return
+    if verdict.method != "mindie" and not _typed(found.block, verdict):
+        return
     groups = found.block.get("config_groups")
     attention = isinstance(groups, Mapping) and any(of_attention(group) for group in groups.values())
     if not found.quantized and not found.block.get("kv_cache_scheme") and not attention:
         verdict.add("refused", "quantization_config", "is there, and no Linear is stored quantized")
         return
     METHODS[verdict.method](found, verdict)
+
+
+def _typed(block: Mapping[str, Any], verdict: Verdict) -> bool:
+    """Whether settings that rules compute with are what they have to be; what they are not is a finding."""
+    told = {
+        **dict.fromkeys(NUMBERS, "a whole number other than 0"),
+        **dict.fromkeys(SWITCHES, "true or false"),
+        **dict.fromkeys(LISTS, "a list of names"),
+        "weight_block_size": "[rows, columns]",
+    }
+    wrong = [key for key in told if block.get(key) is not None and not _fits(key, block[key])]
+    for key in wrong:
+        verdict.add("refused", f"quantization_config.{key}", f"is {block[key]!r}; it is {told[key]}")
+    return not wrong
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in NUMBERS:
+        return isinstance(value, int) and value != 0
+    if key in SWITCHES:
+        return isinstance(value, bool)
+    if key in LISTS:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value)

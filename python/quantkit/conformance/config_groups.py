@@ -51,6 +51,10 @@ def groups_of(block: Mapping[str, Any], verdict: Verdict) -> list[Group]:
         if not isinstance(entry.get("targets"), list):
             verdict.add("refused", f"{where}.targets", "is not a list of names")
             continue
+        other = [r for r in ("input_activations", "output_activations") if not isinstance(entry.get(r), Mapping | None)]
+        if other:
+            verdict.add("refused", f"{where}.{other[0]}", f"is {entry[other[0]]!r}; it has settings, or is null")
+            continue
         own = entry.get("format")
         if own is None:
             verdict.add(
@@ -87,6 +91,10 @@ def _args(where: str, args: Args, role: str, verdict: Verdict) -> None:
             verdict.add(
                 "limited", f"{where}.{key}", "is a key that releases before compressed-tensors 0.13 refuse", "drop it"
             )
+    bits = args.get("num_bits", 8)
+    if not isinstance(bits, int):
+        verdict.add("refused", f"{where}.num_bits", f"is {bits!r}, and not a number")
+        return
     strategy, size, dynamic = strategy_of(args), args.get("group_size"), args.get("dynamic")
     if strategy not in STRATEGIES:
         verdict.add("refused", f"{where}.strategy", f"is '{strategy}'; there are {', '.join(STRATEGIES)}")

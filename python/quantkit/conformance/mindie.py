@@ -36,6 +36,10 @@ def check(found: Inventory, verdict: Verdict) -> None:
                 "refused", stored.name, f"is stored quantized and described as '{kind}'; checked are {', '.join(KINDS)}"
             )
             continue
+        for info in stored.parts.values():
+            own = str(block.get(info.name))
+            if own != kind and not info.name.endswith(".bias"):
+                verdict.add("wrong", info.name, f"is described as '{own}', and its weight as '{kind}'")
         verdict.count(kind)
         _linear(stored, kind, dtype, found, verdict)
     for name, stored in found.linears.items():
@@ -43,7 +47,7 @@ def check(found: Inventory, verdict: Verdict) -> None:
         if kind in KINDS and not stored.quantized:
             verdict.add("wrong", name, f"is described as {kind}, and has no scales of it", "quantize again")
     _caches(found, block, dtype, verdict)
-    fused_alike(found, verdict, lambda stored: block.get(f"{stored.name}.weight"))
+    fused_alike(found, verdict, lambda stored: str(block.get(f"{stored.name}.weight")))
     same_in_fused(found, verdict, ("input_scale", "input_offset"), "the fused layer keeps one of them")
     sound_scales(found, verdict, lambda stored: False)
 

@@ -294,9 +294,6 @@ def fp8(found: Inventory, verdict: Verdict) -> None:
             "is inverse: GPTQModel's own FP8, whose weight_scale_inv divides, and readers multiply",
         )
     size = block.get("weight_block_size")
-    if size is not None and not (isinstance(size, list) and len(size) == 2):
-        verdict.add("refused", "quantization_config.weight_block_size", f"is {size}; read is [rows, columns]")
-        return
     if size and scheme == "static":
         verdict.add("refused", "quantization_config.activation_scheme", "is static, which does not go with blocks")
     if verdict.client == "transformers" and not size:

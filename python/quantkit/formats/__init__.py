@@ -107,7 +107,7 @@ def format_of_checkpoint(config: Mapping[str, Any]) -> Format | None:
     if block is None:
         return None
     method = block.get("quant_method")
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise CheckpointError(
             f"config.json: quant_method '{method}' is not one that quantkit reads ({', '.join(FORMATS)})"
         )

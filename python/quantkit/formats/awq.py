@@ -137,7 +137,7 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
         )
     grouped = size > 0
     weights = QuantizationArgs(4, "int", False, "group" if grouped else "channel", size if grouped else None)
-    kept = [str(name) for name in block.get("modules_to_not_convert") or ()]
+    kept = ct.names_of("modules_to_not_convert", block.get("modules_to_not_convert"))
     return ct.Schemes([(QuantizationScheme("AWQ", weights), ["Linear"])], kept, "modules_to_not_convert")
 
 

@@ -317,11 +317,12 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
             scheme = QuantizationScheme(name, weights, inputs)
         except ConfigError as error:
             raise CheckpointError(f"quantization_config: config_groups.{key}: {error}") from None
-        groups.append((scheme, _names(f"config_groups.{key}.targets", group.get("targets"))))
-    return Schemes(groups, _names("ignore", block.get("ignore")), "ignore")
+        groups.append((scheme, names_of(f"config_groups.{key}.targets", group.get("targets"))))
+    return Schemes(groups, names_of("ignore", block.get("ignore")), "ignore")
 
 
-def _names(key: str, value: Any) -> list[str]:
+def names_of(key: str, value: Any) -> list[str]:
+    """A block's list of names and patterns, which may be None."""
     if not isinstance(value or [], list) or not all(isinstance(name, str) for name in value or []):
         raise CheckpointError(f"quantization_config: {key} is {value!r}; it is a list of names and patterns")
     return list(value or [])

@@ -127,7 +127,7 @@ def read_schemes(block: Mapping[str, Any]) -> ct.Schemes:
         raise CheckpointError(f"quantization_config: fmt is {fmt!r}; read is e4m3")
     dynamic = activations == "dynamic"
     key = "ignored_layers" if block.get("ignored_layers") else "modules_to_not_convert"
-    ignored = [str(name) for name in block.get(key) or ()]
+    ignored = ct.names_of(key, block.get(key))
     size = block.get("weight_block_size")
     if size:
         if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):

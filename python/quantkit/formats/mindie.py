@@ -226,7 +226,11 @@ def read_schemes(block: Mapping[str, Any]) -> Schemes:
         if name.endswith(".weight") and kind != "FLOAT":
             if not isinstance(kind, str) or kind not in inputs:
                 raise CheckpointError(f"{DESCRIPTION}: {name} is '{kind}'; read are {', '.join(KINDS)} and FLOAT")
-            found.setdefault(kind, []).append(name.removesuffix(".weight"))
+            module = name.removesuffix(".weight")
+            found.setdefault(kind, []).append(module)
+            for part in (f"{module}.{part}" for part in PARTS):
+                if block.get(part, kind) != kind:
+                    raise CheckpointError(f"{DESCRIPTION}: {part} is '{block[part]}', and {name} '{kind}'")
     return Schemes([(QuantizationScheme(kind, weights, inputs[kind]), names) for kind, names in found.items()])
 
 

@@ -112,7 +112,7 @@ class WeightSource:
 
     def get(self, name: str) -> Tensor:
         module = self.module_of(name)
-        return self.checkpoint.tensor(name) if module is None else self.quantized(module).dequantize()
+        return self.checkpoint.tensor(name) if module is None else self.sound(module).dequantize()
 
     def quantized(self, module: str, populate: bool = True) -> QuantizedTensor:
         """The codes and scales of `module`'s weight; `populate` as in `Checkpoint.tensor`."""
@@ -120,6 +120,18 @@ class WeightSource:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
         get = partial(self.checkpoint.tensor, populate=populate)
         return self.format.load_weight(module, self.schemes[module], get, *self.shape(module, populate))
+
+    def sound(self, module: str) -> QuantizedTensor:
+        """`quantized`, its scales finite and its groups as they have to be; CheckpointError if they are not."""
+        weight = self.quantized(module)
+        if not bool(weight.scale.isfinite().all()):
+            raise CheckpointError(f"{self.checkpoint.folder}: tensor '{self.scale_name(module)}' has NaN or Inf in it")
+        if weight.g_idx is not None and not torch.equal(weight.g_idx.long().sort().values, weight.runs()):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {module}: its g_idx does not put {weight.args.group_size} of the "
+                f"{weight.cols} columns into each group (into the last one what is left)"
+            )
+        return weight
 
     def scale(self, module: str) -> Tensor:
         """The scales of `module`'s weight, fp32 [grid rows, grid cols], without its codes."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config.schemes import QuantizationArgs, QuantizationScheme
-from ..errors import CheckpointError
 from ..formats.source import fake_quantize
+from ..formats.stored import describe, describe_scheme
 from ..quantized import QuantizedTensor
 
 DEVICES = ("cpu",)
@@ -303,22 +303,6 @@ def quant_linear(parts: Parts) -> PackedLinear:
     return kind(parts)
 
 
-def describe(args: QuantizationArgs) -> str:
-    """`args` in a few words: int8 per token, asymmetric."""
-    kind = {"e8m0": f"mxfp{args.num_bits}", "nvfp4": "nvfp4"}.get(
-        args.scales, "fp8" if args.type == "float" else f"int{args.num_bits}"
-    )
-    size = args.group_size or args.block_structure
-    words = f"{kind} per {args.strategy}" + (f" of {size}" if size else "")
-    words += f", from {args.outlier_threshold:g} on in 16 bit" if args.outlier_threshold is not None else ""
-    return words + ("" if args.symmetric else ", asymmetric") + (", at run time" if args.dynamic else "")
-
-
-def describe_scheme(scheme: QuantizationScheme) -> str:
-    inputs = scheme.input_activations
-    return f"weights {describe(scheme.weights)} with activations {'in 16 bit' if inputs is None else describe(inputs)}"
-
-
 def _as_stored(scale: Tensor) -> Tensor:
     """In 16 bit if the checkpoint has it so: of groups of 128, fp32 scales are a twentieth of what one token reads."""
     return scale if scale.dtype in (torch.bfloat16, torch.float16) else scale.float()
@@ -330,23 +314,9 @@ def _words(weight: QuantizedTensor) -> Tensor:
 
 def column_order(weight: QuantizedTensor) -> Tensor | None:
     """int32 [cols]: the columns in the order that makes each group a run of neighbours; None if each is one."""
-    if weight.g_idx is None or torch.equal(weight.g_idx.long(), _runs(weight)):
+    if weight.g_idx is None or torch.equal(weight.g_idx.long(), weight.runs()):
         return None
     return torch.argsort(weight.g_idx.long(), stable=True).to(torch.int32)
-
-
-def check_groups(what: str, weight: QuantizedTensor) -> None:
-    """CheckpointError, `what` first, unless every group of `weight.g_idx` has as many columns as its size."""
-    assert weight.g_idx is not None
-    if not torch.equal(weight.g_idx.long().sort().values, _runs(weight)):
-        raise CheckpointError(
-            f"{what} does not put {weight.args.group_size} of the {weight.cols} columns into each group (into the "
-            "last one what is left)"
-        )
-
-
-def _runs(weight: QuantizedTensor) -> Tensor:
-    return torch.arange(weight.cols) // (weight.args.group_size or weight.cols)
 
 
 def stacked(parts: Sequence[Parts]) -> Parts | None:

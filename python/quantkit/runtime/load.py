@@ -29,7 +29,7 @@ from ..models.skeleton import Skeleton
 from .check import check_device, check_tensors, require_quantized
 from .experts import quant_experts, suits
 from .head import replace_head
-from .linear import Parts, QuantLinear, check_groups, merged, quant_linear
+from .linear import Parts, QuantLinear, merged, quant_linear
 from .saving import Saver, Stored
 
 GENERATION = "generation_config.json"
@@ -232,7 +232,7 @@ class _Filler:
                 f"{self.skeleton.folder}: the weight of '{name}' has shape {list(shape)}, "
                 f"{type(self.model).__name__} with this config.json needs {[linear.out_features, linear.in_features]}"
             )
-        weight, inputs = source.quantized(name), source.schemes[name].input_activations
+        weight, inputs = source.sound(name), source.schemes[name].input_activations
         static = inputs is not None and not inputs.dynamic
         part = "input_global_scale" if inputs is not None and inputs.dynamic == "local" else "input_scale"
         scale = None
@@ -241,11 +241,6 @@ class _Filler:
         zero_point = None
         if static and inputs is not None and not inputs.symmetric:
             zero_point = source.zero_point(name).reshape(1)
-        for tensor, values in ((source.scale_name(name), weight.scale), (f"{name}.{part}", scale)):
-            if values is not None and not bool(values.isfinite().all()):
-                raise CheckpointError(f"{self.skeleton.folder}: tensor '{tensor}' has NaN or Inf in it")
-        if weight.g_idx is not None:
-            check_groups(f"{self.skeleton.folder}: {name}: its g_idx", weight)
         bias = None
         if linear.bias is not None:
             bias = self.plain.get(f"{name}.bias").to(self.skeleton.dtype)

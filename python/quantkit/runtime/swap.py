@@ -12,11 +12,12 @@ from .. import ops
 from ..config.presets import preset
 from ..config.schemes import QuantizationScheme
 from ..errors import ConfigError, PlanError
+from ..formats.stored import describe_scheme
 from ..modifiers.rtn import quantize_weight
 from ..targets import match_ignore, pattern_of
 from .check import SUPPORTED, check_device
 from .head import Head
-from .linear import Parts, QuantLinear, describe_scheme, kind_of, merged, quant_linear
+from .linear import Parts, QuantLinear, kind_of, merged, quant_linear
 
 CLASS = "Linear"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
