@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Some of what each must have measured.
@@ -42,3 +43,18 @@ def test_arguments_are_refused() -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 2 and words in done.stderr
+
+
+def test_gpu_script_refuses(tmp_path: Path) -> None:
+    def run(*steps: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(tmp_path)}
+        command = ["bash", str(BENCHMARKS.parent / "tools" / "gpu.sh"), *steps]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    usage = run()
+    assert usage.returncode == 2 and "bash tools/gpu.sh STEP..." in usage.stdout
+    assert run("tset").returncode == 2 and "no step is called tset" in run("tset").stderr
+    if not torch.cuda.is_available():  # tests that all skip do not pass
+        done = run("test", "memcheck")
+        assert done.returncode == 2 and done.stdout.count("torch sees no device") == 2
+        assert "torch sees no device" in (tmp_path / "memcheck.log").read_text()
