@@ -53,10 +53,11 @@ def answered(words: list[str], environment: dict[str, str], log: Path) -> str:
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        until = time.monotonic() + 240
+        # Seconds on a machine that does nothing else, minutes on one that does.
+        until = time.monotonic() + 600
         while True:
             try:
-                with urllib.request.urlopen(asked, timeout=120) as response:
+                with urllib.request.urlopen(asked, timeout=300) as response:
                     text: str = json.load(response)["choices"][0]["text"]
                     return text
             except (urllib.error.URLError, ConnectionError):

@@ -75,13 +75,18 @@ def apart(one: list[float], other: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Log probabilities of the model before quantization."""
+    return serve(EXAMPLES / "models" / "tiny-llama", tmp_path_factory.mktemp("plain"), None)[0]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_vllm_serves_with_quantkits_kernels(case: str, tmp_path: Path) -> None:
+def test_vllm_serves_with_quantkits_kernels(case: str, plain: list[float], tmp_path: Path) -> None:
     modifiers, name, served = CASES[case]
     model = quantize_by("tiny-llama", modifiers, tmp_path, f"compression.save_name={name}")
     ours, tokens, log = serve(model, tmp_path, plugin(tmp_path / "plugins"))
     assert "Quantkit" in log and "LinearKernel" in log, log[-3000:]
-    plain, _, _ = serve(EXAMPLES / "models" / "tiny-llama", tmp_path, None)
     if served:
         theirs, expected, log = serve(model, tmp_path, None)
         assert "Quantkit" not in log
@@ -99,7 +104,7 @@ def test_vllm_serves_with_quantkits_kernels(case: str, tmp_path: Path) -> None:
         assert apart(ours, plain) < 0.06
 
 
-def test_int4_weights_with_int8_activations(tmp_path: Path) -> None:
+def test_int4_weights_with_int8_activations(plain: list[float], tmp_path: Path) -> None:
     """In words (quantkit's W4A8) and in bytes (llm-compressor's): the plugin multiplies both by the same op. vLLM's own
     kernel for words leaves activations in 16 bit; that for bytes rounds them asymmetrically, and scales to bf16.
     """
@@ -114,7 +119,6 @@ def test_int4_weights_with_int8_activations(tmp_path: Path) -> None:
     assert "Using CPUWNA16LinearKernel" in log, log[-3000:]
     theirs, also, log = serve(tmp_path / "bytes", tmp_path, None)
     assert "Using Dynamic4bitLinearKernel" in log, log[-3000:]
-    plain, _, _ = serve(EXAMPLES / "models" / "tiny-llama", tmp_path, None)
     print(
         f"W4A8: {apart(in_words, theirs):.4f} from vLLM's kernel for bytes, {apart(in_words, sixteen_bit):.4f} from "
         f"its other; from full precision {apart(in_words, plain):.4f}, these {apart(theirs, plain):.4f}, "

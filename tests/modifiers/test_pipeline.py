@@ -126,11 +126,14 @@ def test_gptq_beats_rounding_whatever_the_order(actorder: Any, group_size: int |
 def test_gptq_of_floats_keeps_the_scales_and_beats_rounding(scheme: str, actorder: Any) -> None:
     rows, cols = 150, 160  # a block of 128 x 128 and parts of three
     working, _, x = one_linear(rows, cols)
-    modifier = GPTQModifier(scheme=scheme, actorder=actorder, dampening_frac=0.0)
-    args = modifier.groups[0].scheme.weights
-    modules = planned(rows, cols, modifier.groups[0].scheme, modifier)
-    found = gptq.quantize(modifier, ["l.m"], working, modules, {"l.m": torch.float32}, {"l.m": False}, ALONE)["l.m"]
     weight = working.weight("l.m")
+
+    def by_gptq(**dampening: float) -> gptq.Outcome:
+        modifier = GPTQModifier(scheme=scheme, actorder=actorder, **dampening)
+        modules = planned(rows, cols, modifier.groups[0].scheme, modifier)
+        return gptq.quantize(modifier, ["l.m"], working, modules, {"l.m": torch.float32}, {"l.m": False}, ALONE)["l.m"]
+
+    found, args = by_gptq(), GPTQModifier(scheme=scheme).groups[0].scheme.weights
     nearest = gptq.quantize_weight("l.m", weight, args, scale_dtype=torch.float32, pack=False)
     assert torch.equal(found.quantized.scale, nearest.scale) and found.quantized.packed == args.fp4
     assert (found.quantized.global_scale is None) == (args.scales != "nvfp4")
@@ -138,8 +141,9 @@ def test_gptq_of_floats_keeps_the_scales_and_beats_rounding(scheme: str, actorde
     def loss(quantized: QuantizedTensor) -> float:
         return float((x.double() @ (quantized.dequantize().double() - weight.double()).T).square().mean())
 
-    assert found.loss == pytest.approx(loss(found.quantized), rel=2e-3)
-    assert loss(found.quantized) < 0.75 * loss(nearest)
+    assert loss(found.quantized) < (0.75 if actorder is None else 0.5) * loss(nearest)
+    undamped = by_gptq(dampening_frac=0.0)  # whose loss is that of the inputs as they are
+    assert undamped.loss == pytest.approx(loss(undamped.quantized), rel=2e-3)
 
 
 def test_experts_in_one_batch_are_what_they_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

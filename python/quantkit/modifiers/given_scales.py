@@ -43,26 +43,20 @@ class GivenScales:
         return replace(found, codes=codes)
 
 
-def given_scales(
-    batch: Sequence[Job], weight: Tensor, orders: Sequence[Tensor | None], working: Working, shared: GlobalScales
-) -> GivenScales:
-    """Those of jobs of one shape, whose joined rows are `weight` [jobs, rows, cols]; columns are taken in `orders`, in
-    which groups stay whole.
-    """
+def given_scales(batch: Sequence[Job], weight: Tensor, working: Working, shared: GlobalScales) -> GivenScales:
+    """Those of jobs of one shape, whose joined rows are `weight` [jobs, rows, cols]."""
     args = batch[0].args
     if args.type == "float":
-        return _of_floats(batch, orders, working, shared)
+        return _of_floats(batch, working, shared)
     return _one(batch, weight) if args.strategy == "tensor" else GivenScales()
 
 
-def _of_floats(
-    batch: Sequence[Job], orders: Sequence[Tensor | None], working: Working, shared: GlobalScales
-) -> GivenScales:
+def _of_floats(batch: Sequence[Job], working: Working, shared: GlobalScales) -> GivenScales:
     nearest: dict[str, QuantizedTensor] = {}
     scales = []
-    for job, order in zip(batch, orders, strict=True):
+    for job in batch:
         parts = []
-        height, size = job.args.block
+        height, _ = job.args.block
         for name in job.members:
             weight = working.weight(name)
             common = shared.of(name, working.weight)
@@ -72,8 +66,7 @@ def _of_floats(
             nearest[name] = found
             rows = torch.arange(weight.shape[0]) // (weight.shape[0] if height == -1 else height)
             parts.append(found.scale[rows])
-        scale = torch.cat(parts)
-        scales.append(scale if order is None or size == -1 else scale[:, order[::size] // size])
+        scales.append(torch.cat(parts))
     return GivenScales(torch.stack(scales), None, nearest)
 
 

@@ -161,10 +161,11 @@ def _with_all_tokens(name: str, seen: Statistics, working: Working) -> Statistic
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Neighbours of one shape together, as far as memory allows."""
+    """Neighbours of one shape together, as far as memory allows; alone where each has groups in an order of its own."""
     batch: list[Job] = []
     for job in jobs:
-        full = (len(batch) + 1) * 2 * 4 * (job.cols**2 + job.rows * job.cols) > BATCH_BYTES
+        alone = job.args.type == "float" and job.args.block[1] != -1
+        full = alone or (len(batch) + 1) * 2 * 4 * (job.cols**2 + job.rows * job.cols) > BATCH_BYTES
         if batch and (full or job.shape != batch[0].shape):
             yield batch
             batch = []
@@ -173,13 +174,14 @@ def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield batch
 
 
-def _order(modifier: GPTQModifier, diagonal: Tensor, group_size: int) -> Tensor | None:
+def _order(modifier: GPTQModifier, diagonal: Tensor, group_size: int, given: bool) -> Tensor | None:
     """The order in which columns are taken, the largest inputs first. Groups that stay where they are ("weight") are
-    taken whole, so that each gets its scale from the weights as updated by then.
+    taken whole, so that each gets its scale from the weights as updated by then; with scales that are `given` nothing
+    is gained by that.
     """
     if modifier.actorder is None:
         return None
-    if modifier.actorder == "group" or group_size == -1:
+    if modifier.actorder == "group" or group_size == -1 or given:
         return torch.argsort(diagonal, descending=True, stable=True)
     whole = len(diagonal) // group_size * group_size  # a shorter last group stays the last
     groups = diagonal[:whole].view(-1, group_size)
@@ -229,7 +231,7 @@ def _sweep(
     for job in batch:
         gram = job.seen.gram
         assert gram is not None
-        order = _order(modifier, gram.diagonal(), size)
+        order = _order(modifier, gram.diagonal(), size, floats)
         parts = [working.weight(name) for name in job.members]
         for name, part in zip(job.members, parts, strict=True):
             check_finite(name, part, part.abs().amax())
@@ -239,13 +241,16 @@ def _sweep(
         orders.append(order)
     factor, dead, dampening = _factor(modifier, _stacked(grams), batch)
     weight = _stacked(weights)
-    given = given_scales(batch, weight, orders, working, shared).of_rows(mine)
+    given = given_scales(batch, weight, working, shared).of_rows(mine)
     weight = weight[:, mine] if one_scale else weight
     q_min, q_max = args.q_range
     search_range, search_steps = SEARCH[args.symmetric] if args.num_bits == 4 and not floats else (0.0, 0)
+    # Where groups stay in place and columns do not, the sweep is told the group of each.
+    given_order = orders[0] if floats and size != -1 else None
     codes, scale, zero, loss = ops.gptq_sweep(
         weight,
         factor,
+        g_idx=None if given_order is None else (given_order // size).to(torch.int32),
         q_min=q_min,
         q_max=q_max,
         group_size=size,
@@ -271,7 +276,7 @@ def _sweep(
             if modifier.actorder == "group" and size != -1:
                 places = torch.arange(cols, dtype=torch.int32) // size
                 g_idx = torch.empty_like(places).index_copy_(0, order, places)
-            elif size != -1:
+            elif size != -1 and not floats:
                 groups = torch.argsort(order[::size] // size)
                 job_scale = job_scale[:, groups]
                 job_zero = None if job_zero is None else job_zero[:, groups]
