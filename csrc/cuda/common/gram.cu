@@ -16,12 +16,12 @@ __device__ bool counts(const TokenMask& mask, int token) {
   return mask.data == nullptr || mask.data[token * mask.stride];
 }
 
-// Eight columns of a token; zeros beyond the matrix and where the mask says so.
+// Eight columns of a token; zeros beyond the matrix, and of a token that does not count.
 template <typename Element>
-__device__ Chunk<Element> load_token(const Matrix& x, const TokenMask& mask, int token, int col) {
+__device__ Chunk<Element> load_token(const Matrix& x, bool there, int token, int col) {
   Chunk<Element> chunk{};
   const int n = x.cols - col;
-  if (n <= 0 || token >= x.rows || !counts(mask, token)) return chunk;
+  if (n <= 0 || !there) return chunk;
   chunk = load_chunk<Element>(x, token, col, n < kChunk ? n : kChunk);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto load = [&](int first) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        left[i] = load_token<Element>(x, mask, first + token + i * 16, row + chunk);
-        right[i] = load_token<Element>(x, mask, first + token + i * 16, col + chunk);
+        const int t = first + token + i * 16;
+        const bool there = t < x.rows && counts(mask, t);
+        left[i] = load_token<Element>(x, there, t, row + chunk);
+        right[i] = load_token<Element>(x, there, t, col + chunk);
       }
     };
     const auto store = [&](int stage) {
@@ -184,8 +186,13 @@ __global__ void __launch_bounds__(kFloatThreads)
     const TilePlace place(tile);
     const int row = place.row * kFloatTile, col = place.col * kFloatTile;
     float sums[8][4] = {};
-    Chunk<Float32> left = load_token<Float32>(x, mask, token, row + chunk);
-    Chunk<Float32> right = load_token<Float32>(x, mask, token, col + chunk);
+    Chunk<Float32> left, right;
+    const auto load = [&](int t) {
+      const bool there = t < x.rows && counts(mask, t);
+      left = load_token<Float32>(x, there, t, row + chunk);
+      right = load_token<Float32>(x, there, t, col + chunk);
+    };
+    load(token);
     for (int first = 0; first < x.rows; first += kFloatDepth) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -194,10 +201,7 @@ __global__ void __launch_bounds__(kFloatThreads)
         store_vector(&scratch.right[token][chunk + half * 4], Words4{{b[0], b[1], b[2], b[3]}});
       }
       sync_block();
-      if (first + kFloatDepth < x.rows) {
-        left = load_token<Float32>(x, mask, first + kFloatDepth + token, row + chunk);
-        right = load_token<Float32>(x, mask, first + kFloatDepth + token, col + chunk);
-      }
+      if (first + kFloatDepth < x.rows) load(first + kFloatDepth + token);
 #pragma unroll
       for (int k = 0; k < kFloatDepth; ++k) {
         const Words4 above = load_vector<Words4>(&scratch.left[k][mine]);
