@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit import load
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.config.schemes import QuantizationArgs
 from quantkit.conformance import check_folder
@@ -145,3 +146,33 @@ def test_transformers_computes_what_the_codes_say(scheme: str, tmp_path: Path) -
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     assert (got - logits(plain)).abs().mean() > 10 * limit * spread, "the output is not quantized at all"
     print(f"{scheme}: {error:.2e}")
+
+
+ATTENTION = "attention: {targets: [Attention], input_activations: {num_bits: 8, type: float, strategy: attn_head}}"
+FP8_LINEARS = (
+    "linears: {targets: ['%s'], weights: {num_bits: 8, type: float, strategy: channel}, "
+    "input_activations: {num_bits: 8, type: float, strategy: token, dynamic: true}}"
+)
+INT4_LINEARS = "linears: {targets: ['%s'], weights: {num_bits: 4, group_size: 32}}"
+
+
+@pytest.mark.parametrize(
+    ("groups", "read"),
+    [
+        (ATTENTION, False),
+        (f"{FP8_LINEARS % 're:.*attn.*'}, {ATTENTION}", True),
+        (f"{INT4_LINEARS % 'Linear'}, {ATTENTION}", True),
+        (INT4_LINEARS % "re:.*attn.*", False),
+    ],
+)
+def test_the_checker_tells_of_experts_that_are_made_anew(groups: str, read: bool, tmp_path: Path) -> None:
+    output = quantize_by("tiny-moe", f"{{QuantizationModifier: {{config_groups: {{{groups}}}}}}}", tmp_path)
+    ids = torch.randint(3, 2048, (2, 48), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        got, expected = (model(ids, use_cache=True).logits for model in (theirs, load(output, dtype=torch.float32)))
+    off = float((got - expected).abs().mean() / expected.std())
+    # Activations rounded one code apart, which routes tokens elsewhere; or other experts.
+    assert off < 0.1 if read else off > 0.5
+    verdict = check_folder(output, "transformers")
+    assert verdict.ok is read and ("makes anew" in verdict.render()) is not read, verdict.render()

@@ -16,7 +16,7 @@ from ..formats.compressed_tensors import of_attention
 from ..models.families import text_config
 from . import sglang
 from .config_groups import Group, check_block, groups_of, scheme_of, strategy_of, told
-from .experts import in_vllm
+from .experts import in_transformers, in_vllm
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
@@ -103,6 +103,8 @@ def check(found: Inventory, verdict: Verdict) -> None:
             same_in_fused(found, verdict, ("input_scale", "input_zero_point"), why)
         if verdict.client == "sglang":
             sglang.static_in_fused(found, static, verdict)
+    if verdict.client == "transformers":
+        in_transformers(block, found, verdict)
     sound_scales(found, verdict, lambda stored: schemes.get(getattr(assigned[stored.name], "key", "")) == "WNA16")
     _cache(block, found, verdict)
 

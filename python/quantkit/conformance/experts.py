@@ -1,9 +1,14 @@
-"""Experts of compressed-tensors checkpoints, for which vLLM (0.32) and SGLang (0.5.23) have classes of their own."""
+"""Experts of compressed-tensors checkpoints, for which vLLM (0.32) and SGLang (0.5.23) have classes of their own, and
+which Transformers (5.22) puts into parameters for all of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .config_groups import Group, strategy_of, told
-from .inventory import Stored
+from .inventory import Inventory, Stored
 from .verdict import Verdict
 
 # What SGLang has a class for on NPUs alone, or on nothing.
@@ -52,6 +57,32 @@ def in_sglang(stored: Stored, group: Group, scheme: str, packed: bool, verdict: 
         if strategy_of(group.weights) != "group":
             verdict.add("refused", stored.name, f"{scheme} experts need groups")
         verdict.add("limited", f"config_groups.{group.key}", "experts multiply by inputs in FP8, on SM90 alone")
+
+
+def in_transformers(block: Mapping[str, Any], found: Inventory, verdict: Verdict) -> None:
+    """All experts are read in one way, that of one group: the first with a pattern for experts, else the first with a
+    class as a target, else the first. Where it has FP8 weights, tensors called `weight` are read, else `weight_packed`;
+    if these are not there, experts are made anew, of random numbers.
+    """
+    entries = {key: entry for key, entry in block["config_groups"].items() if isinstance(entry.get("targets"), list)}
+    experts = [stored for stored in found.linears.values() if stored.expert]
+    if not entries or not experts:
+        return
+    targets = {key: list(map(str, entry["targets"])) for key, entry in entries.items()}
+    patterns = [key for key, names in targets.items() if any(n.startswith("re:") and "experts" in n for n in names)]
+    classes = [key for key, names in targets.items() if any(not n.startswith("re:") for n in names)]
+    key = [*patterns, *classes, *entries][0]
+    weights = entries[key].get("weights") or {}
+    part = "weight" if (weights.get("type"), weights.get("num_bits")) == ("float", 8) else "weight_packed"
+    lacking = [stored.name for stored in experts if part not in stored.parts]
+    # Those of int8 have been refused.
+    if lacking and not any(finding.kind == "refused" for finding in verdict.findings):
+        verdict.add(
+            "wrong",
+            lacking[0],
+            f"has no {part}, which Transformers reads of all experts because of config_groups.{key}, and makes anew",
+            "serve it with vLLM, or give experts a scheme",
+        )
 
 
 def _fp8(stored: Stored, group: Group, verdict: Verdict) -> None:
