@@ -28,6 +28,9 @@ target_link_libraries(quantkit_cpu_kernels PRIVATE quantkit_flags)
 # Whether the AVX files are part of this build: what csrc/cpu may dispatch to.
 target_compile_definitions(quantkit_cpu_kernels PRIVATE QUANTKIT_X86=${QUANTKIT_X86})
 
+# The same objects for who takes some of them.
+add_library(quantkit_cpu_archive STATIC $<TARGET_OBJECTS:quantkit_cpu_kernels>)
+
 add_library(_C_cpu MODULE ${_ops})
 target_link_libraries(_C_cpu PRIVATE quantkit_flags quantkit_cpu_kernels torch_stable)
 set_target_properties(_C_cpu PROPERTIES PREFIX "")

@@ -1,4 +1,4 @@
-# _host: a CPython module by pybind11, without torch.
+# _host: a CPython module by pybind11, without torch. Of the CPU kernels it has those that it calls.
 if(NOT QUANTKIT_HOST)
   message(STATUS "quantkit: the module _host is left out (QUANTKIT_HOST=OFF), and with it checkpoint I/O")
   return()
@@ -27,5 +27,5 @@ quantkit_include(pybind11::pybind11_headers pybind11 "${pybind11_INCLUDE_DIR}")
 
 file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/host/*.cpp")
 pybind11_add_module(_host MODULE NO_EXTRAS ${_sources}) # no link-time optimisation: these functions wait for disks
-target_link_libraries(_host PRIVATE quantkit_flags)
+target_link_libraries(_host PRIVATE quantkit_flags quantkit_cpu_archive)
 install(TARGETS _host LIBRARY DESTINATION ${QUANTKIT_PACKAGE_DIR})

@@ -1,5 +1,6 @@
-// quantkit._host: what Python cannot do to files without copying them. No torch headers; the GIL is
-// released in every call that may touch a disk.
+// quantkit._host: what Python cannot do to files without copying them, and, in weights_module.cpp,
+// weights rounded on their way. No torch headers; the GIL is released in every call that may touch
+// a disk.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl/filesystem.h>
 
@@ -9,11 +10,13 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <memory>
 
 #include "bus_error.h"
 #include "mapped_file.h"
 #include "os_error.h"
 #include "output_file.h"
+#include "weights_module.h"
 
 namespace py = pybind11;
 using quantkit::host::explain_bus_errors;
@@ -84,7 +87,9 @@ void write_buffer(const OutputFile& file, const py::buffer& data, std::size_t of
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "File access for checkpoints: mapped input, reserved output, copies inside the kernel.";
+  m.doc() =
+      "Checkpoints without torch: mapped input, reserved output, weights rounded from one to the "
+      "other.";
 
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -94,7 +99,7 @@ PYBIND11_MODULE(_host, m) {
     }
   });
 
-  py::class_<MappedFile>(
+  py::class_<MappedFile, std::shared_ptr<MappedFile>>(
       m, "MappedFile", py::buffer_protocol(),
       "A file mapped read-only; a buffer of its bytes, unmapped with its last user. "
       "Writing into the buffer is a segmentation fault.")
@@ -143,4 +148,5 @@ PYBIND11_MODULE(_host, m) {
       "Write `message` to stderr and exit with `status` where a mapped file is gone at an access.");
   m.def("return_free_memory", &return_free_memory, Unlocked(),
         "From now on malloc holds on to hardly any memory that nobody uses.");
+  quantkit::host::define_weights(m);
 }

@@ -1,50 +1,37 @@
 // rtn_int and rtn_fp8 on the CPU.
-#include "cpu/rtn.h"
-
-#include <algorithm>
-
+#include "cpu/rtn_tiles.h"
 #include "ops/cpu_ops.h"
 
 namespace qk::cpu {
 namespace {
 
-// A row of blocks is worked on in tiles that stay in a cache between reading the extremes and
-// writing the codes: L1 for rows, L2 for blocks of many rows.
-constexpr int64_t kRowElements = 4096;
-constexpr int64_t kTileElements = 128 * 1024;
+// Blocks that do not fit go through the separate ops, which read x twice.
+bool fits(const Grid& grid) { return RtnTiles::fit(grid.block_rows, grid.block_cols); }
 
-// Blocks of so many rows no longer fit it: those go through the separate ops, which read x twice.
-bool fits(const Grid& grid) {
-  return grid.block_rows == 1 ||
-         (grid.block_rows <= 256 && grid.block_rows * grid.block_cols <= kTileElements);
+// f(tile, scratch) for every tile of the matrix.
+template <typename Kernel>
+void for_tiles(const RtnMatrix& matrix, const Kernel& kernel) {
+  const RtnTiles tiles(matrix);
+  parallel_rows(tiles.count(), tiles.elements(), [&](int64_t begin, int64_t end) {
+    std::vector<char> scratch(rtn_scratch_bytes(tiles.width()));
+    for (int64_t i = begin; i < end; ++i) kernel(tiles.at(i, i + 1 < end), scratch.data());
+  });
 }
 
-// f(block row, scratch) for every tile of x. `q_bits` is the size of a code in q, `q_row` the bytes
-// of a row of q.
-template <typename Kernel>
-void for_tiles(const Tensor& x, const Grid& grid, void* q, int64_t q_bits, int64_t q_row,
-               float* scale, int8_t* zero_point, const Kernel& kernel) {
-  const int64_t rows = x.size(0), cols = x.size(1);
-  // A multiple of eight blocks, so that no two tiles share a word of packed codes.
-  const int64_t step = 8 * grid.block_cols;
-  const int64_t wanted = grid.block_rows == 1 ? kRowElements : kTileElements / grid.block_rows;
-  const int64_t tile = std::min(cols, std::max<int64_t>(1, wanted / step) * step);
-  const int64_t tiles = (cols + tile - 1) / tile;
-  parallel_rows(grid.rows * tiles, grid.block_rows * tile, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(rtn_scratch_bytes(tile));
-    const auto at = [&](int64_t i) {  // where tile i of x begins
-      return element(x, i / tiles * grid.block_rows * x.stride(0) + i % tiles * tile);
-    };
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / tiles, row = g * grid.block_rows, col = i % tiles * tile;
-      const int64_t first = g * grid.cols + col / grid.block_cols;
-      kernel(BlockRow{at(i), i + 1 < end ? at(i + 1) : nullptr, x.stride(0),
-                      std::min(grid.block_rows, rows - row), std::min(tile, cols - col),
-                      grid.block_cols, static_cast<char*>(q) + row * q_row + col * q_bits / 8,
-                      q_row, scale + first, zero_point ? zero_point + first : nullptr},
-             scratch.data());
-    }
-  });
+RtnMatrix matrix_of(const Tensor& x, const Grid& grid, Tensor& q, int64_t q_bits, Tensor& scale,
+                    int8_t* zero_point) {
+  return {x.const_data_ptr(),
+          static_cast<int64_t>(x.element_size()),
+          x.stride(0),
+          x.size(0),
+          x.size(1),
+          grid.block_rows,
+          grid.block_cols,
+          data<void>(q),
+          q_bits,
+          q.size(1) * static_cast<int64_t>(q.element_size()),
+          data<float>(scale),
+          zero_point};
 }
 
 }  // namespace
@@ -83,11 +70,11 @@ std::tuple<Tensor, Tensor, Tensor> rtn_int(const Tensor& x, const Block& block, 
       static_cast<int>(q_min),     static_cast<int>(q_max),    symmetric,
       static_cast<float>(divisor), dtype_of(kOp, scale_dtype), static_cast<int>(pack_bits)};
   const DType dtype = dtype_of(kOp, x.scalar_type());
-  for_tiles(x, grid, data<void>(q), pack_bits ? pack_bits : 8, width * (pack_bits ? 4 : 1),
-            data<float>(scale), symmetric ? nullptr : data<int8_t>(zero_point),
-            [&](const BlockRow& tile, void* scratch) {
-              rtn_kernels().rtn_int(dtype, how, tile, scratch);
-            });
+  const RtnMatrix matrix = matrix_of(x, grid, q, pack_bits ? pack_bits : 8, scale,
+                                     symmetric ? nullptr : data<int8_t>(zero_point));
+  for_tiles(matrix, [&](const BlockRow& tile, void* scratch) {
+    rtn_kernels().rtn_int(dtype, how, tile, scratch);
+  });
   return {q, scale, zero_point};
 }
 
@@ -106,9 +93,9 @@ std::tuple<Tensor, Tensor> rtn_fp8(const Tensor& x, const Block& block, ScalarTy
   Tensor scale = empty(x, {grid.rows, grid.cols}, ScalarType::Float);
   if (x.numel() == 0) return {q, scale};
   const DType from = dtype_of(kOp, x.scalar_type()), to = dtype_of(kOp, dtype);
-  for_tiles(
-      x, grid, data<void>(q), 8, x.size(1), data<float>(scale), nullptr,
-      [&](const BlockRow& tile, void* scratch) { rtn_kernels().rtn_fp8(from, to, tile, scratch); });
+  for_tiles(matrix_of(x, grid, q, 8, scale, nullptr), [&](const BlockRow& tile, void* scratch) {
+    rtn_kernels().rtn_fp8(from, to, tile, scratch);
+  });
   return {q, scale};
 }
 

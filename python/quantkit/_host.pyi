@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 class MappedFile:
     """A file mapped read-only, a buffer of its bytes. Writing into the buffer is a segmentation fault."""
@@ -40,3 +40,58 @@ def release_free_memory() -> None: ...
 def keep_free_memory(keep: bool) -> None: ...
 def return_free_memory() -> None: ...
 def explain_bus_errors(message: str, status: int) -> None: ...
+
+class Scales:
+    """Scales of a grid of blocks, as fp32, from F32, BF16, F16 or F8_E8M0."""
+
+    def __init__(self, file: MappedFile, begin: int, dtype: str, rows: int, cols: int) -> None: ...
+    @property
+    def finite(self) -> bool: ...
+    @property
+    def positive(self) -> bool: ...
+    @property
+    def largest(self) -> float: ...
+
+class Weight:
+    """A matrix in a file: F32, BF16 or F16, or in FP8 with `scales` for blocks, read as `dtype`."""
+
+    @overload
+    def __init__(self, file: MappedFile, begin: int, dtype: str, rows: int, cols: int) -> None: ...
+    @overload
+    def __init__(
+        self, file: MappedFile, begin: int, dtype: str, rows: int, cols: int, scales: Scales, block: tuple[int, int]
+    ) -> None: ...
+
+class Rounding:
+    """How a weight becomes codes: `type` "int" or "float" (e4m3); `block` -1 is the whole extent."""
+
+    def __init__(
+        self,
+        *,
+        type: str,
+        packed: bool,
+        bits: int,
+        symmetric: bool,
+        range: tuple[int, int],
+        divisor: float,
+        scale_dtype: str,
+        block: tuple[int, int],
+    ) -> None: ...
+
+def round_weight(
+    weight: Weight,
+    rounding: Rounding,
+    part: int,
+    codes: tuple[OutputFile, int],
+    scales: tuple[OutputFile, int],
+    zero_points: tuple[OutputFile, int] | None,
+) -> list[int] | None: ...
+def compare_weight(
+    weight: Weight,
+    rounding: Rounding,
+    part: int,
+    codes: tuple[MappedFile, int],
+    scales: Scales,
+    zero_points: tuple[MappedFile, int] | None,
+) -> tuple[float, float, float, float]: ...
+def same_bytes(a: tuple[MappedFile, int], b: tuple[MappedFile, int], nbytes: int, part: int) -> bool: ...

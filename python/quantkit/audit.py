@@ -20,21 +20,24 @@ from typing import TYPE_CHECKING
 
 from .attentions import attention_modules, cache_shape, query_heads
 from .checkpoint.layout import OutputTensor
+from .checkpoint.native import host
 from .checkpoint.reader import Checkpoint
 from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
 from .formats.attention import QUERY, query_tensor
 from .models.families import family_of
 from .models.mappings import OFFSET_NORMS
-from .parallel import each, single_threaded_ops
+from .parallel import each, thread_count
 from .plan import collapse
 from .quantized import QuantizedTensor
 from .report.progress import Progress
 from .report.table import table
+from .rounding import SEARCHED, compare, grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .formats.rows import RowTensors
     from .formats.source import WeightSource
 
 # Half the distance between neighbouring codes, in units of the scale: 1/2 for integers; e4m3's largest step is 32.
@@ -48,13 +51,13 @@ LEAST_SQNR = {4: 3.0, 8: 15.0}
 # A row of one that has more noise than this for each unit of signal holds other values than its source.
 MOST_ROW_NOISE = 1.5
 RECORD = "quantkit_config.json"
-SEARCHED = ("mse", "percentile")
 NORM = re.compile(r"norm\d*\.weight$")
 # Elements of a weight that are compared at a time in fp32.
 CHUNK = 1 << 24
-# Of a rounded one so many, in multiples of so many rows, blocks and words of zero points being whole; of tensors that
-# were carried over so many bytes.
-PART, PART_UNIT = 1 << 20, 128
+# Of a rounded one in multiples of so many rows, in which zero points fill words.
+PART_ROWS = 128
+# Bytes at a time of tensors that were carried over.
+PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,9 @@ def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, r
         def one(index: int) -> None:
             name, own = names[index], found[index]
             module = quantized.module_of(name)
-            if module is not None:
+            if module is not None and (rows := _rows_of(module, quantized, source, record)) is not None:
+                _check_rows(module, rows, quantized, source, own)
+            elif module is not None:
                 _check_weight(module, quantized, source, record, own)
             elif name in record.rewritten:
                 _check_rewritten(name, quantized.checkpoint, source, family.model_type in OFFSET_NORMS, own)
@@ -233,34 +238,67 @@ def _check_values(quantized: WeightSource, source: Checkpoint, record: Record, r
             progress.advance(source.tensors[name].nbytes)
 
         # Side by side what goes through memory in parts; the others one by one, since each takes a weight's size.
-        light = [index for index, name in enumerate(names) if _in_parts(name, quantized, record)]
-        with single_threaded_ops() as threads:
-            each(light, one, threads)
+        light = [index for index, name in enumerate(names) if _in_parts(name, quantized, source, record)]
+        each(light, one, thread_count())
         for index in sorted(set(range(len(names))) - set(light)):
             one(index)
     for own in found:
         result.add(own)
 
 
-def _in_parts(name: str, quantized: WeightSource, record: Record) -> bool:
+def _in_parts(name: str, quantized: WeightSource, source: Checkpoint, record: Record) -> bool:
     """Whether tensor `name` is compared without taking memory for all of it."""
     module = quantized.module_of(name)
     if module is None:
-        return True
+        return name not in record.rewritten and name not in source.dequantized
+    return _rows_of(module, quantized, source, record) is not None
+
+
+def _rows_of(module: str, quantized: WeightSource, source: Checkpoint, record: Record) -> RowTensors | None:
+    """The tensors that a weight became which was rounded to nearest, where they can be compared by rows."""
     assert quantized.format is not None
-    args = quantized.schemes[module].weights
-    return quantized.format.BY_ROWS and args.scales == "float" and record.is_rounded(module, args)
+    scheme = quantized.schemes[module]
+    rows = quantized.format.row_tensors(module, scheme, *source.tensors[f"{module}.weight"].shape)
+    if rows is None or not record.is_rounded(module, scheme.weights):
+        return None
+    return rows if rows.scale in quantized.checkpoint.tensors else None
+
+
+def _check_rows(
+    module: str, rows: RowTensors, quantized: WeightSource, source: Checkpoint, result: AuditResult
+) -> None:
+    """No element may be further away than half a code."""
+    written, scheme, name = quantized.checkpoint, quantized.schemes[module], f"{module}.weight"
+    assert quantized.format is not None
+    for constant, content in rows.constants.items():
+        if written.read(constant) != content:
+            result.problems.append(f"{constant}: is not what the weight's shape makes it")
+            return
+    scales = written.scales(rows.scale, *grid(scheme.weights, *source.tensors[name].shape))
+    if not scales.positive:
+        result.problems.append(f"{rows.scale}: has values that are not finite and positive")
+        return
+    with written.reading(rows.codes), source.reading(name):
+        noise, signal, largest, peak = compare(
+            source.stored_weight(name),
+            scheme.weights,
+            written.place(rows.codes),
+            scales,
+            written.place(rows.zero_point) if rows.zero_point else None,
+            packed=quantized.format.packs(scheme),
+        )
+    result.weights.append(WeightError(module, _decibels(signal, noise), largest, peak))
+    _limit(module, largest, _error_limit(scheme.weights, scales.largest, written.info(rows.scale).dtype), result)
+    _check_inputs(module, written, result)
 
 
 def _check_weight(
     module: str, quantized: WeightSource, source: Checkpoint, record: Record, result: AuditResult
 ) -> None:
-    in_parts = _in_parts(f"{module}.weight", quantized, record)
-    weight = quantized.quantized(module, populate=not in_parts)
-    scale = weight.scale
+    weight = quantized.quantized(module)
     rounded = record.is_rounded(module, weight.args)
     negative = quantized.schemes[module].scales_may_be_negative and not rounded
-    if not _usable(scale, negative):
+    if not _usable(weight.scale, negative):
         wanted = "finite and not zero" if negative else "finite and positive"
         result.problems.append(f"{quantized.scale_name(module)}: has values that are not {wanted}")
         return
@@ -269,44 +307,44 @@ def _check_weight(
             f"{module}: its g_idx does not put {weight.args.group_size} of {weight.cols} columns into each group"
         )
         return
+    original = source.tensor(f"{module}.weight")
     if rounded:
-        _check_rounded(module, source, weight, quantized, in_parts, result)
+        _check_rounded(module, original, weight, quantized.scale_dtype(module), result)
     else:
-        _check_noise(module, source.tensor(f"{module}.weight"), weight, record.rescaled.get(module, ""), result)
-    for part in ("input_scale", "input_global_scale", "weight_global_scale"):
-        if f"{module}.{part}" in quantized.checkpoint.tensors:
-            _check_scale(f"{module}.{part}", quantized.checkpoint, result)
+        _check_noise(module, original, weight, record.rescaled.get(module, ""), result)
+    _check_inputs(module, quantized.checkpoint, result)
     source.release(f"{module}.weight")
     quantized.release(f"{module}.weight")
 
 
+def _check_inputs(module: str, written: Checkpoint, result: AuditResult) -> None:
+    for part in ("input_scale", "input_global_scale", "weight_global_scale"):
+        if f"{module}.{part}" in written.tensors:
+            _check_scale(f"{module}.{part}", written, result)
+
+
 def _check_rounded(
-    module: str,
-    source: Checkpoint,
-    weight: QuantizedTensor,
-    quantized: WeightSource,
-    in_parts: bool,
-    result: AuditResult,
+    module: str, original: Tensor, weight: QuantizedTensor, scale_dtype: str, result: AuditResult
 ) -> None:
-    """No element may be further away than half a code."""
+    """As `_check_rows`, of a weight in memory."""
     import torch
 
     from . import ops
 
-    name, figures = f"{module}.weight", []
-    step = max(1, PART // max(1, weight.cols * PART_UNIT)) * PART_UNIT
+    found, unit = [], math.lcm(PART_ROWS, max(1, weight.args.block[0]))
+    step = max(1, CHUNK // max(1, weight.cols * unit)) * unit
     for first in range(0, weight.rows, step):
-        end = min(first + step, weight.rows)
-        original = source.rows(name, first, end)
-        part = quantized.quantized_rows(module, weight, first, end) if in_parts else weight.part(first, end)
-        error = ops.quantization_error(original, part.unpacked(), part.scale, part.zero_point, weight.args.block)
-        # Not as tensors: small ones that stay would keep malloc from taking the parts' memory again.
-        figures.append(error.tolist())
-    found = torch.tensor(figures, dtype=torch.float64).reshape(-1, 4)
-    noise, signal = found[:, :2].sum(0).tolist()
-    largest, peak = found[:, 2:].amax(0).tolist()  # NaN stays
+        part = weight.part(first, min(first + step, weight.rows))
+        x = original[first : first + step]
+        found.append(ops.quantization_error(x, part.unpacked(), part.scale, part.zero_point, weight.args.block))
+    figures = torch.stack(found) if found else torch.zeros(1, 4, dtype=torch.float64)
+    noise, signal = figures[:, :2].sum(0).tolist()
+    largest, peak = figures[:, 2:].amax(0).tolist()  # NaN stays
     result.weights.append(WeightError(module, _decibels(signal, noise), largest, peak))
-    limit = _error_limit(weight.args, float(weight.scale.max()), quantized.scale_dtype(module))
+    _limit(module, largest, _error_limit(weight.args, float(weight.scale.max()), scale_dtype), result)
+
+
+def _limit(module: str, largest: float, limit: float, result: AuditResult) -> None:
     if not largest <= limit:
         result.problems.append(
             f"{module}: max |error| {largest:.3e} is above {limit:.3e}, half a code at its largest scale"
@@ -428,16 +466,14 @@ def _check_carried(name: str, written: Checkpoint, source: Checkpoint, result: A
 
 
 def _same_bytes(name: str, written: Checkpoint, source: Checkpoint) -> bool:
-    import torch
-
     nbytes = source.info(name).nbytes
     if nbytes == 0:
         return True
     if name in source.dequantized:
-        made = source.tensor(name).reshape(-1).view(torch.uint8)
-        return torch.equal(written.raw(name, 0, nbytes), made)
-    for begin in range(0, nbytes, PART):
-        end = min(begin + PART, nbytes)
-        if not torch.equal(written.raw(name, begin, end), source.raw(name, begin, end)):
-            return False
-    return True
+        import torch
+
+        made, stored = source.tensor(name), written.tensor(name)
+        return torch.equal(stored.reshape(-1).view(torch.uint8), made.reshape(-1).view(torch.uint8))
+    with written.reading(name), source.reading(name):
+        same: bool = host().same_bytes(written.place(name), source.place(name), nbytes, PART)
+    return same

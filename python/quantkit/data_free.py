@@ -1,38 +1,37 @@
 """Recipes that need no data: every weight by itself, in the order it lies in the source, without a model.
 
-Where source, sink and format take rows, a weight goes through memory in parts of some rows, each read, quantized and
-written by one thread while it is in the cache; threads work on different weights. What a run holds is then a part for
-each thread, however large the weights are.
+Where source, sink and format take rows, `_host` takes a weight from file to file in parts of some rows, each read,
+quantized and written by one thread while it is in the cache; threads work on different weights. What a run holds is
+then a part for each thread, however large the weights are, and torch, whose import takes as long as 2 GB, is not
+imported. All other weights go through torch's memory as a whole, one after the other.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from .checkpoint.native import host, kept_memory
+from .checkpoint.native import host
 from .distributed import ONE, Ranks
-from .parallel import each, single_threaded_ops
+from .parallel import each, thread_count, use_threads
 from .plan import Plan
 from .report.progress import Progress
+from .rounding import SEARCHED
 from .startup import quick_imports
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._host import Weight
     from .checkpoint.reader import TensorInfo
     from .modifiers.shared import GlobalScales
     from .modifiers.sink import Sink
-    from .quantized import QuantizedTensor
 
-# Bytes of the source in one part, and how far ahead of the threads the disk reads. Parts of 8 MB leave the cache before
-# they are written, and a run of 1.4 GB takes 0.6 s instead of 0.2.
-PART, AHEAD = 2 << 20, 128 << 20
-# Parts begin at multiples of this: rows of a block, and rows whose zero points fill words.
-UNIT = 128
+# How far ahead of the threads the disk reads, in bytes.
+AHEAD = 128 << 20
 
 
 def own_tensors(tensors: Mapping[str, TensorInfo], ranks: Ranks) -> list[str]:
@@ -55,17 +54,20 @@ class WeightReader(Protocol):
 
 @runtime_checkable
 class RowReader(Protocol):
-    """A source that also gives some rows of a tensor: a checkpoint."""
+    """A source whose files `_host` reads: a checkpoint."""
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor: ...
+    def stored_weight(self, name: str) -> Weight: ...
+    def reading(self, name: str) -> AbstractContextManager[None]: ...
     def prefetch(self, name: str) -> None: ...
 
 
 @runtime_checkable
 class RowSink(Protocol):
-    """A sink that also takes some rows of a weight, from `first` on."""
+    """A sink that also rounds a weight on its way into files: a checkpoint's."""
 
-    def part(self, module: str, first: int, quantized: QuantizedTensor) -> None: ...
+    def rounded(self, module: str, weight: Weight) -> None:
+        """Round it to nearest. CheckpointError, with the rows, if it has NaN or Inf. From any thread."""
+        ...
 
 
 class Keeper(Protocol):
@@ -107,14 +109,12 @@ def data_free(
     names = own_tensors(plan.checkpoint.tensors, ranks)
     if keeper is not None:
         names = [name for name in names if not keeper.has(outputs_of(plan, name))]
-    by_rows = plan.format.BY_ROWS and isinstance(source, RowReader) and isinstance(sink, RowSink)
+    by_rows = isinstance(source, RowReader) and isinstance(sink, RowSink)
     ahead = _Ahead(plan, names, source) if isinstance(source, RowReader) else None
     if ahead is not None and names:
-        ahead.reach(0)  # before torch is imported
-    with quick_imports():
-        import torch  # noqa: F401
+        ahead.reach(0)
     total = sum(plan.checkpoint.tensors[name].nbytes for name in names)
-    divided = [by_rows and _divisible(plan, _module(plan, name)) for name in names]
+    divided = [by_rows and _divisible(plan, name) for name in names]
     with Progress("quantize", total=total, unit="B", enabled=progress) as bar:
 
         def one(index: int) -> None:
@@ -126,18 +126,20 @@ def data_free(
                 if copy is not None:
                     copy(name)
             elif divided[index]:
-                _by_rows(plan, module, source, sink)  # type: ignore[arg-type]
+                _by_rows(module, source, sink)  # type: ignore[arg-type]
             else:
                 _whole(plan, module, source, sink, shared)
             if keeper is not None:
                 keeper.done(outputs_of(plan, name))
             bar.advance(plan.checkpoint.tensors[name].nbytes)
 
-        if any(divided):
-            with single_threaded_ops() as threads, kept_memory():
-                each([index for index, yes in enumerate(divided) if yes], one, threads)
-        from .modifiers.shared import GlobalScales
-
+        wanted = plan.config.global_.num_threads
+        each([index for index, yes in enumerate(divided) if yes], one, wanted or thread_count())
+        if all(divided):
+            return
+        with quick_imports():
+            from .modifiers.shared import GlobalScales
+        use_threads(wanted)
         shared = GlobalScales(plan)
         for index, yes in enumerate(divided):
             if not yes:
@@ -185,35 +187,19 @@ def _whole(plan: Plan, module: str, source: WeightReader, sink: Sink, shared: Gl
     host().release_free_memory()
 
 
-def _divisible(plan: Plan, module: str | None) -> bool:
-    """Whether `module`'s weight can be quantized some rows after the others, but for one range of all of them. Tensors
-    that are carried over (None) go in line with these, since they take no memory.
+def _divisible(plan: Plan, name: str) -> bool:
+    """Whether the source's tensor `name` goes into the output without taking memory for all of it: copied by the
+    kernel, or rounded by rows.
     """
+    module = _module(plan, name)
     if module is None:
-        return True
-    args = plan.modules[module].scheme.weights
-    if args.actorder is not None or args.scales != "float":
-        return False
-    return args.strategy != "tensor" or args.observer not in ("mse", "percentile")
-
-
-def _by_rows(plan: Plan, module: str, source: RowReader, sink: RowSink) -> None:
-    from .modifiers.rtn import quantize_part, tensor_scale
-
+        return name not in plan.checkpoint.dequantized
     planned = plan.modules[module]
-    name, args, dtype = f"{module}.weight", planned.scheme.weights, plan.scale_dtype(module)
-    nbytes = plan.checkpoint.tensors[name].nbytes
-    unit = math.lcm(UNIT, max(1, args.block[0]))
-    step = max(1, PART // max(1, unit * nbytes // max(1, planned.rows))) * unit
+    rows = plan.format.row_tensors(module, planned.scheme, planned.rows, planned.cols)
+    return rows is not None and planned.scheme.weights.observer not in SEARCHED
 
-    def parts() -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, planned.rows, step):
-            yield first, source.rows(name, first, min(first + step, planned.rows))
 
-    scale = tensor_scale(module, parts(), args, planned.rows, scale_dtype=dtype) if args.strategy == "tensor" else None
-    pack = plan.packs(module)
-    for first, part in parts():
-        quantized = quantize_part(
-            module, part, args, planned.rows, first=first, scale_dtype=dtype, pack=pack, scale=scale
-        )
-        sink.part(module, first, quantized)
+def _by_rows(module: str, source: RowReader, sink: RowSink) -> None:
+    name = f"{module}.weight"
+    with source.reading(name):
+        sink.rounded(module, source.stored_weight(name))

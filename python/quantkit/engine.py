@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,21 @@ from .fingerprint import (
 from .formats.attention import query_scale
 from .formats.folded import Folded
 from .formats.fp8_source import open_source
+from .parallel import use_threads
 from .plan import Plan, build_plan, config_bytes
 from .report.calibration import CalibrationReport
 from .report.model_card import model_card
 from .report.progress import Progress
 from .resume import Resumption
 from .resume_ranks import SharedResumption
+from .rounding import not_finite, round_weight
 from .startup import quick_imports
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ._host import Weight
     from .calibration.layer import SweepReport
     from .models.skeleton import Skeleton
     from .models.skeleton import WeightSource as LayerSource
@@ -134,10 +138,8 @@ def _run(
         seconds[stage] = now - started
         started = now
 
-    if config.global_.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(config.global_.num_threads)
+    if config.recipe.needs_data or config.compression.disable_level != "L0":
+        use_threads(config.global_.num_threads)
     if statistics is not None:
         config = replace(config, calibration=replace(config.calibration, statistics=str(statistics)))
     if config.compression.disable_level != "L0":
@@ -331,14 +333,23 @@ class WrittenOutput:
         if self.plan.format.FOLDS and inputs is not None and not inputs.dynamic:
             self._folded[module] = Folded.of(quantized, torch_dtype(self.plan.modules[module].dtype))
 
-    def part(self, module: str, first: int, quantized: QuantizedTensor) -> None:
-        """Some rows of a weight, from `first` on, for a format that holds rows as rows. From any thread."""
+    def rounded(self, module: str, weight: Weight) -> None:
+        """See `data_free.RowSink`."""
         planned, fmt = self.plan.modules[module], self.plan.format
-        before = fmt.stored_tensors(module, planned.scheme, first, planned.cols, planned.dtype)
-        rows = {tensor.name: tensor.shape[0] for tensor in before}
-        for name, tensor in fmt.pack_weight(module, quantized, self.plan.scale_dtype(module)).items():
-            if len(tensor) < self.plan.layout.tensors[name].shape[0] or first == 0:
-                self.writer.write_rows(name, rows[name] if first else 0, tensor)
+        rows = fmt.row_tensors(module, planned.scheme, planned.rows, planned.cols)
+        assert rows is not None
+        names = [rows.codes, rows.scale, *([rows.zero_point] if rows.zero_point else []), *rows.constants]
+        with self.writer.in_place(names) as places:
+            bad = round_weight(
+                weight,
+                planned.scheme.weights,
+                rows,
+                places,
+                scale_dtype=fmt.scale_dtype(planned.scheme, planned.dtype),
+                packed=fmt.packs(planned.scheme),
+            )
+            if bad is not None:
+                raise not_finite(module, bad, planned.rows)
 
     def input(self, module: str, scale: Tensor, zero_point: Tensor | None) -> None:
         folded = self._folded.pop(module, None)
@@ -468,12 +479,10 @@ def _record(plan: Plan) -> dict[str, Any]:
     """What made this output: every resolved option and the versions that took part. Paths of this machine are cut to
     their last part, since outputs are published, and what is this machine's (its memory) is left out.
     """
-    import torch
-
     return {
         "quantkit": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),  # a run without data does not import it
         "platform": sys.platform,
         "scheme": plan.recipe.name,
         **({} if plan.statistics is None else {"statistics": plan.statistics.contents.record()}),

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-@contextmanager
-def single_threaded_ops() -> Iterator[int]:
-    """Within the block, torch's and quantkit's ops keep to the thread that calls them, on threads started in it too;
-    gives how many threads they used before.
-    """
-    import torch
+def thread_count() -> int:
+    """How many threads to use: what torch does, or would."""
+    if "torch" in sys.modules:
+        import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
+        return torch.get_num_threads()
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+
+
+def use_threads(wanted: int | None) -> None:
+    """From now on torch's and quantkit's ops use so many; None for as many as they do."""
+    if wanted is not None:
+        import torch
+
+        torch.set_num_threads(wanted)
 
 
 def each(items: Sequence[Item], work: Callable[[Item], None], threads: int) -> None:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit import audit as audit_module
-from quantkit import data_free, engine
+from quantkit import data_free, engine, rounding
 from quantkit.checkpoint.layout import OutputTensor, plan_layout
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.config.yaml_file import load_run_config
 from quantkit.errors import CheckpointError
 from quantkit.formats import FORMATS
-from quantkit.parallel import each, single_threaded_ops
-from quantkit.quantized import QuantizedTensor
+from quantkit.formats.rows import no_rows
+from quantkit.parallel import each
 
 from ..e2e.jobs import quantize_by
 from .headers import write_headers
@@ -47,6 +47,13 @@ RECIPES = {
     "mse": "{QuantizationModifier: {config_groups: {group_0: {targets: [Linear], weights: "
     "{num_bits: 4, type: int, strategy: group, group_size: 32, symmetric: true, observer: mse}}}}}",
 }
+
+LARGE_BLOCKS = (
+    "{QuantizationModifier: {config_groups: {group_0: {targets: [Linear], weights: "
+    "{num_bits: 8, type: float, strategy: block, block_structure: [320, 576], symmetric: true}, "
+    "input_activations: {num_bits: 8, type: float, strategy: group, group_size: 576, "
+    "symmetric: true, dynamic: true}}}}}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +87,13 @@ def test_parts_give_the_bytes_of_whole_weights(
     recipe: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_one_part = made(model, recipe, tmp_path / "one")
-    monkeypatch.setattr(data_free, "PART", 1)  # 128 rows
-    monkeypatch.setattr(audit_module, "PART", 1)
+    monkeypatch.setattr(rounding, "PART", 1)  # 128 rows
+    monkeypatch.setattr(audit_module, "PART", 100)
     monkeypatch.setattr(data_free, "AHEAD", 1)
     for threads in (1, 3):
         found = made(model, recipe, tmp_path / f"threads {threads}", f"global.num_threads={threads}")
         assert found == in_one_part
-    monkeypatch.setattr(FORMATS["compressed-tensors"], "BY_ROWS", False)
+    monkeypatch.setattr(FORMATS["compressed-tensors"], "row_tensors", no_rows)
     assert made(model, recipe, tmp_path / "whole") == in_one_part
 
 
@@ -95,9 +102,9 @@ def test_other_formats_with_rows(
     scheme: str, save_name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"compression.save_name={save_name}"
-    monkeypatch.setattr(data_free, "PART", 1)
+    monkeypatch.setattr(rounding, "PART", 1)
     in_parts = made(model, RECIPES[scheme], tmp_path / "parts", name)
-    monkeypatch.setattr(FORMATS[save_name], "BY_ROWS", False)
+    monkeypatch.setattr(FORMATS[save_name], "row_tensors", no_rows)
     assert made(model, RECIPES[scheme], tmp_path / "whole", name) == in_parts
 
 
@@ -111,7 +118,7 @@ def test_a_value_that_is_not_finite_is_named_by_its_row_in_the_weight(
     folder.mkdir()
     (folder / "config.json").write_bytes((model / "config.json").read_bytes())
     save_file(tensors, folder / "model.safetensors")
-    monkeypatch.setattr(data_free, "PART", 1)
+    monkeypatch.setattr(rounding, "PART", 1)
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj: NaN or Inf in row 270 of 300;"):
         made(folder, RECIPES[recipe], tmp_path / "output")
     assert torch.get_num_threads() > 0 and not [t for t in threading.enumerate() if t.name.startswith("quantkit-")]
@@ -136,7 +143,7 @@ def test_the_audit_sees_a_wrong_code_in_a_later_part(
         code = file.read(1)[0]
         file.seek(begin)
         file.write(bytes([code ^ 0x40]))
-    monkeypatch.setattr(audit_module, "PART", 1)
+    monkeypatch.setattr(rounding, "PART", 1)
     with Checkpoint(model) as source:
         found = audit_module.audit(output, source)
     assert [problem.partition(": max")[0] for problem in found.problems] == [name.removesuffix(".weight")]
@@ -157,8 +164,10 @@ class Kept:
     def done(self, names: Iterable[str]) -> None:
         self.told += names
 
-    def part(self, module: str, first: int, quantized: QuantizedTensor) -> None:
+    def rounded(self, module: str, weight: object) -> None:
         self.given.append(f"{module}.weight")
+
+    weight = rounded
 
 
 @pytest.mark.parametrize("fmt_by_rows", [True, False])
@@ -170,8 +179,8 @@ def test_a_keeper_hears_of_every_output_and_what_it_has_is_not_done_again(
         f"global: {{save_path: {tmp_path}}}\nmodel: {{model_path: {model}}}\n"
         "compression: {quantization: {scheme: W4A16_ASYM, ignore_layers: [lm_head]}}\n"
     )
-    monkeypatch.setattr(FORMATS["compressed-tensors"], "BY_ROWS", fmt_by_rows)
-    monkeypatch.setattr(Kept, "weight", lambda self, module, quantized: self.part(module, 0, quantized), raising=False)
+    if not fmt_by_rows:
+        monkeypatch.setattr(FORMATS["compressed-tensors"], "row_tensors", no_rows)
     with engine.open_plan(load_run_config(yaml)) as plan:
         first = Kept(set())
         sink: Any = first
@@ -209,28 +218,76 @@ def _run(code: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def test_rows_are_written_in_any_order_and_none_may_lack(tmp_path: Path) -> None:
+def test_tensors_are_written_in_place_by_their_makers_and_none_may_lack(tmp_path: Path) -> None:
     layout = plan_layout([OutputTensor("a", "I32", (5, 3)), OutputTensor("b", "F32", (2,))], 1 << 20)
     value = torch.arange(15, dtype=torch.int32).reshape(5, 3)
     with CheckpointWriter(layout, tmp_path / "output") as writer:
         writer.side_file("config.json", b"{}")
+        with pytest.raises(KeyError), writer.in_place(["b"]):
+            raise KeyError
+        assert writer.missing() == ["a", "b"]  # what was begun and given up is not written
+        with pytest.raises(CheckpointError, match="never written: a, b"):
+            writer.finish()
+    with CheckpointWriter(layout, tmp_path / "output") as writer:
+        writer.side_file("config.json", b"{}")
         writer.write("b", torch.zeros(2))
-        writer.write_rows("a", 3, value[3:])
-        with pytest.raises(CheckpointError, match=r"'a' is planned as I32 \[5, 3\], and its rows from 4 on are"):
-            writer.write_rows("a", 4, value[3:])
-        with pytest.raises(CheckpointError, match="its rows from 0 on are I64"):
-            writer.write_rows("a", 0, value.long())
-        with pytest.raises(CheckpointError, match="'a' is written twice"):
-            writer.write("a", value)
-        with pytest.raises(CheckpointError, match="not part of the planned output"):
-            writer.write_rows("c", 0, value)
-        assert writer.missing() == ["a"]
-        writer.write_rows("a", 0, value[:3])
-        assert writer.missing() == []
-        with pytest.raises(CheckpointError, match="'a' is written twice"):
-            writer.write_rows("a", 0, value)
+        with writer.in_place(["a"]) as places:
+            file, begin = places["a"]
+            file.write(value[3:].numpy(), begin + 36)
+            assert writer.missing() == ["a"]
+            with pytest.raises(CheckpointError, match="'a' is written twice"):
+                writer.write("a", value)
+            with pytest.raises(CheckpointError, match="'a' is written twice"), writer.in_place(["a"]):
+                pass
+            with pytest.raises(CheckpointError, match="not part of the planned output"), writer.in_place(["c"]):
+                pass
+            file.write(value[:3].numpy(), begin)
+        assert writer.missing() == [] and sorted(writer.flush()) == ["a", "b"]
         writer.finish()
     assert torch.equal(_loaded(tmp_path / "output")["a"], value)
+
+
+IN_TWO = """
+import sys
+from quantkit.cli import main
+assert main(["run", "-c", sys.argv[1], "--set", "global.num_threads=2"]) == 0
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("torch", "numpy", "transformers")), sep=",")
+"""
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "FP8_BLOCK", "W4A16_ASYM"])
+def test_the_command_does_without_torch(scheme: str, model: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(
+        f"global: {{save_path: {tmp_path}}}\nmodel: {{model_path: {model}}}\n"
+        f"compression: {{quantization: {{scheme: {scheme}, ignore_layers: [lm_head]}}}}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", IN_TWO, str(yaml)], stdout=subprocess.PIPE, text=True, check=True)
+    assert "audit PASSED" in done.stdout and done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("recipe", ["W4A16_ASYM", "FP8_BLOCK", "int8 per tensor"])
+def test_other_dtypes_and_large_blocks(
+    recipe: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of any length, zeros, subnormals; and blocks that are too large for a cache."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(640, 1152, generator=generator).to(getattr(torch, dtype))
+    weight[7] = 0
+    weight[8] *= 1e-7
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "strange", "num_hidden_layers": 1, "dtype": dtype}))
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, folder / "model.safetensors")
+    recipes = [RECIPES[recipe], RECIPES[recipe].replace("W4A16_ASYM", "W8A16_ASYM")]
+    if recipe == "FP8_BLOCK":
+        recipes = [RECIPES[recipe], LARGE_BLOCKS]
+    for index, job in enumerate(recipes):
+        found = made(folder, job, tmp_path / f"parts {index}")
+        with monkeypatch.context() as patch:
+            patch.setattr(FORMATS["compressed-tensors"], "row_tensors", no_rows)
+            assert made(folder, job, tmp_path / f"whole {index}") == found
 
 
 def test_each_ends_with_the_first_error_and_begins_nothing_after() -> None:
@@ -249,13 +306,3 @@ def test_each_ends_with_the_first_error_and_begins_nothing_after() -> None:
     each(range(5), seen.append, 3)
     assert sorted(seen) == [0, 0, 1, 1, 2, 3, 4]
     each([], work, 2)
-
-
-def test_single_threaded_ops_restores_what_was() -> None:
-    threads = torch.get_num_threads()
-    inside: list[int] = []
-    with pytest.raises(KeyError), single_threaded_ops() as before:
-        assert before == threads
-        each([0], lambda _: inside.append(torch.get_num_threads()), 1)
-        raise KeyError
-    assert inside == [1] and torch.get_num_threads() == threads

@@ -87,7 +87,8 @@ from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.modifiers.pipeline import Pipeline
 around(Pipeline, "finish")
 around(CheckpointWriter, "write")
-around(CheckpointWriter, "write_rows")
+around(engine.WrittenOutput, "rounded")
+around(engine, "round_weight")
 around(CheckpointWriter, "copy")
 around(CheckpointWriter, "side_file")
 around(CheckpointWriter, "finish")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import data_free
+from quantkit import rounding
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.cli import main
 from quantkit.errors import CheckpointError, PlanError
@@ -152,12 +152,8 @@ def test_blocks_are_dequantized_in_parts_of_rows_too(
     for work in ("whole", "parts"):
         (tmp_path / work).mkdir()
         quantize_by(str(by_hand), RECIPES["int8"], tmp_path / work)
-        monkeypatch.setattr(data_free, "PART", 1)  # 128 rows of 160 or 200
+        monkeypatch.setattr(rounding, "PART", 1)  # 128 rows of 160 or 200
     assert same_weights(tmp_path / "whole" / "recipe", tmp_path / "parts" / "recipe") > 30
-    with open_source(by_hand) as source:
-        assert torch.equal(source.rows(NAME, 128, 150), source.tensor(NAME)[128:150])
-        with pytest.raises(ValueError, match="begin within a block of 128"):
-            source.rows(NAME, 100, 150)
 
 
 def test_experts_in_three_dimensions_stay_and_are_dequantized(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ cache, and `release` takes its pages out of the process's resident set.
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .._host import MappedFile
+    from .._host import MappedFile, Scales, Weight
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -208,60 +207,57 @@ class Checkpoint:
             return torch.empty(shape, dtype=dtype)
         mapped = self.mapped(info.file)
         if populate:
-            try:
+            with self._reading(info):
                 mapped.populate(info.begin, info.end)
-            except OSError as error:
-                raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
         # torch takes any object with the buffer protocol and keeps it alive.
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.begin)
         if info.begin % alignment(info.dtype):
             raw = raw.clone()
         return raw.view(dtype).reshape(shape)
 
-    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Rows [begin, end) of tensor `name`, which has at least one dimension, read into memory of their own: for
-        some megabytes at a time that is faster than to map them, and it leaves nothing to release.
-        """
-        return self._read(self._rows(self.info(name), begin, end))
-
-    def raw(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Bytes [begin, end) of what the file has of tensor `name`, uint8, as `rows`."""
+    def stored_weight(self, name: str) -> Weight:
+        """Tensor `name`, a matrix in F32, BF16 or F16, as the kernels of `_host` read it, some rows at a time."""
         info = self.info(name)
-        return self._read(
-            replace(info, dtype="U8", shape=(end - begin,), begin=info.begin + begin, end=info.begin + end)
-        )
+        made: Weight = host().Weight(self.mapped(info.file), info.begin, info.dtype, *info.shape)
+        return made
 
-    def _rows(self, info: TensorInfo, begin: int, end: int) -> TensorInfo:
-        count, *rest = info.shape
-        if not 0 <= begin <= end <= count:
-            raise ValueError(f"rows {begin} to {end} of '{info.name}', which has {count}")
-        row = (info.end - info.begin) // max(1, count)
-        return replace(info, shape=(end - begin, *rest), begin=info.begin + begin * row, end=info.begin + end * row)
+    def place(self, name: str) -> tuple[MappedFile, int]:
+        """The file that tensor `name` is in, and where in it it begins."""
+        info = self.info(name)
+        return self.mapped(info.file), info.begin
 
-    def _read(self, info: TensorInfo) -> torch.Tensor:
-        import torch
+    def read(self, name: str) -> bytes:
+        """The bytes of tensor `name`, a small one."""
+        info = self.info(name)
+        with self._reading(info):
+            mapped = self.mapped(info.file)
+            mapped.populate(info.begin, info.end)
+        return bytes(memoryview(mapped)[info.begin : info.end])
 
-        made = torch.empty(info.end - info.begin, dtype=torch.uint8)
-        buffer, mapped, done = made.numpy().data, self.mapped(info.file), 0
+    def scales(self, name: str, rows: int, cols: int) -> Scales:
+        """Tensor `name`, the scales of a grid of blocks, as the kernels of `_host` take them."""
+        with self.reading(name):
+            made: Scales = host().Scales(*self.place(name), self.info(name).dtype, rows, cols)
+        return made
+
+    def reading(self, name: str) -> AbstractContextManager[None]:
+        """Within the block, tensor `name` is read: what fails is a CheckpointError that names it."""
+        return self._reading(self.info(name))
+
+    @contextmanager
+    def _reading(self, info: TensorInfo) -> Iterator[None]:
         try:
-            while done < len(buffer):
-                count = os.preadv(mapped.fileno(), [buffer[done:]], info.begin + done)
-                if count == 0:
-                    raise OSError(errno.EIO, "reading: the file became shorter after it was opened")
-                done += count
+            yield
         except OSError as error:
             raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
-        return made.view(torch_dtype(info.dtype)).reshape(torch_shape(info.dtype, info.shape))
 
     def prefetch(self, name: str) -> None:
         """Start reading tensor `name` from disk, to have it when it is needed; returns at once."""
         self._prefetch(self.info(name))
 
     def _prefetch(self, info: TensorInfo) -> None:
-        try:
+        with self._reading(info):
             self.mapped(info.file).prefetch(info.begin, info.end)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder / info.file}: tensor '{info.name}': {error.strerror}") from error
 
     def release(self, name: str) -> None:
         """Take tensor `name` out of the resident set. Views on it stay valid; reading them maps it again."""

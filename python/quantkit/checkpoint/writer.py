@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +20,7 @@ from .background import BackgroundJobs
 from .dtypes import name_of, torch_dtype, torch_shape
 from .folder import CONFIG, HIDDEN_STATES, is_plain_name
 from .journal import START_OVER
-from .layout import Layout, OutputTensor
+from .layout import Layout
 from .native import host
 from .reader import Checkpoint, TensorInfo
 from .staging import JOURNAL, MARKER, JoinedFolder, Resume, StagingFolder
@@ -92,7 +93,7 @@ class CheckpointWriter:
         self.output = Path(os.path.abspath(output))
         self.resumable = False
         self._claimed: set[str] = set()
-        self._lacking: dict[str, int] = {}  # of those that came in parts, the bytes that are still to come
+        self._unfinished: set[str] = set()  # of these, what callers are writing themselves
         self._given: dict[str, None] = {}  # to the thread, and not committed yet
         self._apart: set[Path] = set()  # source folders known to be neither the output nor within it
         self._side_files: dict[str, Path] = {}
@@ -169,7 +170,7 @@ class CheckpointWriter:
     def missing(self) -> list[str]:
         """The tensors not given yet, in the layout's order."""
         with self._lock:
-            return [name for name in self.layout.tensors if name not in self._claimed or name in self._lacking]
+            return [name for name in self.layout.tensors if name not in self._claimed or name in self._unfinished]
 
     def written_elsewhere(self, names: Iterable[str]) -> None:
         """Other processes have written these tensors (see `join`), and they are on disk."""
@@ -178,22 +179,16 @@ class CheckpointWriter:
             with self._lock:
                 self._given[name] = None
 
-    def _claim(self, name: str, in_parts: bool = False) -> OutputTensor:
-        """Check that tensor `name` is planned and has not been given yet, or not all of it, and note that it has."""
+    def _claim(self, name: str) -> None:
+        """Check that tensor `name` is planned and has not been given yet, and note that it has."""
         with self._lock:
             self._require_open()
-            if in_parts and name in self._lacking:
-                return self.layout.tensors[name]
-            planned = self.layout.tensors.get(name)
-            if planned is None:
+            if name not in self.layout.tensors:
                 hint = nearest(name, self.layout.tensors)
                 raise CheckpointError(f"{self.output}: tensor '{name}' is not part of the planned output{hint}")
             if name in self._claimed:
                 raise CheckpointError(f"{self.output}: tensor '{name}' is written twice")
             self._claimed.add(name)
-            if in_parts:
-                self._lacking[name] = planned.nbytes
-            return planned
 
     def _require_open(self) -> None:
         if self._state != "open":
@@ -236,34 +231,25 @@ class CheckpointWriter:
 
         self._submit(len(data), job, name)
 
-    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
-        """Write rows [first, first + len(rows)) of tensor `name`, in the calling thread; when it has all of them, the
-        tensor is written. Parts may come in any order and from several threads, each row once.
+    @contextmanager
+    def in_place(self, names: Sequence[str]) -> Iterator[dict[str, tuple[OutputFile, int]]]:
+        """Within the block the caller writes all of these tensors, each where it begins in its file, from any thread;
+        at the end of the block they count as written.
         """
-        import torch
-
-        planned = self._claim(name, in_parts=True)
-        count, *rest = torch_shape(planned.dtype, planned.shape)
-        if (rows.dtype, list(rows.shape[1:])) != (torch_dtype(planned.dtype), rest) or first + len(rows) > count:
-            raise CheckpointError(
-                f"{self.output}: tensor '{name}' is planned as {planned.dtype} {list(planned.shape)}, and its rows "
-                f"from {first} on are {name_of(rows.dtype)} {list(rows.shape)}"
-            )
-        data = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
-        shard = self.layout.shard_of[name]
-        begin, end = shard.ranges[name]
-        begin += first * ((end - begin) // max(1, count))
-        file = self._files[shard.file]
-        try:
-            file.write(data, begin)
-            file.start_writeback(begin, begin + len(data))
-        except OSError as error:
-            self._fail(error)
+        for name in names:
+            self._claim(name)
         with self._lock:
-            self._lacking[name] -= len(data)
-            if not self._lacking[name]:
-                del self._lacking[name]
-                self._given[name] = None
+            self._unfinished.update(names)
+        shards = {name: self.layout.shard_of[name] for name in names}
+        try:
+            yield {name: (self._files[shard.file], shard.ranges[name][0]) for name, shard in shards.items()}
+        except OSError as error:
+            if error.filename in {str(self._staging.path / shard.file) for shard in shards.values()}:
+                self._fail(error)
+            raise
+        with self._lock:
+            self._unfinished.difference_update(names)
+            self._given.update(dict.fromkeys(names))
 
     def copy(self, name: str, info: TensorInfo, source: Checkpoint) -> None:
         """Write the bytes of `source`'s tensor `info` under `name`; they are copied in the kernel and never enter

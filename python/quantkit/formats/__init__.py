@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .cache import CacheShape
     from .compressed_tensors import Schemes
     from .folded import Folded
+    from .rows import RowTensors
 
 
 class Format(Protocol):
@@ -26,8 +27,8 @@ class Format(Protocol):
     tensors that a quantized Linear may have, its bias aside. `IN_CONFIG`: the key of config.json that has its block, or
     the kind alone where another file tells the rest. `FOLDS`: whether the scales of a static input take in the weight
     and the bias. `ZERO_POINT`: its zero point's last name.
-    `BY_ROWS`: whether each of its tensors has rows for rows of the weight, or is the same for all of them. `CACHE`:
-    what an attention module with an 8-bit cache has: the scales of keys and values, and whatever else.
+    `CACHE`: what an attention module with an 8-bit cache has: the scales of keys and values, and whatever else.
+    `row_tensors`: for a weight that is rounded to nearest by ranges, where its rows are rows of tensors.
     """
 
     NAME: str
@@ -35,7 +36,6 @@ class Format(Protocol):
     PARTS: tuple[str, ...]
     IN_CONFIG: str
     FOLDS: bool
-    BY_ROWS: bool
     ZERO_POINT: str
     CACHE: tuple[str, ...]
 
@@ -46,6 +46,7 @@ class Format(Protocol):
     def stored_tensors(
         self, module: str, scheme: QuantizationScheme, rows: int, cols: int, model_dtype: str
     ) -> list[OutputTensor]: ...
+    def row_tensors(self, module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None: ...
     def pack_weight(self, module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]: ...
     def pack_activations(
         self,

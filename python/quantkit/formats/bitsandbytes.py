@@ -17,6 +17,7 @@ from ..config.presets import INT8_TOKEN, int_weights
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from . import compressed_tensors as ct
+from .rows import no_rows
 from .single import no_cache, one_group, suffixed, weight_only
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 NAME = "bitsandbytes"
 VERSION = ""
 IN_CONFIG, FOLDS = "quantization_config", False
-BY_ROWS = False  # weight_format has none
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 CACHE = ()
 PARTS = ("weight", "SCB", "weight_format")
@@ -105,6 +105,7 @@ def magnitudes(scale: Tensor) -> Tensor:
 
 pack_activations, kv_tensors, kv_scales = weight_only(NAME)
 read_kv_cache = no_cache
+row_tensors = no_rows  # SCB is made of scales
 stem, side_files = ct.stem, ct.side_files
 
 

@@ -10,12 +10,14 @@ MX are exponents + 127 in a byte, those of NVFP4 e4m3, divided by `weight_global
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.layout import OutputTensor
 from ..config.schemes import ACTORDER_ALIASES, SCALE_DTYPES, QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError, nearest
+from .rows import RowTensors
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,6 @@ NAME = "compressed-tensors"
 VERSION = "0.18.0"
 # Whether config.json has the block, and whether input scales take in the weight and bias.
 IN_CONFIG, FOLDS = "quantization_config", False
-BY_ROWS = True
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 # What llm-compressor stores beside the scales of keys and values: zero points that are zeros, and queries' scales.
 CACHE = ("k_scale", "v_scale", "k_zero_point", "v_zero_point", "q_scale", "q_zero_point")
@@ -159,6 +160,19 @@ def stored_tensors(
         if not activations.symmetric:
             tensors.append(OutputTensor(f"{module}.input_zero_point", "I8", (1,)))
     return tensors
+
+
+def row_tensors(module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None:
+    """Of `stored_tensors` those that a weight in 8-bit codes or packed integers becomes, with scales of any value."""
+    args, packed = scheme.weights, packs(scheme)
+    if args.scales != "float" or args.actorder is not None or not (packed or args.symmetric):
+        return None
+    return RowTensors(
+        f"{module}.weight_packed" if packed else f"{module}.weight",
+        f"{module}.weight_scale",
+        None if args.symmetric else f"{module}.weight_zero_point",
+        {f"{module}.weight_shape": struct.pack("<qq", rows, cols)} if packed else {},
+    )
 
 
 def kv_tensors(attention: str, args: QuantizationArgs, shape: CacheShape) -> list[OutputTensor]:

@@ -16,6 +16,7 @@ from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from . import compressed_tensors as ct
+from .rows import RowTensors
 from .single import one_group, suffixed
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "fp8"
 VERSION = ""
 
-IN_CONFIG, FOLDS, BY_ROWS, ZERO_POINT, CACHE = ct.IN_CONFIG, ct.FOLDS, ct.BY_ROWS, ct.ZERO_POINT, ct.CACHE
+IN_CONFIG, FOLDS, ZERO_POINT, CACHE = ct.IN_CONFIG, ct.FOLDS, ct.ZERO_POINT, ct.CACHE
 PARTS = ("weight", "weight_scale", "weight_scale_inv", "input_scale")
 BLOCK = (128, 128)
 
@@ -69,6 +70,11 @@ def stored_tensors(
     """What `module`'s weight becomes on disk, bias aside."""
     stored = ct.stored_tensors(module, scheme, rows, cols, model_dtype)
     return [replace(tensor, name=_renamed(module, scheme, tensor.name)) for tensor in stored]
+
+
+def row_tensors(module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None:
+    """See `RowTensors`."""
+    return RowTensors(f"{module}.weight", f"{module}.{scale_name(scheme)}")
 
 
 def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.dtypes import torch_dtype
 from ..checkpoint.folder import CONFIG
 from ..checkpoint.header import read_object
+from ..checkpoint.native import host
 from ..checkpoint.reader import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from . import fp8
 
 if TYPE_CHECKING:
     import torch
+
+    from .._host import Weight
 
 SUFFIX = "_scale_inv"
 CODES, SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
@@ -119,16 +122,25 @@ class Fp8Source(Checkpoint):
             return super().tensor(name, populate)
         return self._dequantized(name, self._tensor(self._stored[name], True), self._tensor(scale, True))
 
-    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """As in `Checkpoint`; of a weight in FP8, `begin` is the first row of a block, or an expert."""
+    def stored_weight(self, name: str) -> Weight:
+        """As in `Checkpoint`, also of one in FP8. CheckpointError if its scales have NaN or Inf."""
         scale = self._scales.get(name)
         if scale is None:
-            return super().rows(name, begin, end)
-        size = self._block[0] if len(scale.shape) == 2 else 1
-        if begin % size:
-            raise ValueError(f"rows {begin} to {end} of '{name}' begin within a block of {size}")
-        codes = self._read(self._rows(self._stored[name], begin, end))
-        return self._dequantized(name, codes, self._read(self._rows(scale, begin // size, -(-end // size))))
+            return super().stored_weight(name)
+        with self._reading(scale):
+            scales = host().Scales(self.mapped(scale.file), scale.begin, scale.dtype, *scale.shape)
+        if not scales.finite:
+            raise self._damaged(name)
+        codes = self._stored[name]
+        made: Weight = host().Weight(
+            self.mapped(codes.file), codes.begin, self.tensors[name].dtype, *codes.shape, scales, self._block
+        )
+        return made
+
+    def _damaged(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: {self._scales[name].name} has NaN or Inf; the checkpoint is damaged, download it again"
+        )
 
     def _dequantized(self, name: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         import torch
@@ -137,9 +149,7 @@ class Fp8Source(Checkpoint):
 
         scales = scales.to(torch.float32)
         if not bool(torch.isfinite(scales).all()):
-            raise CheckpointError(
-                f"{self.folder}: {self._scales[name].name} has NaN or Inf; the checkpoint is damaged, download it again"
-            )
+            raise self._damaged(name)
         dtype = torch_dtype(self.tensors[name].dtype)
         if codes.dim() == 2:
             return ops.dequantize(codes, scales, None, self._block, dtype)

@@ -18,6 +18,7 @@ from ..checkpoint.layout import OutputTensor
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from . import compressed_tensors as ct
+from .rows import no_rows
 from .single import fp16, fp16_scales, no_cache, one_group, require_key, weight_only, with_qweight
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ NAME = "gptq"
 VERSION = ""
 # Whether config.json has the block, and whether input scales take in the weight and bias.
 IN_CONFIG, FOLDS = "quantization_config", False
-BY_ROWS = False  # they are its columns
 ZERO_POINT = "input_zero_point"  # the last name of a static input's
 CACHE = ()
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -100,6 +100,7 @@ def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtyp
 
 pack_activations, kv_tensors, kv_scales = weight_only(NAME)
 read_kv_cache = no_cache
+row_tensors = no_rows  # they are its columns
 scale_name, scale_dtype, quantized_modules = fp16_scales, fp16, with_qweight
 stem = ct.stem
 

@@ -24,6 +24,7 @@ from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError, ConfigError
 from .compressed_tensors import Schemes
 from .mindie_cache import CACHE, KEYS, KIND, kv_scales, kv_tensors, snapped
+from .rows import RowTensors
 from .single import suffixed
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ VERSION = "1.0.0"
 PARTS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
 IN_CONFIG = "quantize"
 FOLDS = True
-BY_ROWS = True
 ZERO_POINT = "input_offset"
 # Kinds, the one that names the model first.
 KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A16")
@@ -127,6 +127,12 @@ def stored_tensors(
         OutputTensor(f"{module}.quant_bias", "I32", (rows,)),
         OutputTensor(f"{module}.deq_scale", "F32" if model_dtype == "BF16" else "I64", (rows,)),
     ]
+
+
+def row_tensors(module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None:
+    """See `RowTensors`."""
+    zeros = {f"{module}.weight_offset": bytes(4 * rows)}
+    return RowTensors(f"{module}.weight", f"{module}.weight_scale", None, zeros)
 
 
 def pack_weight(module: str, quantized: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:

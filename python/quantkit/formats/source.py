@@ -9,24 +9,19 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from .. import ops
 from ..checkpoint.dtypes import torch_dtype
 from ..checkpoint.reader import Checkpoint
 from ..config.schemes import QuantizationArgs, QuantizationScheme
 from ..errors import CheckpointError
-from ..microscale import rounded
 from . import format_of_checkpoint
 from .compressed_tensors import read_attention
-from .mindie_cache import emulate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..quantized import QuantizedTensor
 
-FP8 = torch.float8_e4m3fn
-Quantizer = Callable[[Tensor], Tensor]
+Quantizer = Callable[["Tensor"], "Tensor"]
 
 
 class WeightSource:
@@ -123,6 +118,8 @@ class WeightSource:
 
     def sound(self, module: str) -> QuantizedTensor:
         """`quantized`, its scales finite and its groups as they have to be; CheckpointError if they are not."""
+        import torch
+
         weight = self.quantized(module)
         if not bool(weight.scale.isfinite().all()):
             raise CheckpointError(f"{self.checkpoint.folder}: tensor '{self.scale_name(module)}' has NaN or Inf in it")
@@ -146,13 +143,6 @@ class WeightSource:
         rows, _ = self.shape(module, populate=False)
         return self.format.load_zero_point(module, self.schemes[module], self.checkpoint.tensor, rows)
 
-    def quantized_rows(self, module: str, weight: QuantizedTensor, begin: int, end: int) -> QuantizedTensor:
-        """Rows [begin, end) of `weight`, which is `module`'s; read anew from a format that holds them as rows."""
-        part, shape = weight.part(begin, end), tuple(weight.codes.shape)
-        infos = (self.checkpoint.info(name) for name in self.stored(module))
-        name = next(i.name for i in infos if i.shape == shape and torch_dtype(i.dtype) == weight.codes.dtype)
-        return replace(part, codes=self.checkpoint.rows(name, begin, end))
-
     def shape(self, module: str, populate: bool = True) -> tuple[int, int]:
         """[rows, cols] of `module`'s weight."""
         if self.format is None:
@@ -173,6 +163,10 @@ class WeightSource:
         scales = self.cache_scales(attention)
         if args.strategy != "channel":
             return cache_quantizer(args, scales[0]), cache_quantizer(args, scales[1])
+        import torch
+
+        from .mindie_cache import emulate
+
         # Read from MindIE's format, whose arithmetic is in the model's dtype.
         dtype = torch_dtype(self.checkpoint.model_dtype or "F32")
         offsets = [self.checkpoint.tensor(name).clone() for name in self.cache_names(attention)[2:]]
@@ -187,6 +181,8 @@ class WeightSource:
         """That of `module`'s static asymmetric input: int8 [1, 1]."""
         if self.format is None:
             raise CheckpointError(f"{module}: {self.checkpoint.folder} is not quantized")
+        import torch
+
         return self.checkpoint.tensor(f"{module}.{self.format.ZERO_POINT}").reshape(1, 1).to(torch.int8, copy=True)
 
     def _input_quantizer(self, module: str, args: QuantizationArgs) -> Quantizer:
@@ -227,6 +223,11 @@ def fake_quantize(
     """x [..., channels] rounded to what its codes can hold, in x's dtype; scales from x itself unless given. Of NVFP4,
     `scale` is the global one. With an `outlier_threshold` the columns that reach it in any row stay as they are.
     """
+    import torch
+
+    from .. import ops
+    from ..microscale import rounded
+
     rows = x.reshape(-1, x.shape[-1])
     if args.outlier_threshold is not None:
         kept = (rows.abs() >= args.outlier_threshold).any(0)
@@ -236,8 +237,9 @@ def fake_quantize(
         return rounded(rows, args, scale).reshape(x.shape)
     block = args.block
     if args.type == "float":
+        fp8 = torch.float8_e4m3fn
         codes, scale = (
-            ops.rtn_fp8(rows, block, FP8) if scale is None else (ops.quantize_fp8(rows, scale, block, FP8), scale)
+            ops.rtn_fp8(rows, block, fp8) if scale is None else (ops.quantize_fp8(rows, scale, block, fp8), scale)
         )
     else:
         q_min, q_max = args.q_range
