@@ -25,6 +25,7 @@ from .checkpoint.reader import Checkpoint
 from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
 from .formats.attention import QUERY, query_tensor
+from .formats.rows import SEARCHED
 from .models.families import family_of
 from .models.mappings import OFFSET_NORMS
 from .parallel import each, thread_count
@@ -32,7 +33,7 @@ from .plan import collapse
 from .quantized import QuantizedTensor
 from .report.progress import Progress
 from .report.table import table
-from .rounding import SEARCHED, compare, grid
+from .rounding import compare, grid
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .checkpoint.native import host
 from .distributed import ONE, Ranks
+from .formats.rows import by_rows
 from .parallel import each, thread_count, use_threads
 from .plan import Plan
 from .report.progress import Progress
-from .rounding import SEARCHED
 from .startup import quick_imports
 
 if TYPE_CHECKING:
@@ -109,12 +109,12 @@ def data_free(
     names = own_tensors(plan.checkpoint.tensors, ranks)
     if keeper is not None:
         names = [name for name in names if not keeper.has(outputs_of(plan, name))]
-    by_rows = isinstance(source, RowReader) and isinstance(sink, RowSink)
+    from_files = isinstance(source, RowReader) and isinstance(sink, RowSink)
     ahead = _Ahead(plan, names, source) if isinstance(source, RowReader) else None
     if ahead is not None and names:
         ahead.reach(0)
     total = sum(plan.checkpoint.tensors[name].nbytes for name in names)
-    divided = [by_rows and _divisible(plan, name) for name in names]
+    divided = [from_files and _divisible(plan, name) for name in names]
     with Progress("quantize", total=total, unit="B", enabled=progress) as bar:
 
         def one(index: int) -> None:
@@ -195,8 +195,7 @@ def _divisible(plan: Plan, name: str) -> bool:
     if module is None:
         return name not in plan.checkpoint.dequantized
     planned = plan.modules[module]
-    rows = plan.format.row_tensors(module, planned.scheme, planned.rows, planned.cols)
-    return rows is not None and planned.scheme.weights.observer not in SEARCHED
+    return by_rows(plan.format, module, planned.scheme, planned.rows, planned.cols) is not None
 
 
 def _by_rows(module: str, source: RowReader, sink: RowSink) -> None:

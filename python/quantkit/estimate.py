@@ -24,6 +24,9 @@ __all__ = ["HELD_BYTES", "Estimate", "estimate", "memory_available", "shortages"
 
 # Room for tokenizer and other side files.
 SIDE_FILES = 64 << 20
+# What a run without data takes whose weights go from file to file: Python, the parts of each thread, and what is known
+# of each tensor. As many threads are counted as a small machine has, so that plans do not differ.
+FROM_FILES, PER_THREAD, THREADS, PER_TENSOR = 40 << 20, 4 << 20, 4, 6 << 10
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ def estimate(
     output_bytes: int,
     ranks: int = 1,
     here: int = 1,
+    whole: int = 0,
 ) -> Estimate:
     """`places`: what is smoothed; `stored_bytes`: of the tensors that quantized weights become; `output_bytes`: of all
-    weight files. The means are those of one process whatever the number of `ranks`, since results may depend on them.
+    weight files; `whole`: of the largest weight that a run without data has in memory as a whole. The means are those
+    of one process whatever the number of `ranks`, since results may depend on them.
     """
     weights = sum(m.rows * m.cols for m in modules.values())
     places = list(places)
@@ -76,8 +81,8 @@ def estimate(
         memory = choice.peak
         each = Demand(config, checkpoint, family, modules, places, ranks).peak(choice.means)
     else:
-        memory = PROCESS + 2 * max((checkpoint.tensors[f"{name}.weight"].nbytes for name in modules), default=0)
-        each = memory
+        parts = PER_THREAD * (config.global_.num_threads or THREADS) + PER_TENSOR * len(checkpoint.tensors)
+        each = memory = PROCESS + 2 * whole if whole else FROM_FILES + parts
     parent = next(p for p in [config.output_dir.absolute(), *config.output_dir.absolute().parents] if p.exists())
     return Estimate(
         source_bytes=checkpoint.total_bytes,

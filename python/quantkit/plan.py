@@ -26,6 +26,7 @@ from .errors import PlanError
 from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name, written_config
 from .formats.attention import query_tensor, with_attention
+from .formats.rows import by_rows
 from .memory import Means, means
 from .models.families import Family, family_of
 from .models.mappings import Smoothing, smoothings
@@ -205,6 +206,11 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     written = served_targets({name: m.scheme for name, m in modules.items()})
     block = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
     config_json["quantization_config"] = with_attention(block, queries.targets, queries.args) if queries else block
+    whole = [
+        checkpoint.tensors[f"{name}.weight"].nbytes
+        for name, m in modules.items()
+        if by_rows(fmt, name, m.scheme, m.rows, m.cols) is None
+    ] + [checkpoint.tensors[name].nbytes for name in carried if name in checkpoint.dequantized]
     found = estimate(
         config,
         checkpoint,
@@ -215,6 +221,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
         output_bytes=layout.file_bytes,
         ranks=ranks,
         here=here,
+        whole=max(whole, default=0),
     )
     if found.choice is not None and found.choice.forwards_chosen:
         why = "low_memory" if config.global_.memory_budget is None else f"memory_budget {config.global_.memory_budget}"

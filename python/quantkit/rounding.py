@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # of 1.4 GB takes three times as long.
 PART = 2 << 20
 FP8_MAX = 448.0  # of e4m3
-# Observers that look for scales, which takes torch's ops; all others take a weight's own range.
-SEARCHED = ("mse", "percentile")
 
 
 def round_weight(

@@ -133,17 +133,16 @@ def test_a_disk_that_cannot_be_read(kind: str, tmp_path: Path, untouched: dict[s
     job = Job(kind, tmp_path)
     failing = f"""
 import errno, os
-left = {30 if kind == "gptq" else 60}
+left = {30 if kind == "gptq" else 10}
 def failing(*args, usual=None):
     global left
     left -= 1
     if left < 0:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(errno.EIO, os.strerror(errno.EIO), {str(job.weights)!r})
     return usual(*args)
 from functools import partial
 from quantkit import _host, resume
-from quantkit.checkpoint import reader
-os.preadv = partial(failing, usual=os.preadv)
+_host.round_weight = partial(failing, usual=_host.round_weight)
 class MappedFile(_host.MappedFile):
     def populate(self, begin, end):
         failing(begin, end, usual=super().populate)
@@ -162,6 +161,35 @@ resume.BATCH_SECONDS = 0.0
     assert "model.safetensors: tensor '" in error and "Input/output error" in error
     assert "are done and kept in" in error
     goes_on(job, untouched[kind])
+
+
+def test_a_source_that_is_truncated_under_a_run_without_data(
+    tmp_path: Path, untouched: dict[str, dict[str, bytes]]
+) -> None:
+    job = Job("free", tmp_path)
+    whole, status = job.weights.read_bytes(), job.weights.stat()
+    script = f"""
+import os, sys
+from quantkit import _host, resume
+usual, left = _host.round_weight, 10
+def truncating(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.truncate({str(job.weights)!r}, 4096)
+    return usual(*args)
+_host.round_weight = truncating
+resume.BATCH_SECONDS = 0.0
+from quantkit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", script, "run", "-c", str(job.yaml)]
+    error = said(subprocess.run(command, env=environments(1)[0], capture_output=True, text=True, timeout=120))
+    assert "model.safetensors: tensor '" in error and "the file became shorter after it was opened" in error
+    assert "are done and kept in" in error
+    job.weights.write_bytes(whole)
+    os.utime(job.weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    goes_on(job, untouched["free"])
 
 
 def test_ctrl_c(tmp_path: Path, untouched: dict[str, dict[str, bytes]]) -> None:

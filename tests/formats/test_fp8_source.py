@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         lambda t, b: b.update(modules_to_not_convert=["model.layers.1.mlp"]),
         r"model\.layers\.1\.mlp\.down_proj\.weight is in FP8, and modules_to_not_convert .* 'model\.layers\.1\.mlp'",
     ),
-    "a name for a list": (lambda t, b: b.update(modules_to_not_convert="lm_head"), "is no list of names"),
+    "a name for a list": (lambda t, b: b.update(modules_to_not_convert="lm_head"), "is a list of names"),
     "other codes": (lambda t, b: b.update(fmt="e5m2"), "fmt is 'e5m2'"),
     "other blocks": (lambda t, b: b.update(weight_block_size=[64, 64]), r"in blocks of 64 x 64 are F32 \[3, 4\]"),
     "hostile blocks": (lambda t, b: b.update(weight_block_size=[0, -1]), "weight_block_size is"),

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..config.schemes import QuantizationScheme
+
+if TYPE_CHECKING:
+    from . import Format
+
+# Observers that look for scales, which takes torch's ops; all others take a weight's own range.
+SEARCHED = ("mse", "percentile")
 
 
 @dataclass(frozen=True)
@@ -24,3 +31,8 @@ class RowTensors:
 def no_rows(module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None:
     """Of a format that holds them otherwise."""
     return None
+
+
+def by_rows(fmt: Format, module: str, scheme: QuantizationScheme, rows: int, cols: int) -> RowTensors | None:
+    """What `fmt` makes of a weight that is rounded to nearest without a whole one in memory; None for one that is."""
+    return None if scheme.weights.observer in SEARCHED else fmt.row_tensors(module, scheme, rows, cols)
