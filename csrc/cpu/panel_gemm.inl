@@ -32,7 +32,7 @@ constexpr int kDirectRows = kTileRows < 5 ? kTileRows : 5;
 constexpr int64_t kBlockTiles = 86;        // whose sums stay in the L2 cache
 constexpr int64_t kSliceBytes = 32 << 10;  // of a decoded panel
 constexpr int64_t kGroupBuffer = 48;       // groups whose scales are at hand
-constexpr int64_t kDirectGroups = 16;      // of them in a slice of a direct pass
+constexpr int64_t kDirectGroups = 32;      // of them in a slice of a direct pass
 constexpr int64_t kAhead = 16384 / 4;      // words that are fetched before they are needed
 
 struct FloatWords {
@@ -155,7 +155,7 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
       for (int64_t d = segment.begin; d < segment.end; d += kVectors, w += kPanelCols) {
         I32 packed[kTileVectors];
         unrolled<kTileVectors>([&](auto v) {
-          prefetch(w + v * kLanes, kAhead);
+          __builtin_prefetch(w + v * kLanes + kAhead);  // to L1: it is read once
           packed[v] = load_words(w + v * kLanes);
         });
         unrolled<kVectors>([&](auto i) {

@@ -28,13 +28,34 @@ struct FloatCodes {
 };
 #endif
 
+// bf16 scales of 16 channels' groups [0, 32), the other way round: pairs of groups are turned as
+// words, then parted.
+QK_INLINE void turn_pairs(const BFloat16* scale, int64_t groups, float* out) {
+  alignas(64) float turned[kLanes][kLanes];
+  transpose(reinterpret_cast<const float*>(scale), groups / 2, turned[0], kLanes);
+  for (int64_t g = 0; g < kLanes; ++g, out += 2 * kPanelCols) {
+    const I32 pair = bits(load(turned[g], Full{}));
+    store(out, from_bits(shift_left<16>(pair)), Full{});
+    store(out + kPanelCols, from_bits(pair & broadcast(static_cast<int>(0xffff0000u))), Full{});
+  }
+}
+
 // scale and -zero point * scale of 16 channels' groups, the other way round: [count][kPanelCols].
 template <class T>
 void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t count, float* scale,
                  float* offset) {
   alignas(64) float block[kLanes][kLanes], zero[kLanes][kLanes];
   const int64_t rows = std::min<int64_t>(kLanes, weight.rows - row);
-  for (int64_t g = 0; g < count; g += kLanes) {
+  int64_t g = 0;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const bool pairs = !offset && rows == kLanes && weight.groups % 2 == 0 &&
+                       reinterpret_cast<uintptr_t>(weight.scale) % sizeof(float) == 0;
+    for (; pairs && g + 2 * kLanes <= count; g += 2 * kLanes) {
+      turn_pairs(static_cast<const T*>(weight.scale) + row * weight.groups + first + g,
+                 weight.groups, scale + g * kPanelCols);
+    }
+  }
+  for (; g < count; g += kLanes) {
     const int64_t wide = std::min<int64_t>(kLanes, count - g);
     for (int64_t r = 0; r < kLanes; ++r) {
       const int64_t at = (row + std::min(r, rows - 1)) * weight.groups + first + g;
@@ -71,6 +92,30 @@ void fill_panel(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t
   }
 }
 
+// Asks for the values [rows][groups] of a panel's groups [first, first + count).
+void fetch_rows(const Wna16Weight& weight, const void* values, int64_t bytes, int64_t panel,
+                int64_t first, int64_t count) {
+  const int64_t row = panel * kPanelCols, rows = std::min(kPanelCols, weight.rows - row);
+  const char* p = static_cast<const char*>(values) + (row * weight.groups + first) * bytes;
+  for (int64_t r = 0; r < rows; ++r, p += weight.groups * bytes) {
+    __builtin_prefetch(p);
+    __builtin_prefetch(p + count * bytes - 1);
+  }
+}
+
+// Asks for what fill_panel will want after the groups up to `first`: a line of every row, far apart
+// where rows are long, which the hardware does not fetch ahead.
+void fetch_after(const Wna16Weight& weight, int64_t panel, int64_t first) {
+  if (first == weight.groups) {
+    first = 0;
+    if (++panel * kPanelCols >= weight.rows) return;
+  }
+  const int64_t count = std::min(kDirectGroups, weight.groups - first);
+  const int64_t bytes = weight.scale_dtype == DType::kFloat32 ? 4 : 2;
+  fetch_rows(weight, weight.scale, bytes, panel, first, count);
+  if (weight.zero_point) fetch_rows(weight, weight.zero_point, 1, panel, first, count);
+}
+
 // Groups of whole words.
 template <bool kZero>
 struct ScaledGroups {
@@ -79,6 +124,7 @@ struct ScaledGroups {
   int64_t size;
   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset) const {
     fill_panel(weight, panel, first, count, scale, kZero ? offset : nullptr);
+    fetch_after(weight, panel, first + count);
   }
 };
 
@@ -137,9 +183,66 @@ int64_t depth(const Wna16Weight& weight, DType dtype) {
   return takes_pairs(weight, dtype) ? k / 2 : k;
 }
 
+#ifdef QK_PAIRS
+// The sums of tile `t` over the groups.
+void sum_tile(const RowsInput& input, const PackedRows& x, int64_t t, float* row) {
+  for (int64_t r = x.first_row(t); r < x.first_row(t + 1); ++r) {
+    read_row<BFloat16>(input, r, row);
+    for (int64_t g = 0; g < x.groups; ++g) {
+      const int64_t k = g * x.group;
+      x.sums[r * x.groups + g] = sum_of(row + k, std::min(x.group, input.cols - k));
+    }
+  }
+}
+
+// Tile `t` of bf16 rows whose columns are in order: their pairs are the words as they are.
+void pack_pairs(const RowsInput& input, const PackedRows& x, int64_t t) {
+  const int64_t first = x.first_row(t), rows = x.first_row(t + 1) - first;
+  int32_t* to = static_cast<int32_t*>(x.words) + first * x.depth;
+  const int32_t* const end = to + rows * x.depth;
+  const uint16_t* from[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = input.order ? input.order[first + r] : first + r;
+    from[r] = static_cast<const uint16_t*>(input.x) + at * input.stride;
+  }
+  if (rows == 1) {
+    std::memcpy(to, from[0], input.cols * sizeof(uint16_t));
+    std::memset(reinterpret_cast<uint16_t*>(to) + input.cols, 0,
+                (2 * x.depth - input.cols) * sizeof(uint16_t));
+    return;
+  }
+  alignas(64) float block[kLanes][kLanes] = {}, turned[kLanes][kLanes];
+  for (int64_t d = 0; d < x.depth; d += kLanes) {
+    const int64_t cols = std::min<int64_t>(2 * kLanes, input.cols - 2 * d);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (cols == 2 * kLanes) {
+        std::memcpy(block[r], from[r] + 2 * d, sizeof(block[r]));
+      } else {
+        std::memset(block[r], 0, sizeof(block[r]));
+        if (cols > 0) std::memcpy(block[r], from[r] + 2 * d, cols * sizeof(uint16_t));
+      }
+    }
+    transpose(block[0], kLanes, turned[0], kLanes);
+    // What a vector has beyond the tile's rows is overwritten by the words that follow.
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, x.depth - d); ++i, to += rows) {
+      if (to + kLanes <= end) {
+        std::memcpy(to, turned[i], sizeof(turned[i]));
+      } else {
+        std::memcpy(to, turned[i], rows * sizeof(int32_t));
+      }
+    }
+  }
+}
+#endif
+
 void pack_x(const Wna16Weight& weight, const RowsInput& input, const PackedRows& x, int64_t t,
             float* row) {
 #ifdef QK_PAIRS
+  if (takes_pairs(weight, input.dtype) && !input.perm) {
+    pack_pairs(input, x, t);
+    if (x.sums) sum_tile(input, x, t, row);
+    return;
+  }
   if (takes_pairs(weight, input.dtype)) return pack_tile<PairWords>(input, x, t, row);
 #endif
   static_cast<void>(weight);

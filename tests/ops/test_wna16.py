@@ -175,3 +175,19 @@ def test_nan_and_infinity_stay_in_their_rows(dtype: torch.dtype) -> None:
     kept = [0, 1, 3, 4, 5, 6, 8]
     assert finite[kept].all()
     check_close(w, x[kept].to(dtype), y[kept])
+
+
+@pytest.mark.parametrize("groups", [32, 34, 66])
+def test_bf16_scales_are_those_numbers_in_fp32(groups: int) -> None:
+    """bf16 scales of many groups are read two at a time."""
+    n, size = 70, 8
+    scale = (torch.rand(n, groups) + 0.5).bfloat16()
+    shifted = torch.cat([scale.new_zeros(1), scale.flatten()])[1:].view(n, groups)  # two bytes beyond a word
+    packed = ops.pack_wna16(
+        ops.pack_int32(torch.randint(-8, 8, (n, groups * size), dtype=torch.int8), 4), 4, groups * size
+    )
+    for rows in (1, 2, 13):
+        x = torch.randn(rows, groups * size).bfloat16()
+        expected = ops.wna16_gemm(x, packed, scale.float(), 4, n, size)
+        assert torch.equal(ops.wna16_gemm(x, packed, scale, 4, n, size), expected)
+        assert torch.equal(ops.wna16_gemm(x, packed, shifted, 4, n, size), expected)
