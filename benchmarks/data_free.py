@@ -6,7 +6,7 @@ usage: python benchmarks/data_free.py [--gb 1.46] [--folder DIR] [--repeat 3] [-
 Whole processes, in turns, on a random bf16 Llama: start and imports, quantizing, fsync, and ours with its audit, which
 reads everything again; the peer neither syncs nor audits. The source is in the page cache; with `--cold` it is put out
 of it before each turn. Memory is the peak resident set of the process. The split is what `quantkit run` prints, and
-"start" the rest of the wall time: Python, and imports before the plan (torch comes in with "quantize").
+"start" the rest of the wall time: Python, and imports.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 `python benchmarks/memory.py` makes random checkpoints in --folder, runs `quantkit run` on each in a process of its own,
 and prints the peak of its resident set (VmHWM, mapped files included) beside what the plan predicts, and what it read
-from disk, whose cache is emptied of the checkpoint first. With a budget the process may not allocate more than that
-either (RLIMIT_DATA: all that is private and can be written to), but for what is reserved and never touched.
+from disk, whose cache is emptied of the checkpoint first: from the plan until all is written, libraries that the system
+had put out of its cache among them, and by the audit, what it had put out of source and output since. With a budget the
+process may not allocate more than that either (RLIMIT_DATA: all that is private and can be written to), but for what is
+reserved and never touched.
 """
 
 from __future__ import annotations
@@ -29,8 +31,16 @@ from quantkit.config.yaml_file import load_run_config
 from quantkit import engine
 import torch, transformers
 config = load_run_config(sys.argv[1])
-before = int(dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
+def read():
+    return int(dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
+reads = []
+usual = engine.audit
+def audit(*args, **kwargs):
+    reads.append(read())
+    return usual(*args, **kwargs)
+engine.audit = audit
 def show(plan):
+    reads.append(read())
     means = plan.means
     print("PLAN", plan.estimate.memory_bytes, plan.checkpoint.total_bytes, means.forwards, means.describe(), flush=True)
 started = time.perf_counter()
@@ -38,8 +48,7 @@ result = engine.run(config, show=show, progress=False)
 assert result.audit.ok
 took = time.perf_counter() - started
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-read = dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"]
-print("DONE", int(status["VmHWM"].split()[0]) * 1024, took, int(read) - before)
+print("DONE", int(status["VmHWM"].split()[0]) * 1024, took, reads[1] - reads[0], read() - reads[1])
 """
 TEXT = Path(__file__).resolve().parent.parent / "examples" / "data" / "calibration.jsonl"
 RECIPES = {
@@ -57,7 +66,7 @@ EXPERTS: dict[str, Any] = {"hidden": 1024, "intermediate": 1024, "heads": 16, "k
 
 @dataclass(frozen=True)
 class Run:
-    """Bytes and seconds; `means`: what the plan did to keep to its memory; `read`: from disk, audit included."""
+    """Bytes and seconds; `means`: what the plan did to keep to its memory; `read`: from disk, and by the audit."""
 
     peak: int
     predicted: int
@@ -65,6 +74,7 @@ class Run:
     means: str
     seconds: float
     read: int
+    again: int
 
 
 def run(model: Path, recipe: str, rows: tuple[int, int], settings: dict[str, Any], limit: int | None = None) -> Run:
@@ -98,8 +108,8 @@ def run(model: Path, recipe: str, rows: tuple[int, int], settings: dict[str, Any
     lines = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines() if line}
     predicted, source, forwards, *means = lines["PLAN"]
     described = ", ".join(filter(None, [f"forwards {forwards}", " ".join(means)]))
-    peak, seconds, read = lines["DONE"]
-    return Run(int(peak), int(predicted), int(source), described, float(seconds), int(read))
+    peak, seconds, read, again = lines["DONE"]
+    return Run(int(peak), int(predicted), int(source), described, float(seconds), int(read), int(again))
 
 
 def _rows(count: int, length: int) -> str:
@@ -118,13 +128,14 @@ def _model(folder: Path, name: str, layers: int, shape: dict[str, Any]) -> Path:
 
 
 def _line(what: str, found: Run) -> str:
-    source, peak, predicted, read = (x / 1e6 for x in (found.source, found.peak, found.predicted, found.read))
+    source, peak, predicted = (x / 1e6 for x in (found.source, found.peak, found.predicted))
     error = 100 * (predicted / peak - 1)
-    sizes = f"{source:.0f} | {read:.0f} | {peak:.0f} | {predicted:.0f} ({error:+.0f} %)"
+    read = f"{found.read / 1e6:.0f}, {found.again / 1e6:.0f}"
+    sizes = f"{source:.0f} | {read} | {peak:.0f} | {predicted:.0f} ({error:+.0f} %)"
     return f"| {what} | {sizes} | {found.means} | {found.seconds:.0f} |"
 
 
-HEAD = "| run | source MB | read MB | peak MB | predicted MB | means | s |\n|---|---|---|---|---|---|---|"
+HEAD = "| run | source MB | read, by audit MB | peak MB | predicted MB | means | s |\n|---|---|---|---|---|---|---|"
 
 
 def depth(folder: Path, recipes: list[str]) -> Iterator[str]:
