@@ -33,6 +33,7 @@ constexpr int64_t kBlockTiles = 86;        // whose sums stay in the L2 cache
 constexpr int64_t kSliceBytes = 32 << 10;  // of a decoded panel
 constexpr int64_t kGroupBuffer = 48;       // groups whose scales are at hand
 constexpr int64_t kDirectGroups = 32;      // of them in a slice of a direct pass
+constexpr int64_t kSliceGroups = 16;       // of them beside a decoded slice, in the L1 cache
 constexpr int64_t kAhead = 16384 / 4;      // words that are fetched before they are needed
 
 struct FloatWords {
@@ -246,7 +247,8 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
     const int64_t count = make_segments<Words>(k, end, group, segments);
     if (first + count > loaded_end) {
       loaded = first;
-      loaded_end = std::min(x.groups, first + std::max(count, kDirectGroups));
+      loaded_end =
+          std::min(x.groups, first + std::max(count, direct ? kDirectGroups : kSliceGroups));
       groups.fill(panel, loaded, loaded_end - loaded, scale, offset);
     }
     Slice<Words> slice = {};
