@@ -204,7 +204,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     layout = plan_layout(outputs, config.global_.max_shard_bytes, stem=stem)
     config_json = dict(checkpoint.config)
     written = served_targets({name: m.scheme for name, m in modules.items()})
-    block = fmt.config_block(written, ignore, config.ignore, recipe.kv_cache)
+    told = (*ignore, *family.elsewhere(ignore)) if fmt.NAME == "compressed-tensors" else ignore
+    block = fmt.config_block(written, told, config.ignore, recipe.kv_cache)
     config_json["quantization_config"] = with_attention(block, queries.targets, queries.args) if queries else block
     whole = [
         checkpoint.tensors[f"{name}.weight"].nbytes

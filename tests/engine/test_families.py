@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,10 +122,12 @@ def test_every_family_agrees_with_the_modules_of_transformers(model_type: str, t
     if family.tied:
         assert "lm_head" not in found
     modules = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    # The gate in front of a shared expert is a Linear that must stay as it is.
-    expected = {name for name in modules if not name.endswith("shared_expert_gate")} - (
+    # Routers, and the gate in front of a shared expert, are Linears that must stay as they are.
+    expected = {name for name in modules if not name.endswith(("shared_expert_gate", ".router", ".gate.wg"))} - (
         {"lm_head"} if family.tied else set()
     )
+    for here, there in family.renames:
+        expected = {name.replace(here, there) for name in expected}
     assert found == expected
     experts = sum(p.shape[0] * (2 if "gate_up" in n else 1) for n, p in model.named_parameters() if p.dim() == 3)
     assert sum(linear.expert for linear in family.linear_weights(shapes)) == experts
@@ -159,3 +162,21 @@ def test_importing_families_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, quantkit.models.families; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_towers_are_named_in_every_way_that_clients_name_them() -> None:
+    """Transformers calls `vision_tower.` of a checkpoint `model.vision_tower.`, and layers `model.language_model.`."""
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2}}
+    kept = ["vision_tower.encoder.layers.1.mlp.fc1", "language_model.model.layers.1.mlp.up_proj", "lm_head"]
+    patterns = [re.compile(p.removeprefix("re:")) for p in family_of(config).elsewhere(kept)]
+    assert len(patterns) == 2
+
+    def matched(name: str) -> bool:
+        return any(pattern.match(name) for pattern in patterns)
+
+    for prefix in ("", "model."):
+        assert matched(f"{prefix}vision_tower.vision_model.encoder.layers.0.self_attn.q_proj")
+    for prefix in ("language_model.model", "model.language_model", "model"):
+        assert matched(f"{prefix}.layers.1.mlp.up_proj")
+        assert not matched(f"{prefix}.layers.0.mlp.up_proj") and not matched(f"{prefix}.layers.11.mlp.up_proj")
+    assert not matched("lm_head") and family_of({"model_type": "llama", "num_hidden_layers": 2}).elsewhere(kept) == []

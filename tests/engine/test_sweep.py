@@ -27,7 +27,7 @@ from quantkit.models.skeleton import Skeleton
 
 from .tiny import CONFIGS, FileSource, make
 
-MOE = ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3"]
+MOE = [name for name, config in CONFIGS.items() if any("experts" in key or key == "moe_k" for key in config)]
 
 
 class Recorder:
@@ -141,7 +141,8 @@ def test_streamed_logits_are_those_of_the_whole_model(model_type: str, tmp_path:
     make(tmp_path, model_type)
     data = batches(rows([24, 24, 20, 5]), 64)
     skeleton, source = opened(tmp_path)
-    model = whole(tmp_path, attention="eager" if skeleton.family.attention == "eager" else "sdpa")
+    eager = skeleton.model.config._attn_implementation == "eager"
+    model = whole(tmp_path, attention="eager" if eager else "sdpa")
     exact = whole(tmp_path, torch.float64, model.config._attn_implementation) if model_type in MOE else None
     for batch, logits in zip(data, streamed(skeleton, source, data), strict=True):
         real = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
@@ -262,7 +263,8 @@ def test_padding_has_no_effect(model_type: str, tmp_path: Path) -> None:
         assert padded.count == found[2][name].count
 
 
-@pytest.mark.parametrize("model_type", MOE)
+# MiMo, whose attention has sinks, runs on `eager` alone, and `input_ranges` on `sdpa`.
+@pytest.mark.parametrize("model_type", [name for name in MOE if name != "mimo_v2_flash"])
 def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_path: Path) -> None:
     make(tmp_path, model_type)
     data = batches(rows([64] * 4), 128)
@@ -270,10 +272,13 @@ def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_pat
     report = run(tmp_path, data, visitor)
     assert report.silent_experts == []
     expected = input_ranges(tmp_path, data)
+    renames = opened(tmp_path)[0].family.renames
     experts: dict[str, int] = {}
     for name, statistics in visitor.found.items():
         if ".experts." not in name:
-            low, high = expected[name.replace("block_sparse_moe", "mlp")]
+            for here, there in renames:
+                name = name.replace(there, here)
+            low, high = expected[name]
             torch.testing.assert_close(statistics.min, low, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(statistics.max, high, rtol=1e-4, atol=1e-4)
         elif name.endswith((".gate_proj", ".w1")):

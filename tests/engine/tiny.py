@@ -20,6 +20,8 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_SPLIT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True},
@@ -46,6 +48,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "num_key_value_heads": 4,
     },
+    "minimax_m2": {**_ROUTED, "head_dim": 16, "rotary_dim": 8},
+    "phimoe": _ROUTED,
+    "hunyuan_v1_moe": {**EXPERTS, "moe_topk": 2, "pad_token_id": 0},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+    "mimo_v2_flash": {**_SPLIT, "head_dim": 16, "v_head_dim": 16, "sliding_window": 8},
+    "hy_v3": {**EXPERTS, "num_shared_experts": 1, "num_local_experts": 4},
 }
 
 

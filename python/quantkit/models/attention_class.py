@@ -23,10 +23,10 @@ def attention_class(
     have several, or their queries cannot be seen.
     """
     from .attention import shows_queries
-    from .skeleton import bare_model
+    from .skeleton import bare_model, base_of
 
     model = bare_model(folder, trust_remote_code) if model is None else model
-    layers = model.base_model.get_submodule(family.layers)
+    layers = base_of(model).get_submodule(family.layers)
     found: dict[str, str] = {}
     for name in attentions:
         index = family.layer_of(f"{name}.weight")

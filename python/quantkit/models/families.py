@@ -20,7 +20,7 @@ NEVER = (
     r"norm\d*$",
     r"(^|[._])embed\w*$",
     r"(^|\.)(wte|wpe)$",
-    r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$",
+    r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)(\.|$)",
     r"(^|\.)router(\.|$)",
     r"(^|\.)shared_expert_gate$",
     r"(^|\.)conv1d$",
@@ -126,6 +126,29 @@ class Family:
                     sets.append(members)
         return sets
 
+    def elsewhere(self, modules: Iterable[str]) -> list[str]:
+        """Other names and patterns (`re:`) by which clients of compressed-tensors find `modules`: Transformers' own
+        where they differ, and any for multimodal models, whose parts have moved: what a checkpoint calls
+        `vision_tower.` is `model.vision_tower.` in Transformers.
+        """
+        patterns: dict[str, None] = {}
+        for module in modules:
+            name = f"{module}."
+            for here, there in reversed(self.renames):
+                name = name.replace(there, here)
+            if name[:-1] != module:
+                patterns[name[:-1]] = None
+            if len(self.roots) == 1:
+                continue
+            layer = self._layer_tensor.match(module)
+            inner = module.removeprefix("model.")
+            if layer is not None:
+                rest = re.escape(f".{self.layers}.{layer[1]}.{layer[2]}")
+                patterns[f"re:.*{rest}$"] = None
+            elif not self.is_head(module) and "." in inner:
+                patterns[rf"re:(.*\.)?{re.escape(inner.split('.')[0])}\..*"] = None
+        return list(patterns)
+
     def root(self, names: Iterable[str]) -> str:
         """The one of `roots` that a checkpoint with these tensor names uses."""
         present = {root for name in names for root in self.roots if name.startswith(f"{root}{self.layers}.")}
@@ -145,6 +168,7 @@ _MLA = (
     ("q_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
 )
+_MIXTRAL = {"expert_parts": ("w1", "w3", "w2"), "fused": (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))}
 
 # model_type -> what differs from the default. `tied` here is what Transformers assumes where config.json is silent.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -156,11 +180,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3_moe": {},
     "qwen3_next": {"fused": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkvz", "in_proj_ba"))},
-    "mixtral": {
-        "expert_parts": ("w1", "w3", "w2"),
-        "fused": (("q_proj", "k_proj", "v_proj"), ("w1", "w3")),
-        "renames": ((".mlp.", ".block_sparse_moe."),),
-    },
+    "mixtral": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},
+    "minimax_m2": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},
+    "phimoe": {**_MIXTRAL, "renames": ((".mlp.router.", ".mlp.gate."), (".mlp.", ".block_sparse_moe."))},
     "deepseek_v2": {"fused": _MLA},
     "deepseek_v3": {"fused": _MLA},
     "glm4_moe_lite": {"fused": _MLA},
@@ -185,7 +207,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"fused": (("q_proj", "k_proj", "v_proj"),), "tied": True},
     "stablelm": {},
     "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {},
     "ernie4_5": {"tied": True},
+    "ernie4_5_moe": {"tied": True, "renames": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),)},
+    "mimo_v2_flash": {"renames": ((".self_attn.sinks", ".self_attn.attention_sink_bias"),)},
+    "exaone_moe": {"renames": ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),)},
+    "hy_v3": {
+        "renames": (
+            (".mlp.gate.", ".mlp.router.gate."),
+            (".mlp.e_score_correction_bias", ".mlp.expert_bias"),
+            (".mlp.shared_experts.", ".mlp.shared_mlp."),
+        )
+    },
+    "ministral3": {},
+    "dots1": {},
+    "solar_open": {},
+    "afmoe": {},
 }
 
 

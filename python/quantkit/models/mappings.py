@@ -26,7 +26,7 @@ _UP_TO_DOWN = Pattern(r"re:.*\.(up_proj|w3)$", (r"re:.*\.(down_proj|w2)$",))
 _EXPERTS = Pattern(
     "post_attention_layernorm",
     (
-        r"re:.*\.mlp\.(gate|shared_expert_gate|router)$",
+        r"re:.*\.mlp\.(gate|gate\.wg|shared_expert_gate|router|router\.gate)$",
         r"re:.*\.block_sparse_moe\.gate$",
         r"re:.*\.(gate_proj|up_proj|w1|w3)$",
     ),
@@ -47,7 +47,10 @@ _LLAMA = (_ATTENTION, _MLP)
 TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
     # One vector over all experts harms SmoothQuant, which looks at extremes; AWQ weighs what each expert sees.
     **dict.fromkeys(
-        ("qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe"),
+        (
+            *("qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe", "minimax_m2", "phimoe", "hunyuan_v1_moe"),
+            *("ernie4_5_moe", "mimo_v2_flash", "hy_v3", "dots1", "solar_open"),
+        ),
         ((_ATTENTION,), (_ATTENTION, _V_TO_O, _EXPERTS, _UP_TO_DOWN)),
     ),
     **dict.fromkeys(
@@ -57,7 +60,7 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
     "phi3": (_PHI, _PHI),
     **dict.fromkeys(("gemma2", "gemma3_text"), ((_ATTENTION, _GEMMA), (_ATTENTION, _V_TO_O, _GEMMA, _UP_TO_DOWN))),
     **dict.fromkeys(("cohere", "cohere2"), ((_PARALLEL,), (_PARALLEL, _V_TO_O, _UP_TO_DOWN))),
-    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), ((), (_V_TO_O, _UP_TO_DOWN))),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4", "exaone_moe"), ((), (_V_TO_O, _UP_TO_DOWN))),
     "starcoder2": (
         (_ATTENTION, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
         (_ATTENTION, _V_TO_O, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
@@ -104,6 +107,8 @@ def smoothings(
     for layer, members in sorted(modules.items()):
         for pattern in table:
             for place in _places(pattern, layer, members):
+                if pattern is _UP_TO_DOWN and not _gated(place.smooth, members):
+                    continue
                 if place.smooth in skip or any(b in skip for b in place.balance):
                     continue
                 fitted = _fitted(place, family, tensors)
@@ -141,6 +146,12 @@ def _places(pattern: Pattern, layer: int, members: Sequence[str]) -> Iterable[Sm
         depth = max(_shared(smooth, m) for m in others)
         balance = tuple(m for m in others if _shared(smooth, m) >= (0 if norm else depth))
         yield Smoothing(layer, smooth, balance, "norm" if norm else "linear")
+
+
+def _gated(up: str, members: Sequence[str]) -> bool:
+    """Whether a gate multiplies what `up` gives. Without one an activation does, and no factor passes that."""
+    parent, _, name = up.rpartition(".")
+    return f"{parent}.{'w1' if name == 'w3' else 'gate_proj'}" in members
 
 
 def _shared(a: str, b: str) -> int:

@@ -76,12 +76,12 @@ class Skeleton:
         make = _auto(trust_remote_code) if like is None else type(like)._from_config
         self.model = _build(make, config, self.family, dtype, self.folder)
         self.dtype: torch.dtype = self.model.dtype
-        self.base: Any = self.model.base_model
+        self.base: Any = base_of(self.model)
         self.layers: nn.ModuleList = self.base.get_submodule(self.family.layers)
         self.num_layers = len(self.layers)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self._tuples = False
+        self._tail: tuple[None, ...] | None = None  # what a layer returns behind the hidden states, if a tuple
         self._fp32 = [re.compile(p) for p in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()]
         self._layers_path = next(n for n, m in self.model.named_modules() if m is self.layers)
         self._base_path = self._layers_path.removesuffix(self.family.layers)
@@ -229,11 +229,7 @@ class Skeleton:
             last: Tensor = out.last_hidden_state
             return last
 
-        last = run()
-        if any(hidden.shape != entered[0].shape for hidden in (*entered, last)):
-            # The model took element 0 of what a layer gave: its layers return tuples.
-            self._tuples = True
-            last = run()
+        last = self._returned(run, entered)
         if len(calls) != self.num_layers or last.shape != entered[0].shape:
             raise CheckpointError(
                 f"{type(self.model).__name__}: its forward calls {len(calls)} of {self.num_layers} decoder layers; "
@@ -259,7 +255,25 @@ class Skeleton:
         return logits
 
     def _result(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._tuples else hidden
+        return hidden if self._tail is None else (hidden, *self._tail)
+
+    def _returned(self, run: Callable[[], Tensor], entered: Sequence[Tensor]) -> Tensor:
+        """What `run` gives once layers return what this model takes: hidden states, or a tuple that begins so."""
+        failed: Exception | None = None
+        for tail in dict.fromkeys((self._tail, None, (), (None,))):
+            self._tail = tail
+            try:
+                last = run()
+            except (TypeError, ValueError, IndexError) as error:  # it takes apart what layers do not return
+                failed = failed or error
+                continue
+            if entered and all(hidden.shape == entered[0].shape for hidden in (*entered, last)):
+                return last
+        why = f" ({failed})" if failed else ""
+        raise CheckpointError(
+            f"{type(self.model).__name__}: its decoder layers hand more to one another than hidden states{why}; "
+            "quantkit calibrates models whose layers follow one another; recipes without data do not run it"
+        )
 
     @contextmanager
     def _stubbed(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -441,6 +455,12 @@ def bare_model(folder: Path, trust_remote_code: bool) -> Any:
     """The model of `folder`'s config.json without weights, as a Skeleton has it."""
     config, raw = _read_config(folder, trust_remote_code)
     return _build(_auto(trust_remote_code), config, family_of(raw), None, folder)
+
+
+def base_of(model: Any) -> Any:
+    """The decoder within a causal language `model`: `model`, where Transformers' own name for it leads nowhere."""
+    base = model.base_model
+    return model.model if base is model else base
 
 
 def plain_config(config: Any) -> Any:
