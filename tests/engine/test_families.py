@@ -122,14 +122,14 @@ def test_every_family_agrees_with_the_modules_of_transformers(model_type: str, t
     if family.tied:
         assert "lm_head" not in found
     modules = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    # Routers, and the gate in front of a shared expert, are Linears that must stay as they are.
-    expected = {name for name in modules if not name.endswith(("shared_expert_gate", ".router", ".gate.wg"))} - (
-        {"lm_head"} if family.tied else set()
-    )
+    # Routers, the gate in front of a shared expert and parts of indexers are Linears that must stay as they are.
+    kept = ("shared_expert_gate", ".router", ".gate.wg", ".indexer.wk", ".indexer.weights_proj")
+    expected = {name for name in modules if not name.endswith(kept)} - ({"lm_head"} if family.tied else set())
     for here, there in family.renames:
         expected = {name.replace(here, there) for name in expected}
     assert found == expected
-    experts = sum(p.shape[0] * (2 if "gate_up" in n else 1) for n, p in model.named_parameters() if p.dim() == 3)
+    parameters = [(n, p) for n, p in model.named_parameters() if ".experts." in n]
+    experts = sum(p.shape[0] * (2 if "gate_up" in n else 1) for n, p in parameters if p.dim() == 3)
     assert sum(linear.expert for linear in family.linear_weights(shapes)) == experts
 
 
@@ -180,3 +180,10 @@ def test_towers_are_named_in_every_way_that_clients_name_them() -> None:
         assert matched(f"{prefix}.layers.1.mlp.up_proj")
         assert not matched(f"{prefix}.layers.0.mlp.up_proj") and not matched(f"{prefix}.layers.11.mlp.up_proj")
     assert not matched("lm_head") and family_of({"model_type": "llama", "num_hidden_layers": 2}).elsewhere(kept) == []
+
+
+def test_the_docs_list_every_family() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+    listed = [name for row in page.splitlines() if row.startswith("| ") for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(set(listed) - {"model_type", "text_config"}) == sorted(FAMILIES)
+    assert f"For {len(CONFIGS)} of them" in page

@@ -158,6 +158,14 @@ def test_streamed_logits_are_those_of_the_whole_model(model_type: str, tmp_path:
         assert float((logits[real] - truth).abs().max()) <= 4 * float((expected - truth).abs().max())
 
 
+def test_layers_that_attend_to_what_others_chose_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "deepseek_v32")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "indexer_types": ["full", "shared", "full"]}))
+    with pytest.raises(CheckpointError, match="indexer_types: some layers attend to what a layer before them"):
+        opened(tmp_path)
+
+
 def test_bf16_stays_within_its_rounding(tmp_path: Path) -> None:
     """Attention runs by blocks there; against fp32 it is not worse than Transformers' own bf16 attention."""
     make(tmp_path, "llama", torch.bfloat16)

@@ -15,6 +15,7 @@ from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics, Wants
 from quantkit.config.recipe import AWQModifier, Mapping, SmoothQuantModifier
 from quantkit.errors import CalibrationError, PlanError
+from quantkit.models.families import family_of
 from quantkit.models.mappings import OFFSET_NORMS, Smoothing, smoothings
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers import smoothquant
@@ -150,3 +151,23 @@ def test_widths_that_do_not_go_together_are_passed_over_and_said(tmp_path: Path)
     places, notes = smoothings(AWQModifier(), family, {n: tuple(t.shape) for n, t in source.tensors.items()})
     assert not any(place.smooth.endswith("v_proj") for place in places)
     assert len(notes) == 1 and "v_proj: 32 channels feed o_proj of 64 inputs" in notes[0] and "x3" in notes[0]
+
+
+def test_an_unknown_architecture_is_smoothed_where_it_looks_like_llama_alone() -> None:
+    family = family_of({"model_type": "something_new", "num_hidden_layers": 1, "num_attention_heads": 1})
+    layer = "model.layers.0"
+    shapes = {f"{layer}.{norm}.weight": (8,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {f"{layer}.self_attn.{part}_proj.weight": (8, 8) for part in "qkvo"}
+    shapes |= {f"{layer}.mlp.{part}_proj.weight": (8, 8) for part in ("up", "down")}
+    places, _ = smoothings(AWQModifier(), family, shapes)
+    # No gate multiplies what up gives, but an activation: nothing can be divided there.
+    assert [place.smooth.removeprefix(f"{layer}.") for place in places] == [
+        "input_layernorm",
+        "self_attn.v_proj",
+        "post_attention_layernorm",
+    ]
+    odd = {**shapes, f"{layer}.pre_mlp_layernorm.weight": (8,)}
+    with pytest.raises(PlanError, match=r"something_new.*'pre_mlp_layernorm', which Llama's have not.*mappings="):
+        smoothings(SmoothQuantModifier(), family, odd)
+    given = SmoothQuantModifier(mappings=(Mapping("pre_mlp_layernorm", ("mlp.up_proj",)),))
+    assert [place.smooth for place in smoothings(given, family, odd)[0]] == [f"{layer}.pre_mlp_layernorm"]

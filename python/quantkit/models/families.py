@@ -24,6 +24,7 @@ NEVER = (
     r"(^|\.)router(\.|$)",
     r"(^|\.)shared_expert_gate$",
     r"(^|\.)conv1d$",
+    r"\.indexer\.(wk|weights_proj)$",  # of sparse attention: servers build them as one, without a scheme
 )
 
 
@@ -168,6 +169,12 @@ _MLA = (
     ("q_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
 )
+_QWEN3_5 = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 _MIXTRAL = {"expert_parts": ("w1", "w3", "w2"), "fused": (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))}
 
 # model_type -> what differs from the default. `tied` here is what Transformers assumes where config.json is silent.
@@ -180,12 +187,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3_moe": {},
     "qwen3_next": {"fused": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkvz", "in_proj_ba"))},
+    "qwen3_5_text": {"fused": _QWEN3_5},
+    "qwen3_5_moe_text": {"fused": _QWEN3_5},
     "mixtral": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},
     "minimax_m2": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},
     "phimoe": {**_MIXTRAL, "renames": ((".mlp.router.", ".mlp.gate."), (".mlp.", ".block_sparse_moe."))},
     "deepseek_v2": {"fused": _MLA},
     "deepseek_v3": {"fused": _MLA},
+    "deepseek_v32": {"fused": _MLA},
     "glm4_moe_lite": {"fused": _MLA},
+    "glm_moe_dsa": {"fused": _MLA},
     "gemma": {"tied": True},
     # Gemma 2 caps attention logits, which scaled_dot_product_attention cannot.
     "gemma2": {"attention": "eager", "tied": True},
@@ -222,7 +233,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "dots1": {},
     "solar_open": {},
-    "afmoe": {},
 }
 
 

@@ -17,7 +17,12 @@ from ..errors import PlanError, nearest
 from .families import Family
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_MLA = (r"re:.*self_attn\.(q_proj|q_a_proj)$", "self_attn.kv_a_proj_with_mqa")
+# The indexer of sparse attention reads both norms, too.
+_MLA = (
+    r"re:.*self_attn\.(q_proj|q_a_proj)$",
+    "self_attn.kv_a_proj_with_mqa",
+    r"re:.*\.indexer\.(wk|weights_proj)$",
+)
 _ATTENTION = Pattern("input_layernorm", _QKV)
 _MLP = Pattern("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
 _V_TO_O = Pattern("self_attn.v_proj", ("self_attn.o_proj",))
@@ -32,7 +37,7 @@ _EXPERTS = Pattern(
     ),
 )
 _MLA_INNER = (
-    Pattern("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+    Pattern("self_attn.q_a_layernorm", ("self_attn.q_b_proj", "indexer.wq_b")),
     Pattern("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
 )
 _PHI = (
@@ -41,6 +46,8 @@ _PHI = (
 )
 _GEMMA = Pattern("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
 _PARALLEL = Pattern("input_layernorm", (*_QKV, "mlp.gate_proj", "mlp.up_proj"))
+
+_LINEAR_ATTENTION = Pattern("input_layernorm", (r"re:.*\.linear_attn\.in_proj_\w+$",))
 
 _LLAMA = (_ATTENTION, _MLP)
 # model_type -> (SmoothQuant's, AWQ's). Norms behind a Linear (Gemma 2, OLMo 2) feed the residual and are no place.
@@ -54,9 +61,15 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
         ((_ATTENTION,), (_ATTENTION, _V_TO_O, _EXPERTS, _UP_TO_DOWN)),
     ),
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
         ((Pattern("input_layernorm", _MLA),), (Pattern("input_layernorm", _MLA), *_MLA_INNER, _EXPERTS, _UP_TO_DOWN)),
     ),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text"),
+        ((_ATTENTION, _LINEAR_ATTENTION, _MLP), (_ATTENTION, _LINEAR_ATTENTION, _V_TO_O, _MLP, _UP_TO_DOWN)),
+    ),
+    # Experts are stored as one tensor, which mappings cannot reach: the norm in front of them stays as it is.
+    "qwen3_5_moe_text": ((_ATTENTION, _LINEAR_ATTENTION), (_ATTENTION, _LINEAR_ATTENTION, _V_TO_O, _UP_TO_DOWN)),
     "phi3": (_PHI, _PHI),
     **dict.fromkeys(("gemma2", "gemma3_text"), ((_ATTENTION, _GEMMA), (_ATTENTION, _V_TO_O, _GEMMA, _UP_TO_DOWN))),
     **dict.fromkeys(("cohere", "cohere2"), ((_PARALLEL,), (_PARALLEL, _V_TO_O, _UP_TO_DOWN))),
@@ -70,7 +83,12 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
 }
 DEFAULT = (_LLAMA, (_ATTENTION, _V_TO_O, _MLP, _UP_TO_DOWN))
 # Norms that multiply by 1 + weight.
-OFFSET_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next"})
+OFFSET_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+# What the layers of an unknown architecture may hold, so that the default mappings are taken to fit.
+_LLAMA_SHAPED = re.compile(
+    r"(input_layernorm|post_attention_layernorm|self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(gate|up|down)_proj"
+    r"|(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate|shared_experts?\.\w+|experts\.\d+\.\w+))$"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,13 @@ def smoothings(
         layer = family.layer_of(name)
         if layer is not None and name.endswith(".weight"):
             modules.setdefault(layer, []).append(name.removesuffix(".weight"))
+            inner = modules[layer][-1].partition(f".{family.layers}.{layer}.")[2]
+            if not family.known and given is None and _LLAMA_SHAPED.match(inner) is None:
+                raise PlanError(
+                    f"{type(modifier).__name__}: model_type '{family.model_type}' is not in quantkit's table, and its "
+                    f"layers have '{inner}', which Llama's have not: where it can be smoothed is not known; give "
+                    "mappings=[[[balance layers], smooth layer], ...], which name every reader of what they smooth"
+                )
     skip = {m for names in modules.values() for m in names if any(matches(p, m) for p in modifier.ignore or ())}
     found: list[Smoothing] = []
     notes: dict[str, int] = {}

@@ -7,7 +7,9 @@ recorded by running the whole model with layers that only take notes, so nothing
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +75,11 @@ class Skeleton:
         self.family: Family = family_of(raw)
         self.names = frozenset(names)
         self.root = self.family.root(self.names)
+        if "shared" in (getattr(config, "indexer_types", None) or ()):
+            raise CheckpointError(
+                f"{self.folder}: indexer_types: some layers attend to what a layer before them has chosen; quantkit "
+                "calibrates models whose layers give each other hidden states alone; recipes without data do not run it"
+            )
         make = _auto(trust_remote_code) if like is None else type(like)._from_config
         self.model = _build(make, config, self.family, dtype, self.folder)
         self.dtype: torch.dtype = self.model.dtype
@@ -483,6 +490,17 @@ def _auto(trust_remote_code: bool) -> Callable[..., Any]:
     return lambda config, **options: models.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
+def _asks_for_attention(kind: type) -> bool:
+    """Whether a model does other things under other attentions, by their names: those with sparse attention mask what
+    their indexer leaves out for Transformers' own alone.
+    """
+    try:
+        code = inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):  # not there to be read
+        return False
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code) is not None
+
+
 def _build(make: Callable[..., Any], config: Any, family: Family, dtype: torch.dtype | None, folder: Path) -> Any:
     dtype = dtype or config.dtype or torch.float32
 
@@ -495,7 +513,7 @@ def _build(make: Callable[..., Any], config: Any, family: Family, dtype: torch.d
             model = build(family.attention)
         else:
             model = build(attention.register())
-            if not getattr(model, "_supports_sdpa", False):
+            if not getattr(model, "_supports_sdpa", False) or _asks_for_attention(type(model)):
                 model = build("eager")
     except (ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
