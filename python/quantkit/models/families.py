@@ -187,6 +187,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen3_moe": {},
     "qwen3_next": {"fused": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkvz", "in_proj_ba"))},
+    **{f"qwen{n}_vl{text}": {} for n in ("2", "2_5") for text in ("", "_text")},
+    "qwen3_vl_text": {},
+    "qwen3_vl_moe_text": {},
     "qwen3_5_text": {"fused": _QWEN3_5},
     "qwen3_5_moe_text": {"fused": _QWEN3_5},
     "mixtral": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},
@@ -204,6 +207,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"fused": ()},
     "glm": {"fused": (("q_proj", "k_proj", "v_proj"),)},
     "glm4": {"fused": (("q_proj", "k_proj", "v_proj"),)},
+    "glm4v_text": {"fused": (("q_proj", "k_proj", "v_proj"),)},
     "glm4_moe": {},
     "granite": {},
     "olmo": {},
@@ -256,7 +260,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "states how many layers it has"
         )
     row = FAMILIES.get(model_type, {})
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", row.get("tied", False)))
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", row.get("tied", False)))
     heads, hidden = text.get("num_attention_heads") or 1, text.get("hidden_size") or 0
     head_dim = text.get("head_dim") or hidden // heads
     family = replace(
@@ -266,6 +270,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
         head_dim=head_dim,
         tied=bool(tied),
     )
-    if text is not config:
+    if text is not config or "vision_config" in config:
         family = replace(family, roots=_MULTIMODAL, heads=("lm_head", "language_model.lm_head"))
     return family

@@ -78,6 +78,8 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
         (_ATTENTION, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
         (_ATTENTION, _V_TO_O, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
     ),
+    "qwen3_vl_moe_text": ((_ATTENTION,), (_ATTENTION, _V_TO_O)),
+    "glm4v_text": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm4": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
 }

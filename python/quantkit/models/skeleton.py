@@ -483,11 +483,19 @@ def plain_config(config: Any) -> Any:
 
 
 def _auto(trust_remote_code: bool) -> Callable[..., Any]:
-    """Transformers' own way from a config to a causal language model."""
+    """Transformers' own way from a config to a causal language model; a head on its decoder where it has no such."""
     from transformers import AutoModelForCausalLM
 
+    from .text_part import text_model
+
     models: Any = AutoModelForCausalLM
-    return lambda config, **options: models.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+    def make(config: Any, **options: Any) -> Any:
+        if type(config) not in models._model_mapping and not hasattr(config, "auto_map"):
+            return text_model(config, **options)
+        return models.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+    return make
 
 
 def _asks_for_attention(kind: type) -> bool:
