@@ -35,6 +35,12 @@ SCHEMES = {
     "MXFP4A16": "scheme: MXFP4A16",
     "NVFP4": "scheme: NVFP4",
     "NVFP4A16": "scheme: NVFP4A16",
+    "W4A8": "scheme: W4A8",
+    "W4A16_CHANNEL": "scheme: W4A16_CHANNEL",
+    "W8A16_CHANNEL": "scheme: W8A16_CHANNEL",
+    "W8A16_CHANNEL_ASYM": "scheme: W8A16_CHANNEL_ASYM",
+    "W8A8_STATIC": "scheme: W8A8_STATIC",
+    "FP8_PER_TENSOR_DYNAMIC": "scheme: FP8_PER_TENSOR_DYNAMIC",
 }
 
 # name -> modifiers of a recipe with several schemes, or with a KV cache

@@ -34,8 +34,6 @@ from .jobs import EXAMPLES, RECIPES, SCHEMES, quantize, quantize_by
 
 transformers = pytest.importorskip("transformers")
 
-MORE = ("W4A8", "W4A16_CHANNEL", "W8A16_CHANNEL", "W8A16_CHANNEL_ASYM", "W8A8_STATIC", "FP8_PER_TENSOR_DYNAMIC")
-SCHEMES.update({name: f"scheme: {name}" for name in MORE})
 # In the whole model the rounding of sums moves an activation over a tie here and there, to the next code, which is as
 # far away as a code is wide: 2^-7 of the range in int8, 2^-3 of the number itself in fp8.
 WEIGHT_ONLY, INT8, FP8 = 1e-6, 5e-3, 2e-2

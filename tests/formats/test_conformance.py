@@ -30,9 +30,8 @@ NOT_ON_CPU = {
 # What a client does not take on a GPU.
 REFUSED = {
     "int8 cache": ("vllm", "sglang"),  # SGLang: for its static inputs
-    **dict.fromkeys(
-        ("int8_static", "W8A8_STATIC_ASYM", "W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16"), ("sglang",)
-    ),
+    **dict.fromkeys(("int8_static", "W8A8_STATIC", "W8A8_STATIC_ASYM"), ("sglang",)),
+    **dict.fromkeys(("W4A8", "W4AFP8", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16"), ("sglang",)),
 }
 
 
