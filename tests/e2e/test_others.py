@@ -132,7 +132,8 @@ def ids(model: str) -> tuple[list[list[int]], list[list[int]]]:
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """(tool, model, recipe) -> what the tool told of it; all recipes of a model that are tested are made at once."""
     done: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    asked = {item.callspec.params["recipe"] for item in request.session.items if hasattr(item, "callspec")}
+    cases = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {params["recipe"] for params in cases if isinstance(params.get("recipe"), str)}
 
     def get(tool: str, model: str, recipe: str) -> dict[str, Any]:
         if (tool, model) not in done:
