@@ -41,8 +41,7 @@ def make(folder: Path, model_type: str) -> Any:
     raw = plain.to_dict()
     tower = {k: v for k, v in {**SMALL, **DEPTH}.items() if k in raw["vision_config"]}
     text = {k: v for k, v in TEXT.items() if k in raw["text_config"] or k == "rope_parameters"}
-    for gone in ("layer_types",):
-        raw["text_config"].pop(gone, None)
+    raw["text_config"].pop("layer_types", None)  # of as many layers as the default has
     raw["text_config"].update(text)
     raw["vision_config"].update(tower)
     raw["tie_word_embeddings"] = False

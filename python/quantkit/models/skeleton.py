@@ -236,8 +236,8 @@ class Skeleton:
             last: Tensor = out.last_hidden_state
             return last
 
-        last = self._returned(run, entered)
-        if len(calls) != self.num_layers or last.shape != entered[0].shape:
+        self._returned(run, entered)
+        if len(calls) != self.num_layers:
             raise CheckpointError(
                 f"{type(self.model).__name__}: its forward calls {len(calls)} of {self.num_layers} decoder layers; "
                 "quantkit runs models whose decoder layers follow one another"
@@ -264,8 +264,8 @@ class Skeleton:
     def _result(self, hidden: Tensor) -> Any:
         return hidden if self._tail is None else (hidden, *self._tail)
 
-    def _returned(self, run: Callable[[], Tensor], entered: Sequence[Tensor]) -> Tensor:
-        """What `run` gives once layers return what this model takes: hidden states, or a tuple that begins so."""
+    def _returned(self, run: Callable[[], Tensor], entered: Sequence[Tensor]) -> None:
+        """`run`, with layers that return what this model takes: hidden states, or a tuple that begins so."""
         failed: Exception | None = None
         for tail in dict.fromkeys((self._tail, None, (), (None,))):
             self._tail = tail
@@ -275,7 +275,7 @@ class Skeleton:
                 failed = failed or error
                 continue
             if entered and all(hidden.shape == entered[0].shape for hidden in (*entered, last)):
-                return last
+                return
         why = f" ({failed})" if failed else ""
         raise CheckpointError(
             f"{type(self.model).__name__}: its decoder layers hand more to one another than hidden states{why}; "
