@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit import engine
 from quantkit.config.yaml_file import load_run_config
+from quantkit.conformance import Verdict
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -67,6 +68,12 @@ def quantize(model: str, scheme: str, folder: Path, *overrides: str) -> Path:
 def quantize_by(model: str, modifiers: str, folder: Path, *overrides: str) -> Path:
     """Run a recipe, its modifiers as a YAML mapping, on `examples/models/<model>`; gives back the audited output."""
     return _run(model, "recipe", f"recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}", folder, *overrides)
+
+
+def refused_parts(verdict: Verdict) -> tuple[bool, bool]:
+    """Whether a client refuses any Linear outside of experts, and any within."""
+    refused = {f.where for f in verdict.findings if f.kind in ("refused", "wrong")}
+    return any(".experts." not in where for where in refused), any(".experts." in where for where in refused)
 
 
 def _run(model: str, name: str, what: str, folder: Path, *overrides: str) -> Path:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from quantkit.config.presets import PRESETS
 from quantkit.conformance import check_folder
 
-from .jobs import quantize_by
+from .jobs import quantize_by, refused_parts
 from .test_sglang_plugin import LAYERS, PYTHON, python_path, run
 
 pytestmark = [
@@ -65,9 +65,7 @@ def test_the_checker_refuses_what_has_no_class(model: str, tmp_path: Path) -> No
     assert len(asked) == len(NAMES), log[-3000:]
     for folder, linear, experts in asked:
         name, verdict = folders[folder], check_folder(folder, "sglang")
-        refused = {f.where for f in verdict.findings if f.kind in ("refused", "wrong")}
-        of_experts = any(".experts." in where for where in refused)
-        of_linears = any(".experts." not in where for where in refused)
+        of_linears, of_experts = refused_parts(verdict)
         print(f"{model}, {name}: {linear} | {experts} | refused {of_linears}, {of_experts}")
         assert of_linears is ("Error" in linear or name in (*STATIC, *SIZES[model == "tiny-llama" :])), verdict.render()
         if model == "tiny-moe" and name not in BLACKWELL:

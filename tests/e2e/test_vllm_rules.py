@@ -14,7 +14,7 @@ import pytest
 from quantkit.config.presets import PRESETS
 from quantkit.conformance import check_folder
 
-from .jobs import quantize_by
+from .jobs import quantize_by, refused_parts
 from .test_vllm import ENVIRONMENT, PYTHON, pytestmark  # noqa: F401
 
 # Which class is taken is all that is asked: what it would look for on a GPU, its kernel, is taken from it. One of the
@@ -78,9 +78,7 @@ def test_the_checker_refuses_what_has_no_class(tmp_path: Path) -> None:
     assert len(asked) == len(folders), done.stdout[-2000:] + done.stderr[-3000:]
     for folder, linear, experts in asked:
         name, verdict = folders[folder], check_folder(folder, "vllm")
-        refused = {f.where for f in verdict.findings if f.kind in ("refused", "wrong")}
-        of_experts = any(".experts." in where for where in refused)
-        of_linears = any(".experts." not in where for where in refused)
+        of_linears, of_experts = refused_parts(verdict)
         print(f"{name}: {linear} | {experts} | refused {of_linears}, {of_experts}")
         assert of_linears is ("Error" in linear or name in SIZES), (linear, verdict.render())
         assert of_experts is ("Error" in experts or STOPS.get(name) == experts), (experts, verdict.render())
