@@ -79,7 +79,7 @@ print(json.dumps(result.seconds))
 class Nothing:
     """A visitor that wants the ranges of the last layer's last input, so that the layer runs to its end."""
 
-    pools_below = 0
+    pools_below, together = 0, False
     caches = ()
 
     def __init__(self, name: str) -> None:

@@ -45,7 +45,7 @@ class Gatherer:
     is not what goes on; and where they come in groups, those of one group are written before the next one comes.
     """
 
-    pools_below = 0
+    pools_below, together = 0, False
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ def worst(scores: Mapping[str, float], count: int) -> tuple[str, ...]:
 class _Tails:
     """A sweep's visitor that changes nothing; see `calibration.layer.Visitor`."""
 
-    pools_below = 0
+    pools_below, together = 0, False
 
     def __init__(self, names: Collection[str]) -> None:
         self.statistics: dict[str, Wants] = {}

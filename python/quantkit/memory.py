@@ -18,6 +18,7 @@ from .models.families import text_config
 
 if TYPE_CHECKING:
     from .checkpoint.reader import Checkpoint
+    from .config.recipe import Recipe
     from .config.run_config import RunConfig
     from .models.families import Family
     from .models.mappings import Smoothing
@@ -62,6 +63,20 @@ class Means:
         if self.experts is not None:
             found.append(f"{self.experts} expert{'s' if self.experts > 1 else ''} of a layer at once")
         return ", ".join(found)
+
+
+def together(recipe: Recipe, places: Iterable[Smoothing], modules: Mapping[str, PlannedModule]) -> str | None:
+    """Why a layer's experts have to be there all at once; None if one may come after the other."""
+    for place in places:
+        if place.across_experts:
+            return f"{place.smooth} and its readers are smoothed together, experts among them"
+    if any(isinstance(modifier, AWQModifier) and modifier.loss == "parent" for modifier in recipe.modifiers):
+        return "AWQ's loss: parent runs the whole layer"
+    if recipe.all_experts and any(
+        m.modifier.kind == "gptq" and m.scheme.weights.strategy == "tensor" for m in modules.values()
+    ):
+        return "one scale by GPTQ over Linears of all experts takes them all"
+    return None
 
 
 def means(config: RunConfig) -> Means:
@@ -197,14 +212,7 @@ class Demand:
     @cached_property
     def ungroupable(self) -> str | None:
         """Why experts have to be there all at once; None if they may come in groups."""
-        for place in self.places:
-            if any(EXPERT.search(name) for name in (place.smooth, *place.balance)):
-                return f"{place.smooth} and its readers are smoothed together, experts among them"
-        if self.config.recipe.all_experts and any(
-            m.modifier.kind == "gptq" and m.scheme.weights.strategy == "tensor" for m in self.modules.values()
-        ):
-            return "one scale by GPTQ over Linears of all experts takes them all"
-        return None
+        return together(self.config.recipe, self.places, self.modules)
 
     @property
     def experts(self) -> int:
@@ -242,12 +250,14 @@ class Demand:
             return outer
         sizes = sorted((size + layer.expert_grams.get(key, 0) for key, size in layer.experts.items()), reverse=True)
         routed = min(QUEUE, sum(layer.experts.values())) + self._work + self._activations
-        if self.ranks == 1 and (how.experts is None or how.experts >= len(sizes)):
-            smoothed = 2 * sum(layer.experts.values()) if self.ungroupable and self.places else 0
-            return outer + sum(sizes) + smoothed + routed - self._work - self._activations
         # What the experts are given before and after, and what they give, waits with the hidden states.
         waiting = (3 if self.inputs or self.places else 2) * self.states if how.offload == "memory" else 0
         routes = 2 * self._shared_tokens * 8 * int(text_config(self.checkpoint.config).get("num_experts_per_tok") or 8)
+        if self.ungroupable or (self.ranks == 1 and (how.experts is None or how.experts >= len(sizes))):
+            smoothed = 2 * sum(layer.experts.values()) if self.ungroupable and self.places else 0
+            # Each rank has all of them, and for their statistics what tokens of all ranks give its own.
+            received = waiting // 3 + routes // 2 + ROUND_BYTES if self.ranks > 1 else 0
+            return outer + sum(sizes) + smoothed + routed - self._work - self._activations + received
         pool = max(layer.expert_grams.values(), default=0)
         # Of several ranks each has its own experts, and what the others' tokens give and are given for a round of them.
         count = min(how.experts or len(sizes), -(-len(sizes) // self.ranks))

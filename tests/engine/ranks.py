@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..e2e.jobs import EXAMPLES
+from .tiny import make
 
 JOBS = {
     "gptq": ("tiny-llama", "{GPTQModifier: {scheme: W4A16}}"),
@@ -44,10 +46,30 @@ JOBS = {
         "{QuantizationModifier: {config_groups: {attention: {targets: [Attention], input_activations: {num_bits: 8, "
         "type: float, strategy: tensor}}, linears: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}}}",
     ),
+    "awq experts": ("tiny-moe", "{AWQModifier: {scheme: W4A16_ASYM, clip: true}}"),
+    "smoothed experts": (
+        "tiny-moe",
+        "{SmoothQuantModifier: {smoothing_strength: 0.5, mappings: "
+        "[[['re:.*mlp.gate$', 're:.*(gate|up)_proj$'], post_attention_layernorm]]}, "
+        "GPTQModifier: {scheme: W8A8_STATIC, min_tokens_per_module: 2000}}",
+    ),
+    "awq, all tokens": (
+        "tiny-moe",
+        "{AWQModifier: {n_grid: 4}, GPTQModifier: {scheme: W4A16, moe_calibrate_all_experts: true}}",
+    ),
+    "parent": (
+        "tiny-moe",
+        "{AWQModifier: {scheme: W4A16, loss: parent, n_grid: 3, mappings: [[['re:.*[qkv]_proj$'], input_layernorm]]}}",
+    ),
+    "awq shared experts": ("deepseek_v3", "{AWQModifier: {scheme: W4A16_CHANNEL_ASYM}}"),
+    "silent experts": ("mixtral", "{AWQModifier: {n_grid: 4}, GPTQModifier: {scheme: W4A16_CHANNEL}}"),
+    "inner": ("tiny-moe", "{AWQModifier: {scheme: W4A16, mappings: [[['re:.*down_proj$'], 're:.*up_proj$']]}}"),
     "free": ("tiny-moe", "{QuantizationModifier: {scheme: FP8_DYNAMIC}}"),
 }
 
 
+# Too few for some expert to get a token.
+SAMPLES = {"silent experts": 1}
 # What else stands in a job's section `compression`, and in front of `save_path`.
 COMPRESSION = {"level": "disable_level: L2, "}
 MORE = {
@@ -60,17 +82,23 @@ MORE = {
 def yaml_of(job: str, folder: Path, save: Path) -> Path:
     """The job as a file in `folder`, its output below `save`."""
     model, modifiers = JOBS[job]
+    where = EXAMPLES / "models" / model
+    if not where.exists():  # one of random weights
+        where = folder / model
+        make(where, model, vocab_size=2048)
+        for path in (EXAMPLES / "models" / "tiny-llama").glob("tokenizer*"):
+            shutil.copy(path, where)
     path = folder / f"{job}.yaml"
     path.write_text(
         f"""
 {MORE.get(job, "global: {")}save_path: {save}, max_shard_size: 200KB}}
-model: {{model_path: {EXAMPLES / "models" / model}}}
+model: {{model_path: {where}}}
 compression: {{{COMPRESSION.get(job, "")}recipe: {{quant_stage: {{quant_modifiers: {modifiers}}}}}}}
 dataset:
   name: TextDataset
   data_path: {EXAMPLES / "data" / "calibration.jsonl"}
   max_seq_length: 128
-  num_samples: 40
+  num_samples: {SAMPLES.get(job, 40)}
 """
     )
     return path

@@ -12,7 +12,7 @@ import pytest
 
 from .ranks import RUN_ALL, differences, ended, files, run_all, start, yaml_of
 
-FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free", "level", "attention")
+FEW = ("gptq", "smoothed", "awq", "int8", "experts", "free", "level", "attention", "awq experts", "smoothed experts")
 MORE = (
     "gptq fp4",
     "gptq fp8",
@@ -25,6 +25,11 @@ MORE = (
     "on disk",
     "every expert",
     "attention experts",
+    "awq, all tokens",
+    "parent",
+    "inner",
+    "awq shared experts",
+    "silent experts",
 )
 
 # The process RANK stops working in the third layer and says so, or raises.

@@ -34,6 +34,8 @@ EVERYTHING = Wants(gram=True, histogram=True, averages=True)
 class Watcher:
     """A visitor that wants everything of everything, and keeps it."""
 
+    pools_below, together = 0, False
+
     def __init__(self, names: list[str]) -> None:
         self.statistics = dict.fromkeys(names, Wants(gram=True))
         self.ranges = dict.fromkeys(names, EVERYTHING)

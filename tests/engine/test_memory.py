@@ -157,6 +157,8 @@ MOE = {
     "gptq_few": (GPTQModifier(scheme=int4(), min_tokens_per_module=60),),
     "smooth_gptq": (SmoothQuantModifier(), GPTQModifier(scheme="W8A8")),
     "static": (QuantizationModifier(scheme="W8A8_STATIC_ASYM", kv_cache_scheme="fp8"),),
+    "inner": (AWQModifier(scheme=int4(), mappings=[[["re:.*down_proj"], "re:.*up_proj"]]),),
+    "gptq_everyone": (GPTQModifier(scheme=int4(), moe_calibrate_all_experts=True),),
     "everyone": (QuantizationModifier(scheme="W8A8_STATIC", moe_calibrate_all_experts=True),),
 }
 
@@ -168,6 +170,7 @@ MOE = {
         ("gptq", "qwen2_moe"),
         ("gptq_few", "mixtral"),
         ("gptq", "deepseek_v3"),
+        ("gptq_everyone", "deepseek_v3"),
     ],
 )
 def test_experts_in_groups_are_what_they_are_together(
@@ -212,6 +215,7 @@ def planned(
         for i in range(2):
             parts = {"q_proj": (8192, 4096), "k_proj": (512, 4096), "v_proj": (512, 4096), "o_proj": (4096, 8192)}
             names = {f"self_attn.{name}": shape for name, shape in parts.items()} | {"mlp.gate": (128, 4096)}
+            names |= {"post_attention_layernorm": (4096,)}
             for j in range(128):
                 names |= {f"mlp.experts.{j}.{p}_proj": (1536, 4096) for p in ("gate", "up")}
                 names[f"mlp.experts.{j}.down_proj"] = (4096, 1536)
@@ -286,6 +290,10 @@ def test_two_forwards_by_a_budget_are_said_aloud(tmp_path: Path) -> None:
 def test_what_crosses_experts_is_refused_in_groups(tmp_path: Path) -> None:
     made = planned(tmp_path, "recipe: {AWQModifier: {scheme: W4A16}}", settings=", memory_budget: 8GB")
     assert made.means.experts is None and "smoothed together, experts among them" in made.shortages[0]
+    inner = "recipe: {AWQModifier: {scheme: W4A16, mappings: [[['re:.*down_proj'], 're:.*up_proj']]}}"
+    assert planned(tmp_path, inner, settings=", memory_budget: 14GB").means.experts is not None
+    parent = inner.replace("W4A16,", "W4A16, loss: parent,")
+    assert "AWQ's loss: parent" in planned(tmp_path, parent, settings=", memory_budget: 14GB").shortages[0]
 
 
 def test_an_explicit_place_of_hidden_states_is_kept(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_half_of_a_symmetric_matrix_is_all_of_it(n: int) -> None:
 class Unquantized:
     """The recipe's visitor at the end of a layer's only forward: all inputs, here and behind, are the model's own."""
 
-    pools_below = 0
+    pools_below, together = 0, False
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline

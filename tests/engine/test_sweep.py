@@ -39,7 +39,7 @@ class Recorder:
         self.ranges: dict[str, Wants] = {}
         self.caches: tuple[str, ...] = ()
         self.queries: tuple[str, ...] = ()
-        self.pools_below = 0
+        self.pools_below, self.together = 0, False
         self.found: dict[str, Statistics] = {}
         self.recorders: dict[str, CacheRecorder] = {}
         self.layers: list[str] = []

@@ -99,7 +99,8 @@ class InputHooks:
         self.sums: dict[str, Statistics | Sums] = {}
         self._routed = {module for group in experts for module in group.modules()}
         self._leader: dict[str, str] = {}
-        self._sharing = Sharing()
+        # Experts apart: where they see all tokens, others that read the same may be called with padding, too.
+        self._sharing = {True: Sharing(), False: Sharing()}
         self._rows, self._number = BatchRows(Batch(torch.empty(0, 0), None)), 0
         self._last: str | None = None
         self._newest: str | None = None
@@ -115,7 +116,8 @@ class InputHooks:
     def begin(self, rows: BatchRows, index: int) -> None:
         """Announce the next batch, the `index`-th of those that are run here."""
         self._rows, self._number = rows, self.leaves.numbers[index]
-        self._sharing.clear()
+        for sharing in self._sharing.values():
+            sharing.clear()
 
     def statistics(self, ranks: Ranks) -> dict[str, Statistics]:
         """Of the input of each Linear that had any on any rank, once all batches have been; no more may come."""
@@ -123,18 +125,30 @@ class InputHooks:
         for theirs in ranks.gather(self._leader):
             for name, leader in theirs.items():
                 self._require_same(name, leaders.setdefault(name, leader), leader)
-        found: dict[str, Statistics] = {}
+        found = self._of_experts(ranks)
         for name in self.linears:
-            if leaders.get(name) != name:
+            if leaders.get(name) != name or self.linears[name] in self._routed:
                 continue
             seen = self.sums.get(name)
-            if self.linears[name] in self._routed:
-                whole = seen if isinstance(seen, Statistics) else None
-            else:
-                whole = total(seen.parts() if isinstance(seen, Sums) else [], ranks)
+            whole = total(seen.parts() if isinstance(seen, Sums) else [], ranks)
             if whole is not None:
                 found[name] = whole
         return {name: found[leader] for name, leader in leaders.items() if leader in found}
+
+    def _of_experts(self, ranks: Ranks) -> dict[str, Statistics]:
+        """What each rank's batches gave experts, by leader. Sums of floats depend on their order, so several ranks have
+        ranges and counts alone: see `whole_experts`.
+        """
+        found: dict[str, Statistics] = {}
+        mine = {name: seen for name, seen in self.sums.items() if isinstance(seen, Statistics)}
+        for theirs in ranks.gather(mine):
+            for name, seen in theirs.items():
+                assert ranks.world == 1 or seen.gram is None
+                if name in found:
+                    found[name].merge(seen)
+                else:
+                    found[name] = seen
+        return found
 
     def may_stop(self) -> None:
         """Outputs are not needed: raise SeenAll behind the Linear that was called last in the batch just done. Which
@@ -160,12 +174,12 @@ class InputHooks:
             )
 
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        leader = self._sharing.first(name, x)
+        # Experts are given no padding in the first place.
+        routed = module in self._routed
+        leader = self._sharing[routed].first(name, x)
         self._require_same(name, self._leader.setdefault(name, leader), leader)
         if leader != name:
             return
-        # Experts are given no padding in the first place.
-        routed = module in self._routed
         rows = x.reshape(-1, x.shape[-1]) if routed else self._rows.of(x, name)
         if rows.shape[0] == 0:
             return

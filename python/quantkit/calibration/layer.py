@@ -62,6 +62,11 @@ class Visitor(Protocol):
         """An expert that saw fewer tokens is worked on with what all of its layer's experts saw."""
         ...
 
+    @property
+    def together(self) -> bool:
+        """Whether a layer with experts is worked on as a whole: all of them have to be there at once."""
+        ...
+
     def across(self, index: int) -> str | None:
         """Why the inputs of layer `index` have to be worked on together; None if one at a time will do."""
         ...

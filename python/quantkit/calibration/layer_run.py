@@ -212,8 +212,8 @@ class LayerRun:
             loans[name] = borrowed[key]
         statistics.update(loans)
         new = [name for name in silent if name not in self.report.silent_experts]
-        if new:
-            self.report.silent_experts.extend(new)
+        self.report.silent_experts.extend(new)
+        if new and (self.ranks.first or layer.owners):  # where experts are shared out, each rank tells of its own
             numbers = sorted({int(name.rpartition(".experts.")[2].partition(".")[0]) for name in new})
             tqdm.write(
                 f"warning: {layer.prefix}: no calibration token reached expert{'s' if len(numbers) > 1 else ''} "

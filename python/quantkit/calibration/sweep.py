@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.native import host, kept_memory
 from ..distributed import ONE, Ranks
-from ..errors import CalibrationError, DistributedError
+from ..errors import CalibrationError
 from ..models.skeleton import Skeleton, WeightSource
 from ..report.progress import Progress
 from .batches import Batch
@@ -27,6 +27,7 @@ from .layer_run import LayerRun
 from .lockstep import PROBE_TOKENS
 from .shared_experts import SharedExperts
 from .tree import Leaves
+from .whole_experts import WholeExperts
 
 
 def sweep(
@@ -93,19 +94,16 @@ def sweep(
             most = max(map(len, routed), default=0)
             size = min(most, expert_group or most)
             in_groups = bool(routed) and (size < most or ranks.world > 1)
-            smoothed = [name for readers in visitor.norms(index).values() for name in readers]
-            if ranks.world > 1 and any(map(skeleton.family.is_expert, smoothed)):
-                raise DistributedError(
-                    f"{skeleton.layer_prefix(index)}: its experts are smoothed together, which several processes "
-                    "cannot share; start quantkit without torchrun"
-                )
             if in_groups and len(routed) > 1:
                 raise CalibrationError(
                     f"{skeleton.layer_prefix(index)}: has {len(routed)} sets of experts, and only one set can come in "
                     "groups, or be shared by several processes; raise global.memory_budget, or leave low_memory and "
                     "torchrun out"
                 )
-            if in_groups:
+            kind: type[ExpertGroups] = ExpertGroups if ranks.world == 1 else SharedExperts
+            if visitor.together:
+                in_groups, kind = in_groups and ranks.world > 1, WholeExperts
+            if in_groups and kind is not WholeExperts:
                 skeleton.materialize_without_experts(index, source)
             else:
                 skeleton.materialize(index, source)
@@ -140,8 +138,7 @@ def sweep(
             recorders = {name: CacheRecorder(name, name in visitor.queries) for name in caches[index]}
             course = run.course(layer, visitor, [*first, *last], forwards) if first else None
             if in_groups:
-                groups = ExpertGroups if ranks.world == 1 else SharedExperts
-                groups(run, source, routed[0], size, offload).visit(
+                kind(run, source, routed[0], size, offload).visit(
                     layer, visitor, first, last, keep=feeds_on, all_experts=all_experts, recorders=recorders
                 )
             elif course is not None:

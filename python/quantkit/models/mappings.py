@@ -92,6 +92,8 @@ _LLAMA_SHAPED = re.compile(
     r"|(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate|shared_experts?\.\w+|experts\.\d+\.\w+))$"
 )
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Smoothing:
@@ -106,6 +108,12 @@ class Smoothing:
     kind: Literal["norm", "linear"]
     repeat: int = 1
     head_dim: int = 1
+
+    @property
+    def across_experts(self) -> bool:
+        """Whether it takes an expert together with others, or with what is none."""
+        numbers = (_EXPERT.search(f"{module}.") for module in (self.smooth, *self.balance))
+        return len({None if found is None else found[1] for found in numbers}) > 1
 
 
 def smoothings(

@@ -16,12 +16,13 @@ from ..config.recipe import AWQModifier, GPTQModifier, Modifier, SmoothQuantModi
 from ..config.schemes import QuantizationArgs
 from ..distributed import ONE, Ranks
 from ..errors import CalibrationError
+from ..memory import together
 from ..models.mappings import OFFSET_NORMS, Smoothing
 from ..plan import Plan
 from ..report.calibration import CalibrationReport, ModuleReport
 from . import awq, gptq, smoothquant
 from .activations import static_scale, wants
-from .division import OwnSink
+from .division import OwnSink, gathered, owners
 from .rtn import quantize_weight
 from .shared import GlobalScales
 from .sink import Sink
@@ -48,6 +49,8 @@ class Pipeline:
         self.shared = GlobalScales(plan)
         pooling = [m for m in plan.recipe.modifiers if isinstance(m, GPTQModifier) and m.low_data == "all_tokens"]
         self.pools_below = max((m.min_tokens_per_module for m in pooling), default=0)
+        places = [place for group in plan.smoothings.values() for place in group]
+        self.together = together(plan.recipe, places, plan.modules) is not None
         self.statistics = self._statistics()
         self.ranges = self._ranges()
 
@@ -134,10 +137,17 @@ class Pipeline:
                 modifier, names, working, self.modules, self.scale_dtypes, self.packs, self.shared, ranks
             )
         else:
-            outcomes = {
-                name: self._round(name, working.weight(name), working, self.shared.of(name, working.weight))
-                for name in names
-            }
+            ranks = self._among(working.layer)
+            of = owners([float(working.weight(name).numel()) for name in names], ranks)
+            outcomes = gathered(
+                {
+                    name: self._round(name, working.weight(name), working, self.shared.of(name, working.weight))
+                    for name, rank in zip(names, of, strict=True)
+                    if rank == ranks.rank
+                },
+                ranks,
+            )
+            outcomes = {name: outcomes[name] for name in names}
         each = (time.perf_counter() - started) / len(names)
         for name, outcome in outcomes.items():
             self._keep(working.layer, name, outcome, each)
