@@ -280,10 +280,10 @@ def _quantizing(quantizer: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[T
 
 def head_hook(stack: ExitStack, skeleton: Skeleton, source: Source) -> None:
     """As long as `stack` is open, the inputs of a quantized head are rounded as its config says."""
-    head = skeleton.checkpoint_name("lm_head")
+    head = skeleton.checkpoint_name(skeleton.head_path)
     if head in source.input_quantizers:
         hook = _quantizing(source.input_quantizers[head])
-        stack.callback(skeleton.model.get_submodule("lm_head").register_forward_pre_hook(hook).remove)
+        stack.callback(skeleton.model.get_submodule(skeleton.head_path).register_forward_pre_hook(hook).remove)
 
 
 def _logit_figures(

@@ -148,7 +148,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
         raise PlanError(f"model.torch_dtype: 'fp8', but {checkpoint.folder} is not in FP8; leave it out")
     family = family_of(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    all_modules = [*(n.removesuffix(".weight") for n in shapes if n.endswith(".weight")), *family.heads[:1]]
+    weights = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+    all_modules = [*weights, *family.heads[:1], "lm_head"]  # which every model has for Transformers
     key = "ignore" if config.compression.quantization is None else "ignore_layers"
     matches = match_ignore(key, config.ignore, list(dict.fromkeys(all_modules)))
     # The head stays in full precision: servers do not read it quantized unless told in ways that differ.

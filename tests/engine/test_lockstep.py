@@ -153,7 +153,7 @@ def test_smoothing_keeps_what_the_layer_computes(model_type: str, tmp_path: Path
             super().finish(layer, statistics)
             for norm, readers in self.norms(layer.index).items():
                 if readers[0] in statistics:
-                    working = Working(layer, statistics, offset_norms=model_type == "gemma3_text")
+                    working = Working(layer, statistics)
                     working.smooth(Smoothing(layer.index, norm, readers, "norm"), self.s)
                     working.settle()
             self.seen.update(before)

@@ -79,7 +79,7 @@ def one_linear(rows: int, cols: int) -> tuple[Working, Statistics, Tensor]:
     x = x * torch.logspace(-1, 1, cols)[torch.randperm(cols, generator=generator)]
     seen = Statistics.of(x, "x", Wants(gram=True))
     layer = Layer(0, "l", {"l.m": linear}, {"l.m.weight": (linear, "weight")})
-    return Working(layer, {"l.m": seen}, offset_norms=False), seen, x
+    return Working(layer, {"l.m": seen}), seen, x
 
 
 class _Alone:
@@ -216,7 +216,7 @@ def test_awq_takes_the_candidate_that_is_best_in_fp64() -> None:
     layer = working.layer
     norm = torch.nn.LayerNorm(64, bias=False)
     stored = {**layer.stored, "l.norm.weight": (norm, "weight")}
-    working = Working(Layer(0, "l", layer.linears, stored), {"l.m": seen}, offset_norms=False)
+    working = Working(Layer(0, "l", layer.linears, stored), {"l.m": seen})
     modifier = AWQModifier(scheme=int4(symmetric=False))
     modules = planned(48, 64, modifier.groups[0].scheme, modifier)
     place = Smoothing(0, "l.norm", ("l.m",), "norm")

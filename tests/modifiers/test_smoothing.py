@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +15,17 @@ from quantkit.calibration.batches import batches
 from quantkit.calibration.forward import embed, forward
 from quantkit.calibration.layer import Layer
 from quantkit.calibration.statistics import Statistics, Wants
-from quantkit.config.recipe import AWQModifier, Mapping, SmoothQuantModifier
+from quantkit.config.recipe import AWQModifier, Mapping, QuantizationModifier, SmoothQuantModifier
 from quantkit.errors import CalibrationError, PlanError
 from quantkit.models.families import family_of
-from quantkit.models.mappings import OFFSET_NORMS, Smoothing, smoothings
+from quantkit.models.mappings import Smoothing, smoothings
 from quantkit.models.skeleton import Skeleton
 from quantkit.modifiers import smoothquant
+from quantkit.modifiers.smooth_check import require_harmless
 from quantkit.modifiers.working import Working, narrowed, widened
 
 from ..engine.tiny import CONFIGS, FileSource, make
+from .test_pipeline import calibrated, int4, tokens
 
 MODIFIERS = (SmoothQuantModifier(), AWQModifier())
 
@@ -40,7 +44,10 @@ def logits(folder: Path, places: tuple[Smoothing, ...] = (), dtype: torch.dtype 
         hidden, calls = embed(skeleton, source, data)
         for index in range(skeleton.num_layers):
             skeleton.materialize(index, source)
-            working = Working(layer_of(skeleton, index), {}, offset_norms=skeleton.family.model_type in OFFSET_NORMS)
+            probe = partial(skeleton.forward, index, hidden.view(0), calls[0][index])
+            layer = replace(layer_of(skeleton, index), probe=probe)
+            require_harmless([place for place in places if place.layer == index], layer)
+            working = Working(layer, {})
             for place in places:
                 if place.layer == index:
                     width = working.weight(place.smooth).shape[0]
@@ -67,6 +74,22 @@ def test_every_place_of_the_tables_leaves_the_model_as_it_is(
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "norm", "mappings"),
+    [
+        ("gemma2", {}, "post_attention_layernorm", (Mapping("post_attention_layernorm", ("mlp.gate_proj",)),)),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "input_layernorm", None),
+    ],
+)
+def test_a_norm_that_the_residual_reads_is_refused_by_name(
+    model_type: str, changes: dict[str, Any], norm: str, mappings: tuple[Mapping, ...] | None, tmp_path: Path
+) -> None:
+    make(tmp_path, model_type, **changes)
+    modifiers = (SmoothQuantModifier(mappings=mappings), QuantizationModifier(scheme=int4()))
+    with pytest.raises(CalibrationError, match=rf"0\.{norm}: dividing its output .* changes what the layer computes"):
+        calibrated(tmp_path, modifiers, tokens(2))
+
+
 def test_rounding_of_a_bf16_norm_is_made_good_in_the_weights(tmp_path: Path) -> None:
     """The norm's weight is stored in bf16; s is corrected by what that changed, so s_norm * W stays exact."""
     make(tmp_path, "llama", torch.bfloat16)
@@ -76,7 +99,7 @@ def test_rounding_of_a_bf16_norm_is_made_good_in_the_weights(tmp_path: Path) -> 
     layer = layer_of(skeleton, 0)
     place = Smoothing(0, "model.layers.0.input_layernorm", ("model.layers.0.self_attn.q_proj",), "norm")
     norm, weight = (layer.tensor(f"{name}.weight").float() for name in (place.smooth, place.balance[0]))
-    working = Working(layer, {}, offset_norms=False)
+    working = Working(layer, {})
     working.smooth(place, torch.rand(64) + 0.1)
     stored = working.tensor(f"{place.smooth}.weight")
     assert torch.equal(stored, stored.bfloat16().float())
@@ -90,7 +113,7 @@ def test_a_reader_that_is_left_out_is_refused(tmp_path: Path) -> None:
     skeleton.materialize(0, source)
     seen = Statistics.of(torch.randn(8, 64), "x", Wants(gram=True))
     prefix = "model.layers.0.self_attn."
-    working = Working(layer_of(skeleton, 0), {f"{prefix}{p}_proj": seen for p in "qkv"}, offset_norms=False)
+    working = Working(layer_of(skeleton, 0), {f"{prefix}{p}_proj": seen for p in "qkv"})
     place = Smoothing(0, "model.layers.0.input_layernorm", (f"{prefix}q_proj", f"{prefix}k_proj"), "norm")
     with pytest.raises(CalibrationError, match=r"v_proj reads the output of .*input_layernorm and is not among"):
         working.smooth(place, torch.ones(64))
@@ -105,7 +128,7 @@ def test_smoothquants_scales_are_the_papers(strength: float, tmp_path: Path) -> 
     x = torch.randn(32, 64) * torch.logspace(-2, 2, 64)
     names = tuple(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up"))
     seen = Statistics.of(x, "x")
-    working = Working(layer_of(skeleton, 0), dict.fromkeys(names, seen), offset_norms=False)
+    working = Working(layer_of(skeleton, 0), dict.fromkeys(names, seen))
     place = Smoothing(0, "model.layers.0.post_attention_layernorm", names, "norm")
     s = smoothquant.scales(SmoothQuantModifier(smoothing_strength=strength), place, working)
     weight = torch.cat([working.weight(n) for n in names]).abs().amax(0).double()

@@ -16,7 +16,8 @@ from .statistics import Statistics, Wants
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer with its weights in memory. `linears` holds its Linears by their checkpoint names, `stored` every
-    parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch. Where
+    parameter and buffer by its name: (module, attribute). `outputs` runs the layer as it is on each batch,
+    `probe` on a few tokens. Where
     experts come in groups, each group is a Layer and all else is one; `pools`: what all experts saw, by projection;
     `owners`: which rank alone works on a Linear, where several share out the experts. `release(name)`: the source's own
     of a parameter that has been replaced need not stay resident.
@@ -27,6 +28,7 @@ class Layer:
     linears: Mapping[str, nn.Linear]
     stored: Mapping[str, tuple[nn.Module, str]]
     outputs: Callable[[], Iterator[Tensor]] | None = None
+    probe: Callable[[], Tensor] | None = None
     pools: Mapping[str, Statistics] = field(default_factory=dict)
     owners: Mapping[str, int] = field(default_factory=dict)
     release: Callable[[str], None] = lambda _: None

@@ -80,7 +80,7 @@ class LayerRun:
             layer,
             wanted,
             visitor.norms(self.index),
-            lambda: self.skeleton.forward(self.index, view, call),
+            self.probed,
             view.shape[1],
             known,
         )
@@ -180,6 +180,11 @@ class LayerRun:
             out = self.skeleton.forward(self.index, self.hidden.view(number), calls[self.index])
             yield out if batch.mask is None else out[batch.mask.bool()]
             self.hidden.rest(number)
+
+    def probed(self) -> Tensor:
+        """The layer as it is, for the few tokens of `probe`."""
+        view, call = self.probe
+        return self.skeleton.forward(self.index, view, call)
 
     def complete(
         self,

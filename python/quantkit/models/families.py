@@ -46,7 +46,8 @@ class Family:
     `roots`: what may stand before `layers.`; several for multimodal models, whose text part moved over the years.
     `fused`: parts of a module that read one input and that servers fuse, so their input scale has to be the same.
     `expert_parts`: gate, up and down projection of one expert. `renames`: (in the Transformers model, in the
-    checkpoint), for the few whose names differ. `attention`: what Transformers has to use.
+    checkpoint), for the few whose names differ. `attention`: what Transformers has to use. `depth`: the key of
+    config.json that says how many layers there are.
     """
 
     model_type: str
@@ -57,13 +58,13 @@ class Family:
     roots: tuple[str, ...] = ("model.",)
     layers: str = "layers"
     embedding: str = "embed_tokens"
-    norm: str = "norm"
     heads: tuple[str, ...] = ("lm_head",)
     never: tuple[str, ...] = NEVER
     fused: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     renames: tuple[tuple[str, str], ...] = ()
     attention: str = "sdpa"
+    depth: str = "num_hidden_layers"
 
     @cached_property
     def _layer_tensor(self) -> re.Pattern[str]:
@@ -175,6 +176,8 @@ _QWEN3_5 = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
+# Layers of before Llama's.
+_H: dict[str, Any] = {"roots": ("transformer.", ""), "layers": "h", "fused": ()}
 _MIXTRAL = {"expert_parts": ("w1", "w3", "w2"), "fused": (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))}
 
 # model_type -> what differs from the default. `tied` here is what Transformers assumes where config.json is silent.
@@ -234,10 +237,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
             (".mlp.shared_experts.", ".mlp.shared_mlp."),
         )
     },
+    "phi": {"fused": (("q_proj", "k_proj", "v_proj"),)},
+    "persimmon": {"fused": ()},
+    "nemotron": {},
+    "opt": {
+        "layers": "decoder.layers",
+        "embedding": "decoder.embed_tokens",
+        "fused": (("q_proj", "k_proj", "v_proj"),),
+        "tied": True,
+    },
+    "gpt_neox": {
+        "roots": ("gpt_neox.",),
+        "embedding": "embed_in",
+        "heads": ("embed_out",),
+        "fused": (),
+        "renames": (("lm_head", "embed_out"),),
+    },
+    "falcon": {**_H, "embedding": "word_embeddings", "tied": True},
+    "bloom": {**_H, "embedding": "word_embeddings", "tied": True, "depth": "n_layer"},
+    "gptj": {**_H, "embedding": "wte", "depth": "n_layer", "fused": (("q_proj", "k_proj", "v_proj"),)},
+    "mpt": {**_H, "layers": "blocks", "embedding": "wte", "tied": True, "depth": "n_layers"},
     "ministral3": {},
     "dots1": {},
     "solar_open": {},
 }
+
+
+# Names of config.json, of which older models have others.
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -253,15 +281,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json (as a dict), with its number of layers and whether the head is tied."""
     text = text_config(config)
     model_type = str(text.get("model_type") or config.get("model_type") or "")
-    layers = text.get("num_hidden_layers")
+    row = FAMILIES.get(model_type, {})
+    key = row.get("depth", Family.depth)
+    layers = text.get(key)
     if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
         raise CheckpointError(
-            f"config.json (model_type '{model_type}'): num_hidden_layers is {layers!r}; a decoder-only language model "
+            f"config.json (model_type '{model_type}'): {key} is {layers!r}; a decoder-only language model "
             "states how many layers it has"
         )
-    row = FAMILIES.get(model_type, {})
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", row.get("tied", False)))
-    heads, hidden = text.get("num_attention_heads") or 1, text.get("hidden_size") or 0
+    heads = next((text[key] for key in _HEADS if text.get(key)), 1)
+    hidden = next((text[key] for key in _WIDTH if text.get(key)), 0)
     head_dim = text.get("head_dim") or hidden // heads
     family = replace(
         Family(model_type, **row),

@@ -47,6 +47,16 @@ _PHI = (
 _GEMMA = Pattern("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
 _PARALLEL = Pattern("input_layernorm", (*_QKV, "mlp.gate_proj", "mlp.up_proj"))
 
+_PHI_2 = Pattern("input_layernorm", (*_QKV, "mlp.fc1"))
+_FUSED_QKV = "self_attention.query_key_value"
+_H_MLP = Pattern("post_attention_layernorm", ("mlp.dense_h_to_4h",))
+_OPT = (Pattern("self_attn_layer_norm", _QKV), Pattern("final_layer_norm", ("fc1",)))
+_NEOX = (Pattern("input_layernorm", ("attention.query_key_value",)), _H_MLP)
+_BLOOM = (Pattern("input_layernorm", (_FUSED_QKV,)), _H_MLP)
+_FALCON = (*_BLOOM, Pattern("ln_attn", (_FUSED_QKV,)), Pattern("ln_mlp", ("mlp.dense_h_to_4h",)))
+_GPTJ = (Pattern("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),)
+_MPT = (Pattern("norm_1", ("attn.Wqkv",)), Pattern("norm_2", ("ffn.up_proj",)))
+
 _LINEAR_ATTENTION = Pattern("input_layernorm", (r"re:.*\.linear_attn\.in_proj_\w+$",))
 
 _LLAMA = (_ATTENTION, _MLP)
@@ -78,14 +88,26 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
         (_ATTENTION, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
         (_ATTENTION, _V_TO_O, Pattern("post_attention_layernorm", ("mlp.c_fc",))),
     ),
+    "phi": ((_PHI_2,), (_PHI_2, Pattern("self_attn.v_proj", ("self_attn.dense",)))),
+    "persimmon": ((Pattern("input_layernorm", ("self_attn.query_key_value",)), _H_MLP),) * 2,
+    "opt": (_OPT, (*_OPT, Pattern("self_attn.v_proj", ("self_attn.out_proj",)))),
+    "gpt_neox": (_NEOX, _NEOX),
+    "bloom": (_BLOOM, _BLOOM),
+    "falcon": (_FALCON, _FALCON),
+    "gptj": (_GPTJ, (*_GPTJ, Pattern("attn.v_proj", ("attn.out_proj",)))),
+    "mpt": (_MPT, _MPT),
     "qwen3_vl_moe_text": ((_ATTENTION,), (_ATTENTION, _V_TO_O)),
     "glm4v_text": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm4": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
 }
 DEFAULT = (_LLAMA, (_ATTENTION, _V_TO_O, _MLP, _UP_TO_DOWN))
-# Norms that multiply by 1 + weight.
-OFFSET_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+# For layers whose attention and MLP read one norm side by side, as some models of a type that has two do.
+SIDE_BY_SIDE = {
+    "stablelm": _PARALLEL,
+    "falcon": Pattern("input_layernorm", (_FUSED_QKV, "mlp.dense_h_to_4h")),
+}
+_SECOND = re.compile(r"\.(post_attention_layernorm|ln_mlp)$")
 # What the layers of an unknown architecture may hold, so that the default mappings are taken to fit.
 _LLAMA_SHAPED = re.compile(
     r"(input_layernorm|post_attention_layernorm|self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(gate|up|down)_proj"
@@ -140,8 +162,8 @@ def smoothings(
     found: list[Smoothing] = []
     notes: dict[str, int] = {}
     for layer, members in sorted(modules.items()):
-        for pattern in table:
-            for place in _places(pattern, layer, members):
+        for pattern in table if given else _of_layer(table, family, members):
+            for place in _places(pattern, layer, members, tensors):
                 if pattern is _UP_TO_DOWN and not _gated(place.smooth, members):
                     continue
                 if place.smooth in skip or any(b in skip for b in place.balance):
@@ -161,6 +183,14 @@ def smoothings(
     return tuple(found), tuple(f"{reason} (x{count})" for reason, count in notes.items())
 
 
+def _of_layer(table: Sequence[Pattern], family: Family, members: Sequence[str]) -> Sequence[Pattern]:
+    """What of the default mappings fits the layer with these modules."""
+    side_by_side = SIDE_BY_SIDE.get(family.model_type)
+    if side_by_side is None or any(map(_SECOND.search, members)):
+        return table
+    return (side_by_side, *(pattern for pattern in table if pattern.smooth_layer != side_by_side.smooth_layer))
+
+
 def matches(pattern: str, module: str) -> bool:
     """Whether `module` is what `pattern` means: `re:` from the start of the full name, else a run of dotted parts at
     its end.
@@ -170,14 +200,16 @@ def matches(pattern: str, module: str) -> bool:
     return module == pattern or module.endswith(f".{pattern}")
 
 
-def _places(pattern: Pattern, layer: int, members: Sequence[str]) -> Iterable[Smoothing]:
+def _places(
+    pattern: Pattern, layer: int, members: Sequence[str], tensors: Mapping[str, Sequence[int]]
+) -> Iterable[Smoothing]:
     """For each match of the smooth layer, the balance layers nearest to it: those that share most of its name."""
     candidates = [m for m in members if any(matches(p, m) for p in pattern.balance_layers)]
     for smooth in members:
         others = [m for m in candidates if m != smooth]
         if not matches(pattern.smooth_layer, smooth) or not others:
             continue
-        norm = re.search(r"norm\d*$", smooth) is not None
+        norm = len(tensors[f"{smooth}.weight"]) == 1
         depth = max(_shared(smooth, m) for m in others)
         balance = tuple(m for m in others if _shared(smooth, m) >= (0 if norm else depth))
         yield Smoothing(layer, smooth, balance, "norm" if norm else "linear")

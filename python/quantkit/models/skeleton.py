@@ -91,6 +91,8 @@ class Skeleton:
         self._tail: tuple[None, ...] | None = None  # what a layer returns behind the hidden states, if a tuple
         self._fp32 = [re.compile(p) for p in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()]
         self._layers_path = next(n for n, m in self.model.named_modules() if m is self.layers)
+        head = self.model.get_output_embeddings()
+        self.head_path = next((n for n, m in self.model.named_modules() if m is head), "lm_head")
         self._base_path = self._layers_path.removesuffix(self.family.layers)
         self.experts: list[list[Experts]] = [self._split_experts(i) for i in range(self.num_layers)]
         self._materialize_buffers()
@@ -104,16 +106,17 @@ class Skeleton:
             name = name.replace(here, there)
         if name.startswith(self._base_path) and self._base_path:
             return self.root + name[len(self._base_path) :]
-        if name == "lm_head" or name.startswith("lm_head."):
+        if self._in_head(name):
             for head in self.family.heads:
                 if f"{head}.weight" in self.names:
-                    return head + name.removeprefix("lm_head")
+                    return head + name.removeprefix(self.head_path)
         return name
 
     @property
     def tied_head(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
-        return self._source_name("lm_head.weight") != self.checkpoint_name("lm_head.weight")
+        weight = f"{self.head_path}.weight"
+        return self._source_name(weight) != self.checkpoint_name(weight)
 
     def layer_prefix(self, index: int) -> str:
         """The checkpoint's name of a decoder layer."""
@@ -204,7 +207,7 @@ class Skeleton:
         """
         modules = [(name, m) for name, m in self.model.named_modules() if not self._in_layers(name)]
         if not head:
-            modules = [(name, m) for name, m in modules if not (name == "lm_head" or name.startswith("lm_head."))]
+            modules = [(name, m) for name, m in modules if not self._in_head(name)]
         try:
             for name, module in modules:
                 self.fill(name, module, source, recurse=False)
@@ -271,7 +274,12 @@ class Skeleton:
             self._tail = tail
             try:
                 last = run()
-            except (TypeError, ValueError, IndexError) as error:  # it takes apart what layers do not return
+            except (
+                TypeError,
+                ValueError,
+                IndexError,
+                RuntimeError,
+            ) as error:  # it takes apart what layers do not return
                 failed = failed or error
                 continue
             if entered and all(hidden.shape == entered[0].shape for hidden in (*entered, last)):
@@ -294,6 +302,9 @@ class Skeleton:
                 del layer.forward
 
     # Construction
+
+    def _in_head(self, name: str) -> bool:
+        return name == self.head_path or name.startswith(self.head_path + ".")
 
     def _in_layers(self, name: str) -> bool:
         return name == self._layers_path or name.startswith(self._layers_path + ".")
@@ -347,7 +358,7 @@ class Skeleton:
     def _source_name(self, path: str) -> str:
         """The checkpoint name to read `path` from: a tied head without a tensor of its own is the embedding."""
         name = self.checkpoint_name(path)
-        if name not in self.names and path == "lm_head.weight" and self.family.tied:
+        if name not in self.names and path == f"{self.head_path}.weight" and self.family.tied:
             return f"{self.root}{self.family.embedding}.weight"
         return name
 
@@ -520,7 +531,10 @@ def _build(make: Callable[..., Any], config: Any, family: Family, dtype: torch.d
         if family.attention != "sdpa":
             model = build(family.attention)
         else:
-            model = build(attention.register())
+            try:
+                model = build(attention.register())
+            except KeyError:  # a class that knows its kinds of attention by name
+                model = build("eager")
             if not getattr(model, "_supports_sdpa", False) or _asks_for_attention(type(model)):
                 model = build("eager")
     except (ValueError, KeyError, ImportError) as error:

@@ -17,7 +17,7 @@ from ..config.schemes import QuantizationArgs
 from ..distributed import ONE, Ranks
 from ..errors import CalibrationError
 from ..memory import together
-from ..models.mappings import OFFSET_NORMS, Smoothing
+from ..models.mappings import Smoothing
 from ..plan import Plan
 from ..report.calibration import CalibrationReport, ModuleReport
 from . import awq, gptq, smoothquant
@@ -26,6 +26,7 @@ from .division import OwnSink, gathered, owners
 from .rtn import quantize_weight
 from .shared import GlobalScales
 from .sink import Sink
+from .smooth_check import require_harmless
 from .working import Working
 
 
@@ -43,7 +44,6 @@ class Pipeline:
         self.scale_dtypes = {name: plan.scale_dtype(name) for name in plan.modules}
         self.packs = {name: plan.packs(name) for name in plan.modules}
         self.clips = any(isinstance(m, AWQModifier) and m.clip for m in plan.recipe.modifiers)
-        self.offset_norms = plan.family.model_type in OFFSET_NORMS
         self.caches = plan.attentions if plan.kv_cache is not None else ()
         self.queries = self.caches if plan.attention is not None else ()
         self.shared = GlobalScales(plan)
@@ -98,7 +98,8 @@ class Pipeline:
         return [(place, modifiers[i]) for i, places in found.items() for place in places if place.layer == index]
 
     def prepare(self, layer: Layer) -> None:
-        """Codes that wait for nothing."""
+        """What is smoothed, tried; codes that wait for nothing."""
+        require_harmless([place for place, _ in self._places(layer.index)], layer)
         self._assign(layer)
         for name in layer.linears:
             if name in self.modules and name not in self.statistics:
@@ -107,7 +108,7 @@ class Pipeline:
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
         """Every modifier in turn, on the readers of the inputs that there are statistics of."""
-        working = Working(layer, statistics, offset_norms=self.offset_norms)
+        working = Working(layer, statistics)
         here = [name for name in layer.linears if name in self.modules and name in statistics]
         for index, modifier in enumerate(self.plan.recipe.modifiers):
             for place in self.plan.smoothings.get(index, ()):

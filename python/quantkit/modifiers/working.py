@@ -11,13 +11,14 @@ from ..calibration.layer import Layer
 from ..calibration.statistics import Statistics
 from ..errors import CalibrationError
 from ..models.mappings import Smoothing
+from ..models.norms import norm_offset
 
 
 class Working:
-    """`statistics` are of each Linear's input as the weights are now. `offset_norms`: norms multiply by 1 + weight."""
+    """`statistics` are of each Linear's input as the weights are now."""
 
-    def __init__(self, layer: Layer, statistics: Mapping[str, Statistics], *, offset_norms: bool) -> None:
-        self.layer, self.statistics, self.offset_norms = layer, statistics, offset_norms
+    def __init__(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
+        self.layer, self.statistics = layer, statistics
         self.masters: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -47,7 +48,7 @@ class Working:
         `widened` s where they read each channel several times).
 
         A norm's weight is rounded to its dtype first and s corrected by what that changed, so the layer computes the
-        same but for the rounding of fp32.
+        same but for the rounding of fp32. Channels that this leaves without a sign or a value stay as they are.
         """
         inputs = self.inputs_of(place.balance)
         for seen, _ in inputs.values():
@@ -60,12 +61,13 @@ class Working:
                 )
         name, bias = f"{place.smooth}.weight", f"{place.smooth}.bias"
         if place.kind == "norm":
-            offset = 1.0 if self.offset_norms else 0.0
-            before = self.tensor(name).float() + offset
-            stored = (before / s - offset).to(self.layer.tensor(name).dtype).float()
-            exact = before / (stored + offset)
-            s = torch.where(torch.isfinite(exact) & (exact > 0), exact, s)
-            self.masters[name] = stored
+            offset = norm_offset(self.layer.stored[name][0], place.smooth)
+            weight = self.tensor(name).float()
+            stored = ((weight + offset) / s - offset).to(self.layer.tensor(name).dtype).float()
+            exact = (weight + offset) / (stored + offset)
+            works = torch.isfinite(exact) & (exact > 0)
+            s = torch.where(works, exact, torch.ones_like(s))
+            self.masters[name] = torch.where(works, stored, weight)
         else:
             self._master(name).div_(s[:, None])
         if bias in self.layer.stored:
