@@ -70,8 +70,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the checkpoint (config.json, the index)."""
     try:
         with open(path, "rb") as file:
-            _require_regular(file.fileno(), path)
-            data = file.read(MAX_HEADER + 1)
+            size = _require_regular(file.fileno(), path)
+            data = file.read(min(size, MAX_HEADER) + 1)  # so much is allocated at once
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_HEADER:
