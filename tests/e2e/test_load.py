@@ -468,7 +468,11 @@ def test_growing_cache_is_the_dynamic_one(outputs: Any, ids: Tensor) -> None:
 def test_head_in_bf16_is_the_linear(outputs: Any, ids: Tensor) -> None:
     model = quantkit.load(outputs("tiny-llama", "W4A16"))
     head = model.lm_head
-    assert head.weight is model.model.embed_tokens.weight and head.packed is not None
+    embedding = model.model.embed_tokens
+    with Checkpoint(outputs("tiny-llama", "W4A16")) as checkpoint:
+        stored = checkpoint.tensor("model.embed_tokens.weight")
+        assert torch.equal(head.weight, stored) and torch.equal(embedding(ids), stored[ids])
+    assert head.packed is embedding.packed and not list(head.parameters()) + list(embedding.parameters())
     x = torch.randn(2, 3, 256).bfloat16()
     exact = x.double() @ head.weight.double().T
     assert ((head(x) - exact).abs() <= exact.abs() * 2.0**-8 + 1e-4).all()

@@ -116,7 +116,7 @@ class Skeleton:
     def tied_head(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
         weight = f"{self.head_path}.weight"
-        return self._source_name(weight) != self.checkpoint_name(weight)
+        return self.source_name(weight) != self.checkpoint_name(weight)
 
     def layer_prefix(self, index: int) -> str:
         """The checkpoint's name of a decoder layer."""
@@ -168,7 +168,7 @@ class Skeleton:
         path = f"{self._layers_path}.{index}"
         for name, module in self.layers[index].named_modules():
             for key in () if module in late else _stored(module):
-                prefetch(self._source_name(".".join(part for part in (path, name, key) if part)))
+                prefetch(self.source_name(".".join(part for part in (path, name, key) if part)))
 
     def prefetch_experts(self, experts: Experts, members: Sequence[int], source: WeightSource) -> None:
         """Start reading some experts of a layer from disk, if `source` can."""
@@ -177,7 +177,7 @@ class Skeleton:
             return
         for name, module in self._of(experts, members):
             for key in _stored(module):
-                prefetch(self._source_name(f"{name}.{key}"))
+                prefetch(self.source_name(f"{name}.{key}"))
 
     def materialize_experts(self, experts: Experts, members: Sequence[int], source: WeightSource) -> None:
         """Fill some experts of a layer from `source`."""
@@ -353,9 +353,9 @@ class Skeleton:
         for name, module in self.model.named_modules():
             for key in _stored(module):
                 path = f"{name}.{key}" if name else key
-                yield path, self._source_name(path)
+                yield path, self.source_name(path)
 
-    def _source_name(self, path: str) -> str:
+    def source_name(self, path: str) -> str:
         """The checkpoint name to read `path` from: a tied head without a tensor of its own is the embedding."""
         name = self.checkpoint_name(path)
         if name not in self.names and path == f"{self.head_path}.weight" and self.family.tied:
@@ -397,24 +397,28 @@ class Skeleton:
         """
         for name, module in list(root.named_modules()) if recurse else [("", root)]:
             for key, old in () if module in skip else _stored(module).items():
-                full = ".".join(part for part in (path, name, key) if part)
-                there = self._source_name(full)
-                try:
-                    tensor = source.get(there)
-                except KeyError:
-                    raise CheckpointError(f"{self.folder}: tensor '{there}' is missing") from None
-                if tensor.shape != old.shape:
-                    raise CheckpointError(
-                        f"{self.folder}: tensor '{there}' has shape {list(tensor.shape)}, {type(self.model).__name__} "
-                        f"with this config.json needs {list(old.shape)}"
-                    )
-                if tensor.is_floating_point():
-                    keep = any(p.search(full) for p in self._fp32)
-                    tensor = tensor.to(torch.float32 if keep else self.dtype)
+                tensor = self.read(".".join(part for part in (path, name, key) if part), old, source)
                 if key in module._parameters:
                     module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
                 else:
                     module._buffers[key] = tensor
+
+    def read(self, path: str, old: Tensor, source: WeightSource) -> Tensor:
+        """What belongs in the place of the model's tensor `old` at `path`, in its dtype."""
+        there = self.source_name(path)
+        try:
+            tensor = source.get(there)
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: tensor '{there}' is missing") from None
+        if tensor.shape != old.shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor '{there}' has shape {list(tensor.shape)}, {type(self.model).__name__} "
+                f"with this config.json needs {list(old.shape)}"
+            )
+        if tensor.is_floating_point():
+            keep = any(p.search(path) for p in self._fp32)
+            tensor = tensor.to(torch.float32 if keep else self.dtype)
+        return tensor
 
     def _release(self, path: str, root: nn.Module, source: WeightSource, *, recurse: bool = True) -> None:
         """Tell `source` that what `root` was filled with is no longer needed."""
@@ -423,7 +427,7 @@ class Skeleton:
             return
         for name, module in root.named_modules() if recurse else [("", root)]:
             for key in _stored(module):
-                release(self._source_name(".".join(part for part in (path, name, key) if part)))
+                release(self.source_name(".".join(part for part in (path, name, key) if part)))
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:

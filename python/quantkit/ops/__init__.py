@@ -3,7 +3,7 @@
 from . import _load
 from .attention import attention, sage_attention
 from .awq import awq_search
-from .bf16_gemm import bf16_gemm, pack_bf16
+from .bf16_gemm import bf16_gemm, bf16_rows, pack_bf16
 from .error import quantization_error
 from .fp4 import (
     e8m0_decode,
@@ -47,6 +47,7 @@ __all__ = [
     "attention",
     "awq_search",
     "bf16_gemm",
+    "bf16_rows",
     "combine_experts",
     "dequantize",
     "e8m0_decode",

@@ -91,6 +91,12 @@ def pack_bf16(weight: Tensor) -> Tensor:
     return _pack(weight)
 
 
+def bf16_rows(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """Rows of the weight that `pack_bf16` was given, K = in_features: integers [...] -> bf16 [..., K]."""
+    words = packed[rows // PANEL, :, rows % PANEL]
+    return words.view(torch.bfloat16)[..., :in_features]
+
+
 def bf16_gemm(x: Tensor, packed: Tensor, out_features: int, *, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias: F.linear with a bf16 weight in the kernels' own layout.
 

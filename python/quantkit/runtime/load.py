@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
@@ -28,7 +29,7 @@ from ..models.fused_norm import replace_norms
 from ..models.skeleton import Skeleton
 from .check import check_device, check_tensors, require_quantized
 from .experts import quant_experts, suits
-from .head import replace_head
+from .head import Embedding, Head, PlainHead
 from .linear import Parts, QuantLinear, merged, quant_linear
 from .saving import Saver, Stored
 
@@ -129,13 +130,15 @@ class _Filler:
         self.model, self.stored = skeleton.model, Stored(skeleton.folder)
 
     def fill(self) -> None:
-        head, tied = self.model.get_output_embeddings(), self.skeleton.tied_head
+        tied = self.skeleton.tied_head
+        self._pack_head(tied)
+        head = self.model.get_output_embeddings()
         linears = {}
         for path, module in list(self.model.named_modules()):
             name = self.skeleton.checkpoint_name(path)
             if isinstance(module, nn.Linear) and name in self.source.modules:
                 linears[name] = (path, module)
-            elif not (module is head and tied):
+            elif not (type(module) is nn.Linear and module is head and tied):
                 self.skeleton.fill(path, module, self.plain, recurse=False)
         left = sorted(self.source.modules - linears.keys())
         if left:
@@ -143,9 +146,10 @@ class _Filler:
                 f"{self.skeleton.folder}: '{left[0]}' is quantized, but {type(self.model).__name__} has no Linear of "
                 "that name; config.json does not describe this checkpoint"
             )
-        if tied:
-            head.weight = self.model.get_input_embeddings().weight
-        replace_head(self.model)
+        if type(head) is nn.Linear:
+            if tied:
+                head.weight = self.model.get_input_embeddings().weight
+            self.model.set_output_embeddings(PlainHead(head).train(head.training))
         if self.merge:
             self._put_experts(linears)
         sets = self.skeleton.family.fused_sets(linears) if self.merge else []
@@ -160,6 +164,19 @@ class _Filler:
             )
             for name in names:
                 self.source.release(f"{name}.weight")
+
+    def _pack_head(self, tied: bool) -> None:
+        """A head of bf16 numbers, and the embedding that is the same matrix, packed from the file."""
+        path = self.skeleton.head_path
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        plain = type(head) is nn.Linear and self.skeleton.checkpoint_name(path) not in self.source.modules
+        if not plain or self.skeleton.dtype != torch.bfloat16:
+            return
+        packed = ops.pack_bf16(self.skeleton.read(f"{path}.weight", head.weight, self.source))
+        self.source.release(self.skeleton.source_name(f"{path}.weight"))
+        self.model.set_output_embeddings(Head(packed, head).train(head.training))
+        if tied and type(embedding) is nn.Embedding:
+            self.model.set_input_embeddings(Embedding(packed, embedding).train(embedding.training))
 
     def _quantize_cache(self, attention: str) -> None:
         """From now on the cache of this attention module holds what its codes can."""

@@ -16,7 +16,7 @@ from ..formats.stored import describe_scheme
 from ..modifiers.rtn import quantize_weight
 from ..targets import match_ignore, pattern_of
 from .check import SUPPORTED, check_device
-from .head import Head
+from .head import Head, PlainHead
 from .linear import Parts, QuantLinear, kind_of, merged, quant_linear
 
 CLASS = "Linear"
@@ -41,7 +41,7 @@ def swap_linears(
     Raises ConfigError for a scheme, PlanError for a model or names that do not fit; the model is then unchanged.
     """
     scheme = _data_free(scheme)
-    linears = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Head)}
+    linears = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Head, PlainHead)}
     chosen = _chosen(model, linears, [targets] if isinstance(targets, str) else list(targets), ignore)
     for name in chosen:
         _check(name, linears[name], scheme)
