@@ -26,6 +26,7 @@ from .config.schemes import QuantizationArgs
 from .errors import CheckpointError
 from .formats.attention import QUERY, query_tensor
 from .formats.rows import SEARCHED
+from .formats.stacked_source import unsplit
 from .models.families import family_of
 from .parallel import each, thread_count
 from .plan import collapse
@@ -167,6 +168,7 @@ def audit(output: Path, source: Checkpoint, *, progress: bool = True) -> AuditRe
         except CheckpointError as error:
             result.problems.append(str(error))
             return result
+        source = unsplit(source, lambda stacked, _: not stacked.isdisjoint(written.tensors))
         _check_structure(quantized, source, result)
         if result.ok:
             _check_values(quantized, source, record, result, progress)
@@ -250,7 +252,7 @@ def _in_parts(name: str, quantized: WeightSource, source: Checkpoint, record: Re
     """Whether tensor `name` is compared without taking memory for all of it."""
     module = quantized.module_of(name)
     if module is None:
-        return name not in record.rewritten and name not in source.dequantized
+        return name not in record.rewritten and name not in source.remade
     return _rows_of(module, quantized, source, record) is not None
 
 
@@ -259,7 +261,7 @@ def _rows_of(module: str, quantized: WeightSource, source: Checkpoint, record: R
     assert quantized.format is not None
     scheme = quantized.schemes[module]
     rows = quantized.format.row_tensors(module, scheme, *source.tensors[f"{module}.weight"].shape)
-    if rows is None or not record.is_rounded(module, scheme.weights):
+    if rows is None or f"{module}.weight" in source.gathered or not record.is_rounded(module, scheme.weights):
         return None
     return rows if rows.scale in quantized.checkpoint.tensors else None
 
@@ -469,7 +471,7 @@ def _same_bytes(name: str, written: Checkpoint, source: Checkpoint) -> bool:
     nbytes = source.info(name).nbytes
     if nbytes == 0:
         return True
-    if name in source.dequantized:
+    if name in source.remade:
         import torch
 
         made, stored = source.tensor(name), written.tensor(name)

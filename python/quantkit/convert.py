@@ -23,6 +23,7 @@ from .errors import CheckpointError, ConfigError
 from .formats import Format, format_by_name, written_config
 from .formats.attention import with_attention
 from .formats.compressed_tensors import of_attention
+from .formats.stacked_source import split
 from .models.families import family_of
 from .plan import kept_linears
 from .quantized import QuantizedTensor
@@ -214,7 +215,7 @@ def _config(read: WeightSource, fmt: Format, schemes: Mapping[str, QuantizationS
     config = dict(read.checkpoint.config)
     if read.format is not None and read.format.IN_CONFIG != "quantization_config":
         config.pop(read.format.IN_CONFIG, None)
-    shapes = {name: info.shape for name, info in read.checkpoint.tensors.items()}
+    shapes = {name: info.shape for name, info in split(read.checkpoint).tensors.items()}
     shapes = {name: shape for name, shape in shapes.items() if read.module_of(name) is None}
     ignore = kept_linears(family_of(config), shapes, schemes)
     user = config["quantization_config"].get("ignored_layers") or ["lm_head"]

@@ -193,7 +193,9 @@ def _divisible(plan: Plan, name: str) -> bool:
     """
     module = _module(plan, name)
     if module is None:
-        return name not in plan.checkpoint.dequantized
+        return name not in plan.checkpoint.remade
+    if name in plan.checkpoint.gathered:
+        return False
     planned = plan.modules[module]
     return by_rows(plan.format, module, planned.scheme, planned.rows, planned.cols) is not None
 

@@ -200,7 +200,7 @@ class _Calibration:
         config, checkpoint = plan.config, plan.checkpoint
         remote = config.model.trust_remote_code
         self.skeleton = Skeleton(
-            checkpoint.folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote
+            checkpoint.folder, checkpoint.parts, dtype=forward_dtype(config), trust_remote_code=remote
         )
         if rows is None and plan.statistics is None and ranks.first:
             assert config.dataset is not None

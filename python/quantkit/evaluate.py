@@ -178,9 +178,10 @@ def open_source(folder: Path) -> Source:
     """
     from .checkpoint.reader import Checkpoint
     from .formats.source import WeightSource
+    from .formats.stacked_source import split
     from .formats.stored import check_stored
 
-    source = WeightSource(Checkpoint(folder))
+    source = WeightSource(split(Checkpoint(folder)))
     check_stored(source)
     return source
 

@@ -70,7 +70,7 @@ def measure(
     with open_plan(_at_level_0(config)) as plan:
         names = _candidates(plan)
         remote, folder = config.model.trust_remote_code, plan.checkpoint.folder
-        skeleton = Skeleton(folder, plan.checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
+        skeleton = Skeleton(folder, plan.checkpoint.parts, dtype=forward_dtype(config), trust_remote_code=remote)
         if rows is None:
             assert config.dataset is not None
             tokenizer = load_tokenizer(folder, trust_remote_code=remote)

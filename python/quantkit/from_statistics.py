@@ -119,7 +119,7 @@ def _refuse(where: object, names: list[str], what: str, advice: str) -> None:
 
 def _check_names(file: StatisticsFile, plan: Plan) -> None:
     """That all it names are Linears and attention modules of the model, as wide as it says."""
-    tensors, family, config = plan.checkpoint.tensors, plan.family, plan.checkpoint.config
+    tensors, family, config = plan.checkpoint.parts, plan.family, plan.checkpoint.config
     known = attention_modules(family, tensors)
     for held, heads in ((file.contents.caches, kv_heads(config)), (file.contents.queries, query_heads(config))):
         for name, count in held.items():

@@ -133,10 +133,11 @@ def inspect_folder(folder: str | Path, *, progress: bool = True) -> Inspection:
     CheckpointError for a damaged one.
     """
     from .formats.source import WeightSource
+    from .formats.stacked_source import split
     from .formats.stored import check_stored
     from .models.families import family_of
 
-    with Checkpoint(folder) as checkpoint:
+    with split(Checkpoint(folder)) as checkpoint:
         read = WeightSource(checkpoint)
         check_stored(read)
         family = family_of(checkpoint.config)

@@ -27,9 +27,11 @@ from .estimate import Estimate, estimate, shortages
 from .formats import Format, format_by_name, written_config
 from .formats.attention import query_tensor, with_attention
 from .formats.rows import by_rows
+from .formats.stacked_source import unsplit
 from .memory import Means, means
 from .models.families import Family, family_of
 from .models.mappings import Smoothing, smoothings
+from .models.stacked_experts import UNREAD
 from .targets import assign, match_ignore, served, served_targets
 
 if TYPE_CHECKING:
@@ -122,11 +124,19 @@ class Plan:
             name: " and ".join(word for word, where in (("columns", columns), ("rows", rows)) if name in where)
             for name in self.modules
         }
+        clips = any(isinstance(modifier, AWQModifier) and modifier.clip for modifier in self.recipe.modifiers)
         return {
-            "methods": {name: module.modifier.kind for name, module in self.modules.items()},
+            "methods": {name: _method(module, clips) for name, module in self.modules.items()},
             "rescaled": {name: what for name, what in rescaled.items() if what},
             "rewritten": sorted(self.rewritten),
         }
+
+
+def _method(module: PlannedModule, clips: bool) -> str:
+    """How it is quantized. AWQ `clips` ranges also of what it does not rescale."""
+    weights = module.scheme.weights
+    clipped = clips and module.modifier.kind == "rtn" and (weights.type, weights.num_bits) == ("int", 4)
+    return "awq" if clipped else module.modifier.kind
 
 
 def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: int = 1) -> Plan:
@@ -164,13 +174,13 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     modules = {name: _planned(name, checkpoint, found.group.scheme, found.modifier) for name, found in assigned.items()}
     warnings = [] if family.known else [_unknown_family(checkpoint)]
     if checkpoint.dequantized:
-        dtype = checkpoint.tensors[next(iter(checkpoint.dequantized))].dtype
+        coded = checkpoint.dequantized & checkpoint.tensors.keys()
+        dtype = checkpoint.tensors[next(iter(coded))].dtype
+        warnings.append(f"the source is in FP8: {len(coded)} weights are dequantized to {dtype} as they are read")
+    if (unread := UNREAD.get(family.model_type)) and any(family.is_expert(name) for name in modules):
         warnings.append(
-            f"the source is in FP8: {len(checkpoint.dequantized)} weights are dequantized to {dtype} as they are read"
-        )
-    if stacked := family.fused_experts(shapes):
-        warnings.append(
-            f"{len(stacked)} expert weights stored as one 3-D tensor each (e.g. {stacked[0]}) stay in full precision"
+            f"{', '.join(unread)}: no room for quantized experts of {family.model_type}, which are left out; for them "
+            "ignore 're:.*experts.*'"
         )
     groups = tuple(group for group in recipe.groups if any(a.group is group for a in assigned.values()))
     _check_fused_sets(family, linears, modules)
@@ -181,6 +191,13 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     places, notes = _smoothings(recipe, family, shapes, modules)
     warnings += notes
     rewritten = _rewritten(places, modules, shapes)
+    # Stacked experts that nothing happens to stay as they are.
+    changed = rewritten | {f"{name}.weight" for name in modules}
+    checkpoint = unsplit(checkpoint, lambda _, parts: changed.isdisjoint(parts))
+    if stacked := family.fused_experts({name: info.shape for name, info in checkpoint.tensors.items()}):
+        warnings.append(
+            f"{len(stacked)} expert weights stored as one 3-D tensor each (e.g. {stacked[0]}) stay in full precision"
+        )
     attentions = attentions_of(recipe, family, checkpoint, shapes)
     if recipe.kv_cache is not None and recipe.kv_cache.type == "int" and fmt.NAME != "mindie":
         warnings.append("an int8 KV cache: vLLM reads FP8 ones only, and refuses this model; Transformers reads it")
@@ -211,8 +228,8 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     whole = [
         checkpoint.tensors[f"{name}.weight"].nbytes
         for name, m in modules.items()
-        if by_rows(fmt, name, m.scheme, m.rows, m.cols) is None
-    ] + [checkpoint.tensors[name].nbytes for name in carried if name in checkpoint.dequantized]
+        if by_rows(fmt, name, m.scheme, m.rows, m.cols) is None or f"{name}.weight" in checkpoint.gathered
+    ] + [checkpoint.tensors[name].nbytes for name in carried if name in checkpoint.remade]
     found = estimate(
         config,
         checkpoint,

@@ -271,8 +271,8 @@ def test_padding_has_no_effect(model_type: str, tmp_path: Path) -> None:
         assert padded.count == found[2][name].count
 
 
-# MiMo, whose attention has sinks, runs on `eager` alone, and `input_ranges` on `sdpa`.
-@pytest.mark.parametrize("model_type", [name for name in MOE if name != "mimo_v2_flash"])
+# MiMo and gpt-oss, whose attention has sinks, run on `eager` alone, and `input_ranges` on `sdpa`.
+@pytest.mark.parametrize("model_type", [name for name in MOE if name not in ("mimo_v2_flash", "gpt_oss")])
 def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_path: Path) -> None:
     make(tmp_path, model_type)
     data = batches(rows([64] * 4), 128)
@@ -294,8 +294,8 @@ def test_experts_see_the_tokens_that_are_routed_to_them(model_type: str, tmp_pat
             experts[layer] = experts.get(layer, 0) + statistics.count
             up = name.replace("gate_proj", "up_proj").replace(".w1", ".w3")
             assert visitor.found[up] is statistics
-    # Every token goes to two experts.
-    assert experts and set(experts.values()) == {2 * 4 * 64}
+    # Every token goes to two experts; to one in Llama 4.
+    assert experts and set(experts.values()) == {(1 if model_type == "llama4_text" else 2) * 4 * 64}
 
 
 def test_expert_names_are_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -492,16 +492,16 @@ def test_a_module_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_experts_of_another_layout_are_refused_by_class(tmp_path: Path) -> None:
-    class TransposedExperts(nn.Module):
-        is_transposed = True
+    class NarrowExperts(nn.Module):
+        has_post_expert_norm = True
 
         def __init__(self) -> None:
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.empty(4, 8, 32))
             self.down_proj = nn.Parameter(torch.empty(4, 16, 8))
 
-    with pytest.raises(CheckpointError, match=r"TransposedExperts.*is_transposed"):
-        Experts(TransposedExperts(), ("gate_proj", "up_proj", "down_proj"), "model.layers.0.mlp.experts")
+    with pytest.raises(CheckpointError, match=r"NarrowExperts.*has_post_expert_norm"):
+        Experts(NarrowExperts(), ("gate_proj", "up_proj", "down_proj"), "model.layers.0.mlp.experts")
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

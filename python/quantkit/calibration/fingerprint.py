@@ -47,10 +47,10 @@ class Data:
 def model_hash(checkpoint: Checkpoint, family: Family) -> str:
     """Of `checkpoint`: names, dtypes and shapes of what calibration runs through, and some of its bytes."""
     embedding = f"{family.embedding}.weight"
-    names = sorted(n for n in checkpoint.tensors if family.layer_of(n) is not None or n.endswith(embedding))
+    names = sorted(n for n in checkpoint.parts if family.layer_of(n) is not None or n.endswith(embedding))
     found = hashlib.sha256()
     for name in names:
-        info = checkpoint.tensors[name]
+        info = checkpoint.parts[name]
         found.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
     live: Mapping[str, torch.Tensor] | None = getattr(checkpoint, "parameters", None)
     # What is dequantized as it is read would cost a whole tensor each.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,10 @@ class Checkpoint:
         total_bytes: the sum of the tensors' bytes.
         side_files: what a copy of the model needs beside weights and config.json (`folder.side_files`).
         left_out: names of safetensors files in the folder that are no part of the model (`consolidated.safetensors`).
-        dequantized: names of tensors that no file holds as they are given here; none in this class.
+        parts: the tensors that a model is filled from; other ones than `tensors` where experts are stored as one.
+        dequantized: names of tensors that are made of codes as they are read; none in this class.
+        remade: names of tensors that no file holds as they are given here, `dequantized` or not; none in this class.
+        gathered: those of them that `stored_weight` does not give; none in this class.
 
     Reading is thread-safe.
     """
@@ -80,7 +84,10 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = self._read_headers()
         if weight_map is not None:
             self._check_index(weight_map)
+        self.parts: dict[str, TensorInfo] = self.tensors
         self.dequantized: frozenset[str] = frozenset()
+        self.remade: frozenset[str] = frozenset()
+        self.gathered: frozenset[str] = frozenset()
         self.left_out: list[str] = [name for name in present if name not in self._sizes]
         self.total_bytes: int = sum(info.nbytes for info in self.tensors.values())
         self.side_files: list[Path] = side_files(self.folder)
@@ -215,6 +222,11 @@ class Checkpoint:
             raw = raw.clone()
         return raw.view(dtype).reshape(shape)
 
+    def member(self, name: str, index: int, populate: bool = True) -> torch.Tensor:
+        """`tensor(name)[index]`, without reading the others."""
+        info = self.info(name)
+        return self._tensor(member_of(info, index), populate)
+
     def stored_weight(self, name: str) -> Weight:
         """Tensor `name`, a matrix in F32, BF16 or F16, as the kernels of `_host` read it, some rows at a time."""
         info = self.info(name)
@@ -280,3 +292,10 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def member_of(info: TensorInfo, index: int) -> TensorInfo:
+    """Where `index` of the first dimension of a tensor lies."""
+    each = (info.end - info.begin) // info.shape[0]
+    begin = info.begin + index * each
+    return replace(info, shape=info.shape[1:], begin=begin, end=begin + each)

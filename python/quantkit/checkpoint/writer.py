@@ -253,9 +253,9 @@ class CheckpointWriter:
 
     def copy(self, name: str, info: TensorInfo, source: Checkpoint) -> None:
         """Write the bytes of `source`'s tensor `info` under `name`; they are copied in the kernel and never enter
-        this process, unless `source` dequantizes it."""
+        this process, unless `source` makes it as it is read."""
         self._require_apart(source.folder)
-        if info.name in source.dequantized:
+        if info.name in source.remade:
             self.write(name, source.tensor(info.name))
             source.release(info.name)
             return

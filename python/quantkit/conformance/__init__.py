@@ -14,6 +14,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError, nearest
 from ..formats.compressed_tensors import of_attention
 from . import compressed_tensors, mindie, others, rules
+from .experts import of_family
 from .inventory import Inventory
 from .verdict import Finding, Verdict
 
@@ -85,6 +86,7 @@ def _check(found: Inventory, verdict: Verdict) -> None:
         verdict.add("refused", "quantization_config", "is there, and no Linear is stored quantized")
         return
     METHODS[verdict.method](found, verdict)
+    of_family(found, verdict)
 
 
 def _typed(block: Mapping[str, Any], verdict: Verdict) -> bool:

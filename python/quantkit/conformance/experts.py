@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.stacked_experts import UNREAD
 from .config_groups import Group, strategy_of, told
 from .inventory import Inventory, Stored
 from .verdict import Verdict
@@ -83,6 +84,14 @@ def in_transformers(block: Mapping[str, Any], found: Inventory, verdict: Verdict
             f"has no {part}, which Transformers reads of all experts because of config_groups.{key}, and makes anew",
             "serve it with vLLM, or give experts a scheme",
         )
+
+
+def of_family(found: Inventory, verdict: Verdict) -> None:
+    """What a client does with the experts of a family, however they are stored."""
+    kind, experts = found.family.model_type, [stored.name for stored in found.quantized if stored.expert]
+    if verdict.client in UNREAD.get(kind, ()) and experts:
+        rule = f"is left out: {verdict.client} has room for experts of {kind} as they are published, and for no others"
+        verdict.add("wrong", experts[0], rule, "quantize again with 're:.*experts.*' in ignore, or use quantkit.load")
 
 
 def _fp8(stored: Stored, group: Group, verdict: Verdict) -> None:

@@ -16,9 +16,10 @@ from ..checkpoint.dtypes import torch_dtype
 from ..checkpoint.folder import CONFIG
 from ..checkpoint.header import read_object
 from ..checkpoint.native import host
-from ..checkpoint.reader import Checkpoint, TensorInfo
+from ..checkpoint.reader import Checkpoint, TensorInfo, member_of
 from ..errors import CheckpointError
 from . import fp8
+from .stacked_source import split
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,13 @@ CACHE = (".k_scale", ".v_scale")
 
 def open_source(folder: Path | str) -> Checkpoint:
     """The checkpoint in `folder` to start from: as it is, or dequantized as it is read if it is FP8 in blocks. Other
-    quantized ones are given as they are; the plan refuses them.
+    quantized ones are given as they are; the plan refuses them. Experts stored as one tensor have each its own.
     """
     folder = Path(folder)
     block = read_object(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
     if isinstance(block, Mapping) and block.get("quant_method") == fp8.NAME and block.get("weight_block_size"):
-        return Fp8Source(folder)
-    return Checkpoint(folder)
+        return split(Fp8Source(folder))
+    return split(Checkpoint(folder))
 
 
 class Fp8Source(Checkpoint):
@@ -67,7 +68,8 @@ class Fp8Source(Checkpoint):
             for name, info in self._stored.items()
             if name not in gone
         }
-        self.dequantized = frozenset(self._scales)
+        self.parts = self.tensors
+        self.dequantized = self.remade = frozenset(self._scales)
         self.total_bytes = sum(info.nbytes for info in self.tensors.values())
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
 
@@ -121,6 +123,14 @@ class Fp8Source(Checkpoint):
         if scale is None:
             return super().tensor(name, populate)
         return self._dequantized(name, self._tensor(self._stored[name], True), self._tensor(scale, True))
+
+    def member(self, name: str, index: int, populate: bool = True) -> torch.Tensor:
+        """See `Checkpoint`."""
+        scale = self._scales.get(name)
+        if scale is None:
+            return super().member(name, index, populate)
+        codes = self._tensor(member_of(self._stored[name], index), True)
+        return self._dequantized(name, codes, self._tensor(member_of(scale, index), True))
 
     def stored_weight(self, name: str) -> Weight:
         """As in `Checkpoint`, also of one in FP8. CheckpointError if its scales have NaN or Inf."""

@@ -10,26 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from .experts_layout import ExpertsLayout, layout_of
 from .fused_block import is_silu, silu_mul
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether `module` holds the experts of a layer as 3-D parameters."""
-    down = module._parameters.get("down_proj")
-    return down is not None and down.dim() == 3
 
 
 class Expert(nn.Module):
     """Gate, up and down projection of one expert, under the names that the checkpoint uses."""
 
-    def __init__(self, parts: tuple[str, str, str], hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+    def __init__(self, parts: tuple[str, str, str], layout: ExpertsLayout) -> None:
         super().__init__()
         self.parts = parts
         gate, up, down = parts
+        options: dict[str, Any] = {"bias": layout.bias, "device": "meta", "dtype": layout.dtype}
         for part in (gate, up):
-            self.add_module(part, nn.Linear(hidden, intermediate, bias=False, device="meta", dtype=dtype))
-        self.add_module(down, nn.Linear(intermediate, hidden, bias=False, device="meta", dtype=dtype))
+            self.add_module(part, nn.Linear(layout.hidden, layout.inner, **options))
+        self.add_module(down, nn.Linear(layout.inner, layout.hidden, **options))
 
     def forward(self, x: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         gate, up, down = (self._modules[part] for part in self.parts)
@@ -48,14 +43,15 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(self, fused: nn.Module, parts: tuple[str, str, str], name: str, path: str = "") -> None:
-        gate_up, down = check_fused(fused, name)
-        super().__init__(Expert(parts, down.shape[1], down.shape[2], gate_up.dtype) for _ in range(down.shape[0]))
+        layout = layout_of(fused, name)
+        super().__init__(Expert(parts, layout) for _ in range(layout.experts))
         self.token_mask: Tensor | None = None
         self.all_tokens = False
         self.stand_in: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.path = path
-        # A class's own way to combine the two takes them concatenated; the usual one is act(gate) * up.
-        self._own_gate = fused._apply_gate.__name__ != "_default_apply_gate"  # type: ignore[union-attr]
+        # A class's own way to combine the two takes them as they lie in its parameter; the usual one is act(gate) * up.
+        own: Any = getattr(fused, "_apply_gate", None)
+        self._own_gate, self._turns = own is not None and own.__name__ != "_default_apply_gate", layout.turns
         # In a tuple, so that it is no submodule: its parameters are not this module's.
         self._fused = (fused,)
 
@@ -64,9 +60,11 @@ class Experts(nn.ModuleList):
         fused: Any = self._fused[0]
         if not self._own_gate and is_silu(fused.act_fn):
             return silu_mul(gate, up)
-        combined: Tensor = (
-            fused._apply_gate(torch.cat((gate, up), dim=-1)) if self._own_gate else fused.act_fn(gate) * up
-        )
+        if not self._own_gate:
+            plain: Tensor = fused.act_fn(gate) * up
+            return plain
+        both = torch.stack((gate, up), -1).flatten(-2) if self._turns else torch.cat((gate, up), dim=-1)
+        combined: Tensor = fused._apply_gate(both)
         return combined
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -104,27 +102,3 @@ class Experts(nn.ModuleList):
             share = (top_k_weights * (top_k_index == index)).sum(1, keepdim=True)[real]
             out[real] += (expert(everyone, self.combine) * share).to(out.dtype)
         return out
-
-
-def check_fused(fused: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """The two parameters of a fused experts module whose layout is the common one; CheckpointError otherwise."""
-    kind = type(fused).__name__
-    odd = [flag for flag in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(fused, flag, False)]
-    odd += [f"not {flag}" for flag in ("is_concatenated", "has_gate") if not getattr(fused, flag, True)]
-    odd += [] if hasattr(fused, "_apply_gate") else ["no _apply_gate, Transformers' interface for experts"]
-    gate_up, down = fused._parameters.get("gate_up_proj"), fused._parameters.get("down_proj")
-    extra = sorted(set(dict(fused.named_parameters())) - {"gate_up_proj", "down_proj"})
-    if gate_up is None or down is None or odd or extra:
-        why = ", ".join(odd + [f"parameter {e}" for e in extra]) or "no gate_up_proj"
-        raise CheckpointError(
-            f"{name}: experts of class {kind} cannot be split into Linears ({why}); quantkit splits "
-            "gate_up_proj [experts, 2 x intermediate, hidden] with down_proj [experts, hidden, intermediate]. "
-            "Schemes that need no calibration data work without it"
-        )
-    if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != down.shape[1]:
-        raise CheckpointError(
-            f"{name}: experts of class {kind} have gate_up_proj {list(gate_up.shape)} and down_proj "
-            f"{list(down.shape)}, which do not fit together as [experts, 2 x intermediate, hidden] and "
-            "[experts, hidden, intermediate]"
-        )
-    return gate_up, down

@@ -193,6 +193,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **{f"qwen{n}_vl{text}": {} for n in ("2", "2_5") for text in ("", "_text")},
     "qwen3_vl_text": {},
     "qwen3_vl_moe_text": {},
+    "llama4_text": {},
+    "gpt_oss": {},
     "qwen3_5_text": {"fused": _QWEN3_5},
     "qwen3_5_moe_text": {"fused": _QWEN3_5},
     "mixtral": {**_MIXTRAL, "renames": ((".mlp.", ".block_sparse_moe."),)},

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.dtypes import name_of
 from ..errors import CheckpointError, PlanError
-from .experts import Expert, Experts, check_fused, is_fused
+from .experts import Expert, Experts
+from .experts_layout import is_fused, layout_of
 from .families import Family, family_of
 
 
@@ -44,7 +45,7 @@ class LiveCheckpoint:
         self.folder = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
         self.config: dict[str, Any] = checkpoint_config(model)
         self.family: Family = family_of(self.config)
-        self.dequantized: frozenset[str] = frozenset()
+        self.dequantized = self.remade = self.gathered = frozenset[str]()
         self.fused: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] | None = None
         # By name, as the safetensors library writes them: an output does not depend on where its model came from.
@@ -52,6 +53,7 @@ class LiveCheckpoint:
         self.tensors: dict[str, LiveTensor] = {
             name: LiveTensor(name_of(t.dtype), tuple(t.shape), t.nbytes) for name, t in self.parameters.items()
         }
+        self.parts = self.tensors
         self.total_bytes: int = sum(info.nbytes for info in self.tensors.values())
 
     @property
@@ -83,14 +85,14 @@ class LiveCheckpoint:
 
     def _splits(self, path: str, module: nn.Module) -> bool:
         try:
-            check_fused(module, path)
+            return layout_of(module, path).plain
         except CheckpointError:
             return False  # they stay whole, in full precision, and the plan says so
-        return True
 
     def _split(self, path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         name = self.checkpoint_name(path)
-        gate_up, down = check_fused(module, name)
+        gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
+        assert gate_up is not None and down is not None
         self.fused[path] = module
         parts = self.family.expert_parts
         half = gate_up.shape[1] // 2

@@ -36,6 +36,10 @@ _EXPERTS = Pattern(
         r"re:.*\.(gate_proj|up_proj|w1|w3)$",
     ),
 )
+_LLAMA4 = Pattern(
+    "post_attention_layernorm",
+    (r"re:.*\.feed_forward\.router$", r"re:.*\.feed_forward\.(.*\.)?(gate_proj|up_proj)$"),
+)
 _MLA_INNER = (
     Pattern("self_attn.q_a_layernorm", ("self_attn.q_b_proj", "indexer.wq_b")),
     Pattern("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
@@ -66,7 +70,7 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
     **dict.fromkeys(
         (
             *("qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe", "minimax_m2", "phimoe", "hunyuan_v1_moe"),
-            *("ernie4_5_moe", "mimo_v2_flash", "hy_v3", "dots1", "solar_open"),
+            *("ernie4_5_moe", "mimo_v2_flash", "hy_v3", "dots1", "solar_open", "qwen3_vl_moe_text"),
         ),
         ((_ATTENTION,), (_ATTENTION, _V_TO_O, _EXPERTS, _UP_TO_DOWN)),
     ),
@@ -78,8 +82,13 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
         ("qwen3_next", "qwen3_5_text"),
         ((_ATTENTION, _LINEAR_ATTENTION, _MLP), (_ATTENTION, _LINEAR_ATTENTION, _V_TO_O, _MLP, _UP_TO_DOWN)),
     ),
-    # Experts are stored as one tensor, which mappings cannot reach: the norm in front of them stays as it is.
-    "qwen3_5_moe_text": ((_ATTENTION, _LINEAR_ATTENTION), (_ATTENTION, _LINEAR_ATTENTION, _V_TO_O, _UP_TO_DOWN)),
+    "qwen3_5_moe_text": (
+        (_ATTENTION, _LINEAR_ATTENTION),
+        (_ATTENTION, _LINEAR_ATTENTION, _V_TO_O, _EXPERTS, _UP_TO_DOWN),
+    ),
+    "llama4_text": ((_ATTENTION,), (_ATTENTION, _V_TO_O, _LLAMA4, _UP_TO_DOWN)),
+    # What up gives is clamped, and one is added to it: no factor passes that.
+    "gpt_oss": ((_ATTENTION,), (_ATTENTION, _V_TO_O, _EXPERTS)),
     "phi3": (_PHI, _PHI),
     **dict.fromkeys(("gemma2", "gemma3_text"), ((_ATTENTION, _GEMMA), (_ATTENTION, _V_TO_O, _GEMMA, _UP_TO_DOWN))),
     **dict.fromkeys(("cohere", "cohere2"), ((_PARALLEL,), (_PARALLEL, _V_TO_O, _UP_TO_DOWN))),
@@ -96,7 +105,6 @@ TABLES: dict[str, tuple[tuple[Pattern, ...], tuple[Pattern, ...]]] = {
     "falcon": (_FALCON, _FALCON),
     "gptj": (_GPTJ, (*_GPTJ, Pattern("attn.v_proj", ("attn.out_proj",)))),
     "mpt": (_MPT, _MPT),
-    "qwen3_vl_moe_text": ((_ATTENTION,), (_ATTENTION, _V_TO_O)),
     "glm4v_text": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm4": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,
     "glm": ((_ATTENTION, Pattern("post_attention_layernorm", ("mlp.gate_up_proj",))),) * 2,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from . import attention
-from .experts import Experts, is_fused
+from .experts import Experts
+from .experts_layout import give_routes, is_fused
 from .families import Family, family_of
 
 # Buffers that old checkpoints carry and that every model computes itself.
@@ -320,6 +321,7 @@ class Skeleton:
             if self.checkpoint_name(f"{path}.down_proj") in self.names:
                 continue
             experts = Experts(module, self.family.expert_parts, self.checkpoint_name(path), path)
+            give_routes(layer.get_submodule(name.rpartition(".")[0]), module, self.checkpoint_name(path))
             layer.set_submodule(name, experts)
             split.append(experts)
         return split

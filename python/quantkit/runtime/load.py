@@ -21,6 +21,7 @@ from ..checkpoint.hub import resolve_model
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats.source import WeightSource
+from ..formats.stacked_source import split
 from ..live_hooks import CacheQuantizer
 from ..models.attention import round_queries
 from ..models.experts import Expert, Experts
@@ -85,7 +86,7 @@ def load_skeleton(
 ) -> FilledSkeleton:
     """What `load` does, for the engine: the skeleton around the model."""
     dtype = _dtype(dtype)
-    with Checkpoint(folder) as checkpoint:
+    with split(Checkpoint(folder)) as checkpoint:
         require_quantized(checkpoint)
         source = WeightSource(checkpoint)
         check_tensors(source)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..formats import format_of_checkpoint
+from ..formats.stacked_source import split
 from .experts import ExpertLinears, QuantExperts
 from .linear import QuantLinear
 
@@ -60,7 +61,7 @@ class Saver:
         target = Path(save_directory)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(f"{target}: is there already; give a new or empty folder")
-        with Checkpoint(self.stored.folder) as checkpoint:
+        with split(Checkpoint(self.stored.folder)) as checkpoint:
             self._require_unchanged(checkpoint)
             target.mkdir(parents=True, exist_ok=True)
             for path in checkpoint.side_files:
