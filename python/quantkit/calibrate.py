@@ -2,82 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from . import distributed
 from .attentions import attention_modules, kv_heads, query_heads
 from .calibration.batches import batches
 from .calibration.dataset import load_rows, load_tokenizer
 from .calibration.fingerprint import Fingerprint, config_hash, data_of, model_hash
-from .calibration.layer import Layer
-from .calibration.statistics import Statistics, Wants
-from .calibration.statistics_file import Contents, Input, StatisticsWriter, cache_tensors, query_tensor, wants
+from .calibration.gatherer import Gatherer
+from .calibration.statistics_file import Contents, Input, cache_tensors, query_tensor, wants
+from .calibration.statistics_writer import JoinedFolder, StatisticsWriter, is_part
 from .calibration.sweep import sweep
 from .checkpoint.hub import resolve_model
 from .config.presets import preset
 from .config.recipe import GPTQModifier, QuantizationModifier
+from .distributed import Ranks
 from .engine import forward_dtype
 from .errors import ConfigError, PlanError
 from .estimate import memory_available
+from .fingerprint import data_fingerprint, machine_fingerprint, source_fingerprint
 from .formats.fp8_source import open_source
 from .formats.source import WeightSource
+from .layer_journal import LayerJournal
 from .memory import Demand, Means, choose
 from .models.attention import shows_queries
 from .models.families import Family
 from .models.skeleton import Skeleton
+from .parallel import use_threads
 from .plan import PlannedModule
 from .report.progress import Progress
 from .report.table import size
+from .resume_ranks import SharedResumption
 
 if TYPE_CHECKING:
-    from .calibration.hooks import CacheRecorder
+    from .calibration.layer import Keeper
     from .checkpoint.reader import Checkpoint
+    from .checkpoint.staging import Resume
     from .config.run_config import RunConfig
-
-
-class Gatherer:
-    """A sweep's visitor that changes nothing and writes what it is given; see `calibration.layer.Visitor`.
-
-    One forward a layer does, but for the Linears in `before`: where experts are to see all tokens, what they give then
-    is not what goes on; and where they come in groups, those of one group are written before the next one comes.
-    """
-
-    pools_below, together = 0, False
-
-    def __init__(
-        self,
-        gathered: Mapping[str, Wants],
-        before: Collection[str],
-        caches: Collection[str],
-        queries: Collection[str],
-        writer: StatisticsWriter,
-    ) -> None:
-        self.statistics = {name: wanted for name, wanted in gathered.items() if name in before}
-        self.ranges = {name: wanted for name, wanted in gathered.items() if name not in before}
-        self.caches, self.queries = caches, queries
-        self._writer = writer
-
-    def across(self, index: int) -> str | None:
-        """Nothing is."""
-        return None
-
-    def norms(self, index: int) -> Mapping[str, Collection[str]]:
-        """None."""
-        return {}
-
-    def prepare(self, layer: Layer) -> None:
-        """Weights stay as they are."""
-
-    def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
-        """Written."""
-        self._writer.add(statistics, {})
-
-    def observe(self, layer: Layer, ranges: Mapping[str, Statistics], caches: Mapping[str, CacheRecorder]) -> None:
-        """Written."""
-        self._writer.add(ranges, {name: recorder.heads() for name, recorder in caches.items()})
 
 
 def statistics_folder(config: RunConfig) -> Path:
@@ -92,82 +61,161 @@ def calibrate(
     overwrite: bool = False,
     rows: Sequence[Sequence[int]] | None = None,
     progress: bool = True,
+    restart: bool = False,
 ) -> Path:
     """Save the statistics of `config`'s model and data, of every kind in `calibration.gather`, to the folder `output`,
     which appears once it is complete; `rows` of token ids take the place of the dataset section.
 
-    Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit. Of several
-    processes that torchrun started the first does all of it, and the others wait.
+    Of the recipe only moe_calibrate_all_experts matters. Raises a QuantkitError for what does not fit. Where an earlier
+    process was stopped on its way, this one goes on, unless anything that the statistics depend on has changed
+    (CheckpointError) or `restart` is asked for. Started by torchrun, all processes work on it together.
     """
     ranks = distributed.ranks()
     try:
-        found: Path = ranks.broadcast(_calibrate(config, output, overwrite, rows, progress) if ranks.first else None)
+        return _calibrate(config, output, overwrite, rows, progress and ranks.first, restart, ranks)
     except BaseException as error:
         ranks.failed(error)
         raise
-    return found
 
 
 def _calibrate(
-    config: RunConfig, output: Path | None, overwrite: bool, rows: Sequence[Sequence[int]] | None, progress: bool
+    config: RunConfig,
+    output: Path | None,
+    overwrite: bool,
+    rows: Sequence[Sequence[int]] | None,
+    progress: bool,
+    restart: bool,
+    ranks: Ranks,
 ) -> Path:
+    if ranks.first:  # what has to be fetched is fetched once
+        resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
+    ranks.barrier()
     folder = resolve_model(config.model.model_path, cache_dir=config.model.cache_dir)
-    remote, seed, kinds = config.model.trust_remote_code, config.global_.seed, config.calibration.gather
-    if config.global_.num_threads is not None:
-        import torch
+    use_threads(config.global_.num_threads)
+    with open_source(folder) as checkpoint, ExitStack() as stack:
+        job = _Job(config, checkpoint, rows, ranks)
+        journal = writer = None
+        if ranks.first:
+            journal = stack.enter_context(closing(job.journal(restart)))
+            writer = stack.enter_context(journal.open(output or statistics_folder(config), overwrite))
+        where, published = ranks.broadcast(None if writer is None else (writer.working_folder, writer.published))
+        if published:
+            return Path(ranks.broadcast(None if writer is None else writer.seal()))
+        keeper: LayerJournal[StatisticsWriter] | SharedResumption | None = journal
+        if journal is not None and writer is not None:
+            journal.report(writer.written)
+            writer.check_written()
+        try:
+            if ranks.world > 1:
+                keeper = SharedResumption(journal, writer or JoinedFolder(where), ranks)
+            job.sweep(writer, keeper, where, progress)
+            ranks.barrier()
+            return Path(ranks.broadcast(None if writer is None else writer.finish()))
+        except BaseException as error:
+            if journal is not None:
+                journal.keep(error)
+            raise
 
-        torch.set_num_threads(config.global_.num_threads)
-    with open_source(folder) as checkpoint:
+
+class _Job:
+    """The model without weights, the rows it is calibrated with, and what is to be known of which Linears."""
+
+    def __init__(
+        self, config: RunConfig, checkpoint: Checkpoint, rows: Sequence[Sequence[int]] | None, ranks: Ranks
+    ) -> None:
+        self.config, self.checkpoint, self.ranks = config, checkpoint, ranks
+        folder, remote = checkpoint.folder, config.model.trust_remote_code
         skeleton = Skeleton(folder, checkpoint.tensors, dtype=forward_dtype(config), trust_remote_code=remote)
-        if rows is None:
+        self.skeleton, self.kinds = skeleton, config.calibration.gather
+        if rows is None and ranks.first:
             if config.dataset is None:
                 raise ConfigError(f"{config.source}: the section dataset is missing; it says what to calibrate with")
             tokenizer = load_tokenizer(folder, trust_remote_code=remote)
-            rows = load_rows(config.dataset, tokenizer, seed=seed, vocab_size=skeleton.vocab_size)
-        family, shapes = skeleton.family, {name: info.shape for name, info in checkpoint.tensors.items()}
-        linears = [
+            rows = load_rows(config.dataset, tokenizer, seed=config.global_.seed, vocab_size=skeleton.vocab_size)
+        self.rows: Sequence[Sequence[int]] = ranks.broadcast(rows)
+        self.family, self.shapes = skeleton.family, {name: info.shape for name, info in checkpoint.tensors.items()}
+        self.linears = [
             name
             for index in range(skeleton.num_layers)
             for name in skeleton.linears(index)
-            if family.is_linear(f"{name}.weight", shapes.get(f"{name}.weight", ()))
+            if self.family.is_linear(f"{name}.weight", self.shapes.get(f"{name}.weight", ()))
         ]
-        attentions = attention_modules(family, shapes)
-        queries = attentions if "queries" in kinds and shows_queries(skeleton.model) else ()
-        caches = attentions if "kv_cache" in kinds else queries
+        attentions = attention_modules(self.family, self.shapes)
+        self.queries = attentions if "queries" in self.kinds and shows_queries(skeleton.model) else ()
+        self.caches = attentions if "kv_cache" in self.kinds else self.queries
+
+    def journal(self, restart: bool) -> LayerJournal[StatisticsWriter]:
+        """Of this calibration; it opens the writer."""
+        config, checkpoint = self.config, self.checkpoint
         fingerprint = Fingerprint(
-            model_hash(checkpoint, family),
+            model_hash(checkpoint, self.family),
             config_hash(checkpoint.config),
-            str(skeleton.dtype).removeprefix("torch."),
+            str(self.skeleton.dtype).removeprefix("torch."),
             config.recipe.all_experts,
         )
-        contents = Contents(fingerprint, kinds, [data_of(rows, seed)])
-        expected = expected_bytes(family, linears, shapes, kinds)
-        expected += sum(t.nbytes for name in caches for t in cache_tensors(name, kv_heads(checkpoint.config) or 1))
-        expected += sum(query_tensor(name, query_heads(checkpoint.config) or 1).nbytes for name in queries)
-        with StatisticsWriter(
-            output or statistics_folder(config), contents, overwrite=overwrite, expected=expected
-        ) as writer:
-            every, how = config.recipe.all_experts, _means(config, checkpoint, family, linears)
-            routed = {
+        contents = Contents(fingerprint, self.kinds, [data_of(self.rows, config.global_.seed)])
+        expected = expected_bytes(self.family, self.linears, self.shapes, self.kinds)
+        heads, asked = kv_heads(checkpoint.config) or 1, query_heads(checkpoint.config) or 1
+        expected += sum(t.nbytes for name in self.caches for t in cache_tensors(name, heads))
+        expected += sum(query_tensor(name, asked).nbytes for name in self.queries)
+
+        def make(output: Path, overwrite: bool, resume: Resume) -> StatisticsWriter:
+            return StatisticsWriter(output, contents, overwrite=overwrite, expected=expected, resume=resume)
+
+        depends_on = {
+            "job": "quantkit calibrate",
+            **machine_fingerprint(forwards=True),
+            **source_fingerprint(checkpoint),
+            **data_fingerprint(self.rows),
+            "global.seed": str(config.global_.seed),
+            "calibration.gather": ", ".join(self.kinds),
+            "dtype": fingerprint.dtype,
+            "moe_calibrate_all_experts": str(fingerprint.all_experts),
+            "model.trust_remote_code": str(config.model.trust_remote_code),
+        }
+        return LayerJournal(
+            make,
+            is_part,
+            depends_on,
+            layers=self.skeleton.num_layers,
+            restart=restart,
+            tell=lambda text: tqdm.write(f"quantkit: {text}", file=sys.stderr),
+        )
+
+    def sweep(self, writer: StatisticsWriter | None, keeper: Keeper | None, scratch: Path, progress: bool) -> None:
+        """All layers, from where `keeper` begins."""
+        every = self.config.recipe.all_experts
+        how = self.ranks.broadcast(self._means() if self.ranks.first else None)
+        apart: set[str] = set()
+        if every or how.experts is not None or self.ranks.world > 1:
+            apart = {
                 name
-                for index, experts in enumerate(skeleton.experts)
-                for name in skeleton.linears(index)
-                if experts and (every or how.experts is not None)
+                for index, experts in enumerate(self.skeleton.experts)
+                for name in self.skeleton.linears(index)
+                if experts and self.family.is_expert(name)
             }
-            visitor = Gatherer(dict.fromkeys(linears, wants(kinds)), routed, caches, queries, writer)
-            with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
-                sweep(
-                    skeleton,
-                    WeightSource(checkpoint),
-                    batches(rows),
-                    visitor,
-                    progress=bar,
-                    all_experts=every,
-                    offload=writer.working_folder if how.offload == "disk" else None,
-                    expert_group=how.experts,
-                    keep_memory=how.kept,
-                )
-            return writer.finish()
+        gathered = dict.fromkeys(self.linears, wants(self.kinds))
+        visitor = Gatherer(
+            gathered, self.caches, self.queries, self.family, writer, every=every, apart=apart, ranks=self.ranks
+        )
+        with Progress("calibrate", total=0, unit="layer", enabled=progress) as bar:
+            sweep(
+                self.skeleton,
+                WeightSource(self.checkpoint),
+                batches(self.rows),
+                visitor,
+                progress=bar,
+                all_experts=every,
+                offload=scratch if how.offload == "disk" else None,
+                expert_group=how.experts,
+                keep_memory=how.kept,
+                ranks=self.ranks,
+                keeper=keeper,
+            )
+
+    def _means(self) -> Means:
+        world, here = self.ranks.world, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
+        return _means(self.config, self.checkpoint, self.family, self.linears, world, here if world > 1 else 1)
 
 
 class _Gathering(Demand):
@@ -183,8 +231,12 @@ class _Gathering(Demand):
         return max((2 * cols * cols for cols in self.inputs.values()), default=0)
 
 
-def _means(config: RunConfig, checkpoint: Checkpoint, family: Family, linears: Sequence[str]) -> Means:
-    """How a calibration keeps to its memory; PlanError if it cannot. None of it changes what is saved."""
+def _means(
+    config: RunConfig, checkpoint: Checkpoint, family: Family, linears: Sequence[str], ranks: int = 1, here: int = 1
+) -> Means:
+    """How each of `ranks`, `here` of them on this machine, keeps to its memory in a calibration; PlanError if it
+    cannot. None of it changes what is saved.
+    """
     scheme = preset("W8A16")
     kind = GPTQModifier if "gram" in config.calibration.gather else QuantizationModifier
     modifier = kind(scheme=scheme)
@@ -193,7 +245,9 @@ def _means(config: RunConfig, checkpoint: Checkpoint, family: Family, linears: S
         for name in linears
         if len((info := checkpoint.tensors[f"{name}.weight"]).shape) == 2
     }
-    choice = choose(_Gathering(config, checkpoint, family, modules, ()), memory_available())
+    available = memory_available()
+    demand = _Gathering(config, checkpoint, family, modules, (), ranks)
+    choice = choose(demand, None if available is None else available // here)
     budget = config.global_.memory_budget_bytes
     if budget is not None and choice.peak > budget:
         raise PlanError(

@@ -47,8 +47,9 @@ def _calibrate(args: argparse.Namespace) -> int:
     config = load_run_config(
         args.config, overrides=args.set, model_path=args.model_path, save_path=args.save_path, calibrate=True
     )
+    _end_cleanly_on_signals()
     output = None if args.output is None else Path(args.output)
-    folder = calibrate(config, output, overwrite=args.overwrite)
+    folder = calibrate(config, output, overwrite=args.overwrite, restart=args.restart)
     if distributed.ranks().first:
         print(f"written to {folder}")
     return 0
@@ -285,6 +286,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces any key: dataset.num_samples=64"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace finished statistics of the same name")
+    sub.add_argument(
+        "--restart", action="store_true", help="start over, and remove what an unfinished calibration has done"
+    )
 
     sub = add("merge-statistics", _merge_statistics, "add up statistics of one model from several machines' data")
     sub.add_argument("folders", nargs="+", metavar="DIR", help="what quantkit calibrate wrote, each of other data")

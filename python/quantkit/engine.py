@@ -27,7 +27,7 @@ from .checkpoint.writer import CheckpointWriter
 from .config.run_config import FP8_SOURCE, RunConfig
 from .data_free import data_free, own_tensors
 from .distributed import ONE, Ranks
-from .errors import DistributedError, Interrupted, QuantkitError
+from .errors import DistributedError
 from .fingerprint import (
     config_fingerprint,
     data_fingerprint,
@@ -158,6 +158,7 @@ def _run(
             layers=job.skeleton.num_layers if job else 0,
             restart=restart,
             tell=lambda text: tqdm.write(f"quantkit: {text}", file=sys.stderr),
+            pending=_pending(plan),
         )
         lap("plan")
         with closing(resumption), ExitStack() as stack:
@@ -284,11 +285,7 @@ def _made(
             writer.finish(seal=False)
         ranks.barrier()
     except BaseException as error:
-        if (kept := resumption.kept_by(error)) is not None:
-            if isinstance(error, QuantkitError | Interrupted):
-                error.kept = kept
-            else:
-                tqdm.write(f"quantkit: {kept}", file=sys.stderr)
+        resumption.keep(error)
         raise
 
 
@@ -306,15 +303,18 @@ def _writer(plan: Plan, resumption: Resumption, ranks: Ranks, stack: ExitStack) 
                 f"rank {rank} was given another job than rank 0: it would {what}; start all with the same "
                 "configuration and model"
             )
-    # What waits for the disk counts, too; calibration is slower than any disk.
-    pending = (16 if plan.recipe.needs_data else 64) << 20
     writer = None
     if ranks.first:
-        writer = stack.enter_context(resumption.open(config.output_dir, config.global_.overwrite, pending))
+        writer = stack.enter_context(resumption.open(config.output_dir, config.global_.overwrite))
     published = ranks.broadcast(writer is not None and writer.published)
     if writer is None and not published:
-        writer = stack.enter_context(CheckpointWriter.join(plan.layout, config.output_dir, pending))
+        writer = stack.enter_context(CheckpointWriter.join(plan.layout, config.output_dir, _pending(plan)))
     return writer
+
+
+def _pending(plan: Plan) -> int:
+    """Bytes that may wait for the disk, which count, too; calibration is slower than any disk."""
+    return (16 if plan.recipe.needs_data else 64) << 20
 
 
 class WrittenOutput:

@@ -11,7 +11,8 @@ import torch
 
 from .calibration.statistics import Statistics
 from .calibration.statistics_check import StatisticsFile
-from .calibration.statistics_file import Contents, StatisticsWriter, wants
+from .calibration.statistics_file import Contents, wants
+from .calibration.statistics_writer import StatisticsWriter
 from .errors import CalibrationError
 from .report.progress import Progress
 
@@ -51,7 +52,7 @@ def merge_statistics(
             caches[name] = {part: torch.stack([one[part] for one in kept]).amax(0) for part in kept[0]}
         writer.add(batch, caches)
         silent = (name for file in files for name in file.contents.silent)
-        contents.silent = [n for n in dict.fromkeys(silent) if all(n not in file.inputs for file in files)]
+        contents.silent[:] = [n for n in dict.fromkeys(silent) if all(n not in file.inputs for file in files)]
         return writer.finish()
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint.folder import HIDDEN_STATES
-from .checkpoint.writer import CheckpointWriter
 from .distributed import Ranks
+from .layer_journal import LayerJournal
 from .resume import Resumption
 
 if TYPE_CHECKING:
@@ -22,10 +22,20 @@ if TYPE_CHECKING:
     from .report.calibration import CalibrationReport
 
 
+class Joined(Protocol):
+    """What this rank writes. See `CheckpointWriter`."""
+
+    @property
+    def working_folder(self) -> Path: ...
+    def drain(self) -> None: ...
+    def flush(self) -> list[str]: ...
+    def written_elsewhere(self, names: Iterable[str]) -> None: ...
+
+
 class SharedResumption:
     """This rank's part in the journal of all, for `writer`. `first`: rank 0's own, which is open. See `Resumption`."""
 
-    def __init__(self, first: Resumption | None, writer: CheckpointWriter, ranks: Ranks) -> None:
+    def __init__(self, first: LayerJournal[Any] | None, writer: Joined, ranks: Ranks) -> None:
         self._first, self._writer, self._ranks = first, writer, ranks
         begin, done = ranks.broadcast(None if first is None else (first.begin, first.done_before))
         self.begin: int = begin
@@ -91,5 +101,5 @@ class SharedResumption:
 
     def done(self, names: Iterable[str]) -> None:
         """See `Resumption.done`."""
-        if self._first is not None:
+        if isinstance(self._first, Resumption):
             self._first.done(names)

@@ -51,6 +51,20 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+KILLED_GATHERING = """
+import os, sys
+from quantkit.calibration.gatherer import Gatherer
+usual = Gatherer.observe
+def observe(self, layer, ranges, caches):
+    if layer.index == 1 and os.environ.get("RANK", "0") == sys.argv[1]:
+        os.kill(os.getpid(), 9)
+    return usual(self, layer, ranges, caches)
+Gatherer.observe = observe
+from quantkit.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path) -> None:
     one, two, three = (run_all(FEW, ranks, tmp_path / str(ranks)) for ranks in (1, 2, 3))
     for job, found in one.items():
@@ -66,14 +80,22 @@ def test_any_number_of_ranks_writes_the_same_files_of_other_recipes(ranks: int, 
         assert len(found) > 12 and not differences(found, many[job]), job
 
 
-def test_the_first_rank_calibrates_for_all(tmp_path: Path) -> None:
-    job = yaml_of("gptq", tmp_path, tmp_path / "out")
-    for ranks in (1, 2):
-        command = ["-m", "quantkit", "calibrate", "-c", str(job), "-o", str(tmp_path / str(ranks))]
-        found = ended(start(command, ranks), 60)
-        assert all(status == 0 for status, _, _ in found), found
-        assert "".join(out for _, out, _ in found).count("written to") == 1
-    assert not differences(files(tmp_path / "1"), files(tmp_path / "2"))
+@pytest.mark.parametrize(
+    ("job", "ranks", "others"), [("experts", 2, 3), pytest.param("every expert", 3, 1, marks=pytest.mark.slow)]
+)
+def test_any_number_of_ranks_saves_the_same_statistics(job: str, ranks: int, others: int, tmp_path: Path) -> None:
+    """Also where the last of them was killed at the second layer, and other ones went on."""
+    config = yaml_of(job, tmp_path, tmp_path / "out")
+    command = ["calibrate", "-c", str(config), "--set", "calibration.offload=auto", "-o"]
+    whole = ended(start(["-m", "quantkit", *command, str(tmp_path / "1")], 1), 60)
+    output = str(tmp_path / str(ranks))
+    first = ended(start(["-c", KILLED_GATHERING, str(ranks - 1), *command, output], ranks), 60)
+    assert [status for status, _, _ in first] == [1] * (ranks - 1) + [-signal.SIGKILL], first
+    found = ended(start(["-m", "quantkit", *command, output], others), 60)
+    assert all(status == 0 for status, _, _ in (*whole, *found)), found
+    assert "resuming at layer 1 of 3" in found[0][2]
+    assert "".join(out for _, out, _ in found).count("written to") == 1
+    assert not differences(files(tmp_path / "1"), files(tmp_path / str(ranks)))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

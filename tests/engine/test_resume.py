@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,60 @@ def test_a_stopped_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     assert not differences(files(tmp_path / "out" / "gptq"), expected)
 
 
+def test_a_stopped_calibration_goes_on(tmp_path: Path) -> None:
+    """SIGTERM in the third layer. Other data, a damaged file and a strange journal are refused."""
+    job, output = str(yaml_of("gptq", tmp_path, tmp_path / "out")), tmp_path / "statistics"
+    stuck = STUCK.replace("modifiers.pipeline", "calibration.gatherer").replace("Pipeline", "Gatherer")
+    stuck = stuck.replace("layer, statistics", "layer, *rest").replace("finish", "observe")
+    command = ["calibrate", "-c", job, "-o", str(output)]
+    environment = environments(1)[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", stuck, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and any("here" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert "stopped by SIGTERM; 2 of 4 layers are done and kept in" in error and "Traceback" not in error
+
+    def again(*more: str) -> subprocess.CompletedProcess[str]:
+        python = [sys.executable, "-m", "quantkit", *command, *more]
+        return subprocess.run(python, env=environment, capture_output=True, text=True, timeout=120)
+
+    def refused(why: str, *more: str) -> str:
+        done = again(*more)
+        assert done.returncode == 2 and why in done.stderr and "--restart" in done.stderr, done.stderr
+        assert "goes on from there" not in done.stderr
+        return done.stderr
+
+    partial = tmp_path / "statistics.partial"
+    changed = ["--set", "dataset.num_samples=39", "--set", "calibration.gather=[gram]"]
+    told = refused("was not the same: calibration data: ", *changed)
+    assert "calibration.gather: gram, histogram, kv_cache, queries -> gram" in told
+    part = partial / "statistics-00001.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    refused("is not as an earlier calibration left it")
+    part.write_bytes(whole)
+    journal = next(path for path in partial.iterdir() if "journal" in path.name)
+    lines = journal.read_bytes()
+    header, first, *rest = lines.split(b"\n")
+    first = first[9:].replace(b"statistics-00001", b"../../stolen-001")
+    journal.write_bytes(b"\n".join([header, b"%08x %s" % (zlib.crc32(first), first), *rest]))
+    refused("'../../stolen-001.safetensors', which is not planned")
+    journal.write_bytes(lines)
+    shutil.copytree(partial, tmp_path / "other.partial")
+    done = again()
+    assert done.returncode == 0 and "resuming at layer 2 of 4" in done.stderr, done.stderr
+    command[-1] = str(tmp_path / "other")
+    over = again("--restart")
+    assert over.returncode == 0 and "starting over" in over.stderr
+    assert not differences(files(output), files(tmp_path / "other"))
+
+
 def test_restart_starts_over(tmp_path: Path) -> None:
     job = str(yaml_of("gptq", tmp_path, tmp_path / "out"))
     command = [sys.executable, "-c", STUCK.replace("time.sleep(100)", "sys.exit(7)"), "run", "-c", job]
@@ -82,10 +137,16 @@ def around(owner, name):
         return result
     setattr(owner, name, wrapped)
 from quantkit import engine, resume
+from quantkit.calibration.gatherer import Gatherer
+from quantkit.calibration.statistics_writer import StatisticsWriter
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.modifiers.pipeline import Pipeline
 around(Pipeline, "finish")
+around(Gatherer, "observe")
+around(StatisticsWriter, "add")
+around(StatisticsWriter, "finish")
+around(StatisticsWriter, "seal")
 around(CheckpointWriter, "write")
 around(engine.WrittenOutput, "rounded")
 around(engine, "round_weight")
@@ -103,24 +164,36 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["gptq", "attention", "free"])
+@pytest.mark.parametrize("kind", ["gptq", "attention", "free", "calibrate"])
 def test_killed_again_and_again(kind: str, kills: int, tmp_path: Path) -> None:
     """One job, killed at random moments of every run of it, and each time begun again with the same command."""
     chance = random.Random(kills)
-    job = str(yaml_of(kind, tmp_path, tmp_path / "out"))
-    command = [sys.executable, "-c", KILLED, "run", "-c", job]
+    calibrating = kind == "calibrate"
+    job = str(yaml_of("gptq" if calibrating else kind, tmp_path, tmp_path / "out"))
+    saved = ["calibrate", "-c", job, "-o"]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        *([*saved, str(tmp_path / "out" / kind)] if calibrating else ["run", "-c", job]),
+    ]
     killed = 0
     while killed < kills:
-        at = {"KILL_AT": str(chance.randrange(1, 60))}
+        at = {"KILL_AT": str(chance.randrange(1, 30 if calibrating else 60))}
         done = subprocess.run(command, env=environments(1)[0] | at, capture_output=True, text=True, timeout=120)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         killed += done.returncode != 0
         if done.returncode == 0:  # nothing of a finished output is ever at stake
             shutil.move(tmp_path / "out", tmp_path / f"finished after {killed}")
-    done = run("-c", job)
+    done = subprocess.run(command, env=environments(1)[0] | {"KILL_AT": "-1"}, capture_output=True, text=True)
     # Killed behind the rename, there is nothing left to do.
     assert done.returncode == 0 or "exists already" in done.stderr, done.stderr
-    expected = run_all([kind], 1, tmp_path / "whole")[kind]
+    if calibrating:
+        whole = subprocess.run(
+            [sys.executable, "-m", "quantkit", *saved, str(tmp_path / "whole")], env=environments(1)[0]
+        )
+        assert whole.returncode == 0
+    expected = files(tmp_path / "whole") if calibrating else run_all([kind], 1, tmp_path / "whole")[kind]
     for folder in [tmp_path / "out", *tmp_path.glob("finished after *")]:
         assert not differences(files(folder / kind), expected)
 

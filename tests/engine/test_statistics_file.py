@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantkit import engine, oneshot
 from quantkit.calibrate import _means, calibrate, statistics_folder
-from quantkit.calibration import replay
+from quantkit.calibration import gatherer, replay
 from quantkit.calibration.batches import batches
 from quantkit.calibration.hooks import CacheRecorder
 from quantkit.calibration.layer import Layer
@@ -59,6 +59,7 @@ from quantkit.report.calibration import CalibrationReport
 from quantkit.report.plan_view import render_plan
 
 from ..e2e.jobs import EXAMPLES
+from .ranks import differences, files
 from .tiny import make
 
 INT4 = QuantizationScheme("test", QuantizationArgs(4, "int", True, "group", 16))
@@ -243,30 +244,22 @@ def test_experts_without_tokens_borrow_as_in_a_sweep(
         assert set(report.silent_experts) == set(silent)
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_experts_come_in_groups(every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved is the same, whatever of a layer is in memory at once; only files are cut otherwise."""
-    make(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0], num_experts=8)
+@pytest.mark.parametrize(("every", "model_type"), [(False, "qwen3_moe"), (True, "qwen3_moe"), (True, "deepseek_v3")])
+def test_experts_come_in_groups(every: bool, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files, whatever of a layer is in memory at once; an input that all experts read stands there once."""
+    make(tmp_path / "model", model_type, mlp_only_layers=[0], **dict.fromkeys(("num_experts", "n_routed_experts"), 8))
     modifier = GPTQModifier(scheme=INT4, ignore=["lm_head"], moe_calibrate_all_experts=every)
+    monkeypatch.setattr(gatherer, "PORTION", 70_000)
     kinds = {"gather": ("gram", "histogram", "kv_cache", "queries")}
-    folders = [statistics(tmp_path, tokens(6), "whole", modifier, **kinds)]
-    monkeypatch.setattr("quantkit.calibrate._means", lambda *_: Means(2, "disk", 3, kept=False))
-    folders.append(statistics(tmp_path, tokens(6), "groups", modifier, **kinds))
-    assert len(list(folders[1].glob("*.safetensors"))) > len(list(folders[0].glob("*.safetensors")))
-    # Where experts see all tokens, those that are there at once share an input.
-    whole, groups = ({}, {})
-    for folder, found in zip(folders, (whole, groups), strict=True):
-        tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-        contents = StatisticsFile(folder).contents
-        for entry in contents.inputs.values():
-            for reader in entry.readers:
-                for part in ("min", "max", "extremes", "gram", "absum", "histogram", "span"):
-                    found[reader, part] = tensors[f"{entry.name}.{part}"]
-        parts = ("key", "value", "query")
-        found |= {(name, part): tensors[f"{name}.{part}"] for name in contents.caches for part in parts}
-        found |= {("silent", name): torch.ones(1) for name in contents.silent}
-    assert whole.keys() == groups.keys() and all(torch.equal(whole[key], groups[key]) for key in whole)
-    assert len(whole) > 7 * 3 * 8 * 2
+    whole = statistics(tmp_path, tokens(6), "whole", modifier, **kinds)
+    for size in (1, 3):
+        monkeypatch.setattr("quantkit.calibrate._means", lambda *_, size=size: Means(2, "disk", size, kept=False))
+        groups = statistics(tmp_path, tokens(6), f"groups of {size}", modifier, **kinds)
+        assert not differences(files(whole), files(groups))
+    assert len(list(whole.glob("*.safetensors"))) > 8
+    inputs = StatisticsFile(whole).inputs
+    first, last = (inputs[f"model.layers.1.mlp.experts.{i}.up_proj"] for i in (0, 7))
+    assert (first is last) == every
 
 
 def test_a_calibration_keeps_to_its_budget(tmp_path: Path) -> None:
@@ -405,7 +398,7 @@ def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CalibrationError, match="NaN or Inf"):
         statistics(tmp_path, tokens(2), "broken")
-    assert not list(tmp_path.glob("broken*"))
+    assert [path.name for path in tmp_path.glob("broken*")] == ["broken.partial"], "the first layer is kept"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(CheckpointError, match=r"has no statistics.json"):

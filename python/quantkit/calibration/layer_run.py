@@ -184,6 +184,8 @@ class LayerRun:
     def probed(self) -> Tensor:
         """The layer as it is, for the few tokens of `probe`."""
         view, call = self.probe
+        for experts in self.skeleton.experts[self.index]:
+            experts.token_mask = None  # of a batch that ran before
         return self.skeleton.forward(self.index, view, call)
 
     def complete(

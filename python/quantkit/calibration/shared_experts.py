@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..distributed import ONE
+from ..distributed import ONE, Ranks
 from ..errors import CalibrationError
 from .expert_groups import ExpertGroups, Given, Names, by_identity, projection
 from .hidden import BatchBuffer
@@ -237,6 +237,31 @@ class SharedExperts(ExpertGroups):
             pool = across(parts, ranks, _chain)
             if pool is not None:
                 pools.update(dict.fromkeys(keys, pool))
+
+
+def collected(mine: Mapping[str, Statistics], ranks: Ranks, *, on_all: bool = True) -> dict[str, Statistics]:
+    """What every rank's own experts have seen, on all, or on the first one and nothing on the others."""
+    own, grams = [], []
+    for group in by_identity(mine.items()):
+        seen = group[0][1]
+        own.append(([name for name, _ in group], seen.copy(gram=False), seen.gram is not None))
+        grams += [] if seen.gram is None else [seen.gram]
+    everyone, receives = ranks.gather(own), on_all or ranks.first
+    incoming = [
+        [torch.empty(len(seen.min), len(seen.min)) for _, seen, gram in theirs if gram]
+        if receives and rank != ranks.rank
+        else []
+        for rank, theirs in enumerate(everyone)
+    ]
+    to = [rank != ranks.rank and (on_all or rank == 0) for rank in range(ranks.world)]
+    ranks.exchange([grams if wanted else [] for wanted in to], incoming)
+    found: dict[str, Statistics] = {}
+    for rank, theirs in enumerate(everyone if receives else ()):
+        arrived = iter(grams if rank == ranks.rank else incoming[rank])
+        for names, seen, gram in theirs:
+            seen.gram = next(arrived) if gram else None
+            found.update(dict.fromkeys(names, seen))
+    return found
 
 
 def _chain(parts: list[Part]) -> Statistics:

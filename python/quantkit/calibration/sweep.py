@@ -128,7 +128,7 @@ def sweep(
                 skeleton.linears(index),
                 skeleton.stored(index),
                 run.outputs,
-                None if in_groups else run.probed,
+                None if in_groups and kind is not WholeExperts else run.probed,
                 release=getattr(source, "release", lambda _: None),
             )
             if not in_groups:

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from .expert_groups import Given, Names, by_identity, projection
-from .shared_experts import SharedExperts
+from .expert_groups import Given, Names, projection
+from .shared_experts import SharedExperts, collected
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -52,32 +50,10 @@ class WholeExperts(SharedExperts):
         for members in self._groups(whole, first):
             part = self._part(whole, members)
             wants = {name: first[name] for name in first if name in part.linears}
-            seen |= self._everywhere(self._statistics(part, members, wants, all_experts))
+            seen |= collected(self._statistics(part, members, wants, all_experts), self.run.ranks)
         self.entering.remove()
         if all_experts:  # all of them read one input, of which each rank has seen all
             parts = self.run.skeleton.family.expert_parts[:2]
             entering = [name for name in first if name in seen and projection(name) in parts]
             seen |= dict.fromkeys(entering, seen[entering[0]]) if entering else {}
         return seen
-
-    def _everywhere(self, mine: Mapping[str, Statistics]) -> dict[str, Statistics]:
-        """What every rank's own experts have seen, on all."""
-        ranks, own = self.run.ranks, []
-        grams = []
-        for group in by_identity(mine.items()):
-            seen = group[0][1]
-            own.append(([name for name, _ in group], seen.copy(gram=False), seen.gram is not None))
-            grams += [] if seen.gram is None else [seen.gram]
-        everyone = ranks.gather(own)
-        incoming = [
-            [torch.empty(len(seen.min), len(seen.min)) for _, seen, gram in theirs if gram and rank != ranks.rank]
-            for rank, theirs in enumerate(everyone)
-        ]
-        ranks.exchange([grams if rank != ranks.rank else [] for rank in range(ranks.world)], incoming)
-        found: dict[str, Statistics] = {}
-        for rank, theirs in enumerate(everyone):
-            arrived = iter(grams if rank == ranks.rank else incoming[rank])
-            for names, seen, gram in theirs:
-                seen.gram = next(arrived) if gram else None
-                found.update(dict.fromkeys(names, seen))
-        return found

@@ -113,8 +113,7 @@ class StagingFolder:
             return self.done is not None
         if journaled:
             raise CheckpointError(
-                f"{self.path}: an unfinished `quantkit run` that can be resumed; finish it by the same command, or "
-                "remove it"
+                f"{self.path}: unfinished, and can be resumed; finish it by the same command, or remove it"
             )
         _log.warning("%s: left by a run that did not finish; removed", self.path)
         return False
