@@ -8,6 +8,7 @@ products of 8192 x 8192, bf16 and fp32. For the ops of the calibrated algorithms
 over the copy's rate, the fp32 operations and the bf16 operations that the task needs over the products' rates:
 
 - gram_accumulate: the upper half of x^T x, tokens * cols^2 operations, in x's precision;
+- gptq_factor (torch's Cholesky): cols^3 / 3 fp32 operations;
 - gptq_sweep: rows * cols^2 fp32 operations (errors of earlier columns, each product and sum counted);
 - awq_search: rows * cols^2 bf16 operations a candidate, half of a symmetric product; for fp32 losses the kernel makes
   three such products, so that a third of the roofline is all it can reach;
@@ -106,6 +107,10 @@ def calibrated(device: Device, rows: int, cols: int, tokens: int) -> Iterator[Wo
     w = device.randn(rows, cols)
     g = x.T @ x + torch.eye(cols, device=device.torch)
     u, _ = ops.gptq_factor(g)
+    yield "gptq_factor", lambda: ops.gptq_factor(g), 2 * size(g), cols**3 / 3, 0.0
+    few = min(cols, 2048)  # of a batch torch factors all matrices at once
+    experts = g[:few, :few].repeat(8, 1, 1)
+    yield f"gptq_factor 8 x {few}", lambda: ops.gptq_factor(experts), 2 * size(experts), 8 * few**3 / 3, 0.0
     how: dict[str, Any] = {"q_min": -8, "q_max": 7, "divisor": 7.5, "group_size": 128}
     work = float(rows) * cols**2
     search: dict[str, Any] = {"search_range": 0.2, "search_steps": 20}

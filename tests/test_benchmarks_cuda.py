@@ -54,7 +54,10 @@ def test_gpu_script_refuses(tmp_path: Path) -> None:
     usage = run()
     assert usage.returncode == 2 and "bash tools/gpu.sh STEP..." in usage.stdout
     assert run("tset").returncode == 2 and "no step is called tset" in run("tset").stderr
+    for wrong in ("test=", "gemm=2m", "gemm=-1"):
+        assert run(wrong).returncode == 2 and "after = come whole seconds" in run(wrong).stderr
     if not torch.cuda.is_available():  # tests that all skip do not pass
-        done = run("test", "memcheck")
-        assert done.returncode == 2 and done.stdout.count("torch sees no device") == 2
+        done = run("test", "memcheck=9", "layouts")
+        assert done.returncode == 3 and done.stdout.count("torch sees no device") == 3
+        assert done.stdout.rstrip().endswith("=== failed: test memcheck layouts")
         assert "torch sees no device" in (tmp_path / "memcheck.log").read_text()

@@ -5,26 +5,33 @@
 #   bash tools/gpu.sh STEP...        PYTHON=python3      an interpreter whose torch (>= 2.11) sees the GPU, with pytest
 #                                    RESULTS=build/gpu   folder for logs and JSON
 #                                    LIMIT=86400         seconds that all steps together may take
-# Steps:
+#                                    FILE_LIMIT=240      and each file of tests
+# Steps, each with the seconds that it may take if you like: test=200
 #   check      what is here: GPU, driver, torch, nvcc, compiler, tools
 #   build      compile for this device: nvcc, a C++20 compiler, cmake >= 3.25, ninja (QUANTKIT_CUDA_ARCHS=90a if torch
 #              sees no device here)
+#   layouts    the bulk copy and the wgmma product of sm_90 alone, byte by byte; needs nvcc, not build
 #   test       every test that needs a GPU, a process for each file: a fault ends a process's use of the device
 #   memcheck, racecheck, initcheck, synccheck   each op once under compute-sanitizer; CASES chooses others (pytest -k)
 #   ops, gemm, attention   the benchmarks
-# A step that fails does not keep the next from running, but a build that fails does. The exit status is how many failed.
+# A step that fails does not keep the next from running, but a build that fails does, unless libraries are there
+# already. The exit status is how many failed; the last lines say which.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-STEPS=" check build test memcheck racecheck initcheck synccheck ops gemm attention "
+STEPS=" check build layouts test memcheck racecheck initcheck synccheck ops gemm attention "
 if [ $# = 0 ]; then
     sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     exit 2
 fi
-for name in "$@"; do
+for wanted in "$@"; do
+    name=${wanted%%=*}
     case $STEPS in
         *" $name "*) ;;
         *) echo "gpu.sh: no step is called $name; there are$STEPS" >&2 && exit 2 ;;
+    esac
+    case $wanted in
+        *=*[!0-9]* | *=) echo "gpu.sh: $wanted: after = come whole seconds" >&2 && exit 2 ;;
     esac
 done
 named=${PYTHON:-python3}
@@ -35,18 +42,21 @@ mkdir -p "$RESULTS"
 PATH="$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin"
 export PYTHONPATH="$PWD/python" PYTHONUNBUFFERED=1
 
-# Runs a command in what is left of the time.
-deadline=$((SECONDS + ${LIMIT:-86400}))
+# Runs a command in what is left of the time, of all and of the step.
+end=$((SECONDS + ${LIMIT:-86400}))
+deadline=$end
 limited() {
     local left=$((deadline - SECONDS))
     [ "$left" -gt 0 ] || { echo "no time left for: $*" && return 124; }
+    [ "$left" -lt "${CAP:-$left}" ] || left=${CAP:-$left}
     timeout --kill-after=10 "$left" "$@"
 }
 
 check() {
-    nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader
+    nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap,clocks.max.sm,clocks.max.mem,mig.mode.current \
+        --format=csv,noheader || nvidia-smi -L || echo "no nvidia-smi"
     "$PYTHON" - << 'END'
-import importlib.util, shutil, sys
+import importlib.util, shutil, subprocess, sys
 import torch
 print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
 there = torch.cuda.is_available()
@@ -55,6 +65,10 @@ missing = [m for m in ("pytest", "numpy") if importlib.util.find_spec(m) is None
 print("missing packages:", ", ".join(missing) or "none")
 for tool in ("nvcc", "cmake", "ninja", "g++", "compute-sanitizer"):
     print(f"{tool:18}", shutil.which(tool) or "not found")
+if torch.version.cuda and (nvcc := shutil.which("nvcc")):
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:  # two runtimes, of which only one is on the path
+        print("nvcc is of CUDA", release, "and torch of", torch.version.cuda)
 sys.exit(not there or bool(missing))
 END
 }
@@ -75,7 +89,11 @@ build() {
         -DQUANTKIT_CUDA=ON -DQUANTKIT_CUDA_ARCHS="$archs" -DQUANTKIT_HOST=OFF -DQUANTKIT_WERROR=OFF &&
         limited cmake --build build/gpu-objects &&
         cmake --install build/gpu-objects --prefix python &&
-        "$PYTHON" -c 'import quantkit.ops as o; o._load.require("cpu"), o._load.require("cuda"), print("both libraries load")'
+        libraries
+}
+
+libraries() {
+    "$PYTHON" -c 'import quantkit.ops as o; o._load.require("cpu"), o._load.require("cuda"), print("both libraries load")'
 }
 
 # tests FILE PREFIX... -- ARGUMENTS...
@@ -85,18 +103,29 @@ tests_of() {
     while [ "$1" != -- ]; do prefix+=("$1") && shift; done
     shift
     echo "== $file"
-    limited "${prefix[@]}" "$PYTHON" -m pytest -q -m 'cuda and not slow and not bench' --durations=5 "$@" "$file"
+    # Where a kernel never ends, the test is shown after a minute, and the other files still get their turn.
+    CAP=${FILE_LIMIT:-240} limited "${prefix[@]}" "$PYTHON" -m pytest -q -m 'cuda and not slow and not bench' \
+        -o faulthandler_timeout=60 --durations=5 "$@" "$file"
     local result=$?
     [ "$result" = 5 ] && return 0 # none of the file's tests was chosen
     return "$result"
 }
 
-files() { grep -l 'pytest\.mark\.cuda' tests/ops/test_*.py; }
+files() { grep -l 'pytest\.mark\.cuda' tests/ops/test_*.py | grep -v layouts; }
+
+layouts() {
+    need_device || return 1
+    tests_of tests/ops/test_sm90_layouts.py --
+}
 
 all_tests() {
     need_device || return 1
-    local failed=0 file
-    for file in $(files); do tests_of "$file" -- || failed=1; done
+    local failed=0 file left=''
+    for file in $(files); do
+        [ "$deadline" -gt "$SECONDS" ] || { left="$left $file" && continue; }
+        tests_of "$file" -- || failed=1
+    done
+    [ -z "$left" ] || { echo "not reached:$left" && failed=1; }
     return "$failed"
 }
 
@@ -118,7 +147,7 @@ benchmark() { limited "$PYTHON" "benchmarks/$1_cuda.py" --json "$RESULTS/$1.json
 
 step() {
     case $1 in
-        check | build) "$1" ;;
+        check | build | layouts) "$1" ;;
         test) all_tests ;;
         *check) sanitize "$1" ;;
         gemm) benchmark gemm --paths default,sm80 ;;
@@ -126,15 +155,21 @@ step() {
     esac
 }
 
-failed=0
-for name in "$@"; do
+failed=()
+for wanted in "$@"; do
+    name=${wanted%%=*}
+    deadline=$end
+    case $wanted in
+        *=*) [ $((SECONDS + ${wanted#*=})) -lt "$end" ] && deadline=$((SECONDS + ${wanted#*=})) ;;
+    esac
     echo "=== $name"
     started=$SECONDS
     (step "$name") 2>&1 | tee "$RESULTS/$name.log"
     result=${PIPESTATUS[0]}
     echo "=== $name: $([ "$result" = 0 ] && echo passed || echo "failed, status $result"), $((SECONDS - started)) s"
     [ "$result" = 0 ] && continue
-    failed=$((failed + 1))
-    [ "$name" = build ] && break
+    failed+=("$name")
+    [ "$name" = build ] && ! libraries && break
 done
-exit "$failed"
+[ ${#failed[@]} = 0 ] || echo "=== failed: ${failed[*]}"
+exit ${#failed[@]}

@@ -18,6 +18,7 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
     check(x.dim() == 4, op, name, " must be 4-D [batch, heads, tokens, head size], got ", x.dim(),
           "-D");
     check_rows(op, name, x);
+    check_same_device(op, name, x, q, "q");
   }
   check_float(op, "q", q);
   const int64_t batch = q.size(0), heads = q.size(1), size = q.size(3);
@@ -32,8 +33,9 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
         "the head size must be a multiple of 16, at most ", max_size, ", got ", size);
 }
 
-inline void check_bounds(const char* op, int64_t batch, const OptionalTensor& starts,
+inline void check_bounds(const char* op, const Tensor& q, const OptionalTensor& starts,
                          const OptionalTensor& lengths) {
+  const int64_t batch = q.size(0);
   const struct {
     const char* name;
     const OptionalTensor& x;
@@ -43,6 +45,7 @@ inline void check_bounds(const char* op, int64_t batch, const OptionalTensor& st
           name, " must be torch.int64 [", batch, "], a number per batch row, got ",
           name_of(x ? x->scalar_type() : ScalarType::Long), " ",
           x ? text_of(x->sizes()) : std::string());
+    if (x) check_same_device(op, name, *x, q, "q");
   }
 }
 
@@ -67,7 +70,7 @@ inline void check_attention(const char* op, const Tensor& q, const Tensor& k, co
   const int64_t tokens = q.size(2), keys = k.size(2);
   check(tokens <= keys || !(causal || window), op,
         "with causal or window, q must have no more tokens than k, got ", tokens, " and ", keys);
-  check_bounds(op, q.size(0), starts, lengths);
+  check_bounds(op, q, starts, lengths);
   check_softmax(op, scale, window);
 }
 

@@ -138,9 +138,9 @@ inline void check_rows(const char* op, const char* name, const Tensor& x) {
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
-                              const Tensor& x) {
+                              const Tensor& x, const char* x_name = "x") {
   check(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(), op,
-        name, " must be on x's device");
+        name, " must be on ", x_name, "'s device");
 }
 
 // A block as given, its -1 replaced by the extent, and the grid of such blocks that covers the

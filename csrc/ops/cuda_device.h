@@ -19,6 +19,8 @@ using torch::stable::accelerator::DeviceGuard;
 inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
 inline DeviceGuard use_device_of(const Tensor& tensor) {
+  if (!tensor.is_cuda())
+    throw std::runtime_error("quantkit: an op's first tensor is on the CPU, another on a device");
   return DeviceGuard(tensor.get_device_index());
 }
 

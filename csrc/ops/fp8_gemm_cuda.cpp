@@ -23,7 +23,7 @@ Tensor tensor_scale(const char* op, const Tensor& x, const ExpertRows& rows) {
   reduce_blocks(op, matrix, blocks, {data<float>(most), nullptr, nullptr}, x);
   const Tensor scale = new_tensor(x, {rows ? rows.count() : 1}, ScalarType::Float);
   const cudaStream_t stream = current_stream(x);
-  check_launch(op, rows ? scale_of_experts(data<float>(most), rows.experts(), kLargest,
+  check_launch(op, rows ? scale_of_experts(data<float>(most), matrix.rows, rows.experts(), kLargest,
                                            data<float>(scale), stream)
                         : make_symmetric_scale(data<float>(most), 1, kLargest, DType::kFloat32,
                                                data<float>(scale), stream));

@@ -52,6 +52,8 @@ GemmArgs gemm_args(const char* op, const Tensor& x, const Tensor& out, const Ten
   check(on_device(x), op, "x must be on a CUDA device");
   check_same_device(op, "packed", packed, x);
   if (bias) check_same_device(op, "bias", *bias, x);
+  check(packed.numel() == 0 || reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, op,
+        "packed must begin at a multiple of 16 bytes: call .clone() on this view");
   // Bytes of a row, and packed words by their rows, are counted in 32 bits.
   constexpr int64_t kLongest = int64_t{1} << 28;
   check(x.size(0) <= kLongest && x.size(1) <= kLongest && out.size(1) <= kLongest, op, "x ",

@@ -26,6 +26,7 @@ inline void check_cache(const char* op, const std::string& name, const Tensor& c
         text_of(scale.sizes()));
   check(scale.is_contiguous(), op, name, "_scale must be contiguous, got strides ",
         text_of(scale.strides()));
+  check_same_device(op, (name + "_scale").c_str(), scale, cache, (name + "_cache").c_str());
 }
 
 inline void check_append(const char* op, const Tensor& k, const Tensor& v, const Tensor& k_cache,
@@ -45,7 +46,10 @@ inline void check_append(const char* op, const Tensor& k, const Tensor& v, const
     check(same, op, name, " must be ", text_of({expected, 4}),
           " for this cache and these positions, got ", text_of(x.sizes()));
     check_rows(op, name, x);
+    check_same_device(op, name, x, k, "k");
+    check_same_device(op, (std::string(name) + "_cache").c_str(), cache, k, "k");
   }
+  check_same_device(op, "positions", positions, k, "k");
   check(positions.scalar_type() == ScalarType::Long && positions.dim() == 2 &&
             positions.size(0) == k_cache.size(0),
         op, "positions must be torch.int64 [", k_cache.size(0), ", new tokens], got ",
@@ -71,7 +75,7 @@ inline void check_cache_attention(const char* op, const Tensor& q, const Tensor&
   check_cache(op, "v", v_cache, v_scale);
   check(v_cache.scalar_type() == k_cache.scalar_type(), op, "v_cache must be of k_cache's dtype ",
         name_of(k_cache.scalar_type()), ", got ", name_of(v_cache.scalar_type()));
-  check_bounds(op, q.size(0), starts, lengths);
+  check_bounds(op, q, starts, lengths);
   check_softmax(op, scale, window);
 }
 

@@ -35,7 +35,9 @@ inline void check_pack_wna16(const char* op, const Tensor& words, int64_t num_bi
         "words must be torch.int32 [N, ", steps, "] for ", in_features, " codes of ", num_bits,
         " bits, got ", name_of(words.scalar_type()), " ", text_of(words.sizes()));
   check_rows(op, "words", words);
-  if (perm) check_perm_shape(op, *perm, in_features);
+  if (!perm) return;
+  check_perm_shape(op, *perm, in_features);
+  check_same_device(op, "perm", *perm, words, "words");
 }
 
 inline void check_pack_fp8(const char* op, const Tensor& codes) {

@@ -22,6 +22,8 @@ Tensor int8_product(const char* op, const Tensor& x, const Tensor& packed,
   if (out.numel() == 0) return out;
   GemmArgs args = gemm_args(op, x, out, packed, (x.size(1) + 3) / 4, bias, rows);
   check_same_device(op, "weight_scale", weight_scale, x);
+  if (input.scale) check_same_device(op, "input_scale", *input.scale, x);
+  if (input.zero_point) check_same_device(op, "input_zero_point", *input.zero_point, x);
   const int64_t row_bytes = row_bytes_of(x.size(1));
   const Tensor codes = new_tensor(x, {x.size(0), row_bytes}, ScalarType::Char);
   const Tensor scale = new_tensor(x, {x.size(0)}, ScalarType::Float);

@@ -166,6 +166,8 @@ bool land_one() {
   return true;
 }
 
+bool made_barriers() { return !barriers.empty(); }
+
 std::string left_under_way() {
   if (!copies.empty()) return "a block ends before its copies have landed";
   for (size_t warp = 0; warp < products.size(); ++warp) {

@@ -59,5 +59,6 @@ void* shared_at(uint32_t offset, size_t bytes);
 void begin_async(unsigned warps);
 bool land_one();               // false: nothing is under way
 std::string left_under_way();  // at a block's end
+bool made_barriers();          // and so is a kernel of sm_90
 
 }  // namespace emulation

@@ -172,6 +172,8 @@ void run_block() {
     }
   }
   if (device.error.empty()) device.error = left_under_way();
+  if (device.error.empty() && device.shared_bytes > 99 << 10 && !made_barriers())
+    device.error = "sm_86 has no more than 99 KB of shared memory for a block";
 }
 
 std::string place() {
@@ -190,8 +192,9 @@ unsigned largest_block() { return largest; }
 uint64_t seed() { return current_seed; }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
-  if (block.x * block.y * block.z > 1024 || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > 227 << 10) {
+  const auto empty = [](const dim3& extent) { return extent.x * extent.y * extent.z == 0; };
+  if (empty(grid) || empty(block) || block.x * block.y * block.z > 1024 || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > 227 << 10) {
     throw std::runtime_error("emulation: no device takes a launch of these extents");
   }
   largest = std::max(largest, block.x * block.y * block.z);

@@ -5,6 +5,7 @@
 #include "faults.h"
 #include "faults_async.h"
 #include "guard.h"
+#include "layouts.h"
 #include "ops/cuda_device.h"
 
 namespace qk::cuda {
@@ -51,6 +52,27 @@ Tensor async_fault(const Tensor& x, int64_t kind) {
   return out;
 }
 
+Tensor copied_tile(const Tensor& x, int64_t at0, int64_t at1) {
+  const Tensor out = new_tensor(x, {64 * 128}, ScalarType::Byte);
+  const int status = quantkit_copied_tile(x.const_data_ptr(), x.size(0), x.size(1), x.stride(0),
+                                          static_cast<int>(at0), static_cast<int>(at1),
+                                          out.mutable_data_ptr(), nullptr);
+  check(status == 0, "copied_tile", "no driver makes this tensor map");
+  return out;
+}
+
+Tensor product(const Tensor& tile, const Tensor& left, int64_t step) {
+  const Tensor out = new_tensor(tile, {128, 64}, ScalarType::Int);
+  quantkit_product(tile.const_data_ptr(), left.const_data_ptr(), static_cast<int>(step),
+                   out.mutable_data_ptr(), nullptr);
+  return out;
+}
+
+int64_t descriptor(int64_t address, int64_t bytes) {
+  return static_cast<int64_t>(
+      descriptor_of(static_cast<uint32_t>(address), static_cast<int>(bytes)));
+}
+
 void set_seed(int64_t seed) { emulation::set_seed(static_cast<uint64_t>(seed)); }
 int64_t largest_block() { return emulation::largest_block(); }
 
@@ -61,9 +83,12 @@ QUANTKIT_CUDA_OPS(m) {
   m.impl("guarded", TORCH_BOX(&qk::cuda::guarded));
   m.impl("fault", TORCH_BOX(&qk::cuda::fault));
   m.impl("async_fault", TORCH_BOX(&qk::cuda::async_fault));
+  m.impl("copied_tile", TORCH_BOX(&qk::cuda::copied_tile));
+  m.impl("product", TORCH_BOX(&qk::cuda::product));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantkit_emulated, CompositeExplicitAutograd, m) {
   m.impl("set_seed", TORCH_BOX(&qk::cuda::set_seed));
+  m.impl("descriptor", TORCH_BOX(&qk::cuda::descriptor));
   m.impl("largest_block", TORCH_BOX(&qk::cuda::largest_block));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def check_current_stream(cases: Iterable[Case], wanted: Callable[[str, tuple[Any
             got = run(op, late)
         stream.synchronize()
         assert_same(op, got, expected)
+
+
+def check_other_device(cases: Iterable[Case]) -> None:
+    """Each tensor in turn is left on the CPU: an error, not an address that means nothing to the device."""
+    for op, args in cases:
+        placed = on_device(args)
+        tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        for i in tensors if len(tensors) > 1 else ():
+            mixed = [*placed[:i], args[i], *placed[i + 1 :]]
+            with pytest.raises(RuntimeError, match=f"quantkit.*{op if i else ''}.*device"):
+                getattr(torch.ops.quantkit, op)(*mixed)
 
 
 def check_graph(cases: Iterable[Case], wanted: Callable[[str, tuple[Any, ...]], Any]) -> None:

@@ -39,6 +39,9 @@ OWN_SCHEMAS = (
     "guarded(Tensor x) -> Tensor",
     "fault(Tensor x, int kind) -> Tensor",
     "async_fault(Tensor x, int kind) -> Tensor",
+    "copied_tile(Tensor x, int at0, int at1) -> Tensor",
+    "product(Tensor tile, Tensor left, int step) -> Tensor",
+    "descriptor(int address, int bytes) -> int",
     "set_seed(int seed) -> ()",
     "largest_block() -> int",
 )

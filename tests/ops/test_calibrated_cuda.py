@@ -27,7 +27,7 @@ from .calibrated_cases import (
     sweep_cases,
 )
 from .cuda_cases import BLOCKS, FLOATS, SHAPES, assert_same, matrix, relocate, results
-from .device import call, check_graph
+from .device import call, check_graph, check_other_device
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 
@@ -175,3 +175,7 @@ def test_same_bits_every_time() -> None:
         first = call(op, args)
         for _ in range(5):
             same_bits(op, call(op, args), first)
+
+
+def test_other_device() -> None:
+    check_other_device(one_of_each())

@@ -24,7 +24,7 @@ from .cuda_cases import (
     token_cases,
     weight_cases,
 )
-from .device import call, check_current_stream, check_graph
+from .device import call, check_current_stream, check_graph, check_other_device
 from .gemm_cases import OPS as GEMMS
 from .test_layer_cuda import OPS as LAYER
 
@@ -129,6 +129,5 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert not q[:-1].any() and ops.absmax(x, [-1, -1]).item() == 127.0
 
 
-def test_wrong_device() -> None:
-    with pytest.raises(RuntimeError, match="scale must be on x's device"):
-        torch.ops.quantkit.quantize_fp8(torch.ones(2, 8).cuda(), torch.ones(2, 1), [1, -1], torch.float8_e4m3fn)
+def test_other_device() -> None:
+    check_other_device(all_ops())

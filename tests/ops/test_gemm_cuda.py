@@ -9,7 +9,7 @@ import torch
 
 from . import gemm_cases
 from .cuda_cases import Case, assert_same
-from .device import call, check_current_stream, check_graph, from_device, on_device
+from .device import call, check_current_stream, check_graph, check_other_device, from_device, on_device
 from .gemm_cases import (
     DEEP,
     EXACT,
@@ -103,3 +103,7 @@ def test_same_bits_every_time() -> None:
         first = getattr(torch.ops.quantkit, op)(*placed)
         for _ in range(5):
             assert_same(op, getattr(torch.ops.quantkit, op)(*placed), first.cpu())
+
+
+def test_other_device() -> None:
+    check_other_device(all_ops())

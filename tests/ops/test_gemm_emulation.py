@@ -149,6 +149,18 @@ def test_offsets_that_are_none_touch_nothing_else(emulated: Any, offsets: list[i
     for dtype in (torch.int32, torch.int64):
         args = (x, torch.tensor(offsets, dtype=dtype), packed, scales(3, 40), 40, None, None, True, None, None)
         assert emulated("moe_w8a8_gemm", args).shape == (20, 40)
+        of_fp8 = torch.stack([ops.pack_fp8(codes(40, 64).to(torch.float8_e4m3fn))] * 3)
+        args = (x, args[1], of_fp8, scales(3, 1, 1), 40, [-1, -1], None, [-1, -1], None, None)
+        assert emulated("moe_fp8_gemm", args).shape == (20, 40)  # finds the scales of all of an expert's rows
+
+
+def test_weights_that_do_not_begin_at_16_bytes(library: Any) -> None:
+    """Copies of 16 bytes would be a fault that ends a process's use of its device."""
+    packed = ops.pack_w8a8(codes(20, 64))
+    moved = torch.zeros(packed.numel() + 8, dtype=torch.int8)[8:].view(packed.shape)
+    moved.copy_(packed)
+    with pytest.raises(RuntimeError, match="int8_gemm: packed must begin at a multiple of 16 bytes"):
+        torch.ops.quantkit_emulated.int8_gemm(codes(3, 64), moved, 20)
 
 
 def test_a_column_that_x_does_not_have(emulated: Any) -> None:

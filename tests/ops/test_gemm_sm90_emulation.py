@@ -103,9 +103,12 @@ def test_sums_of_fp8_are_added_in_fp32_every_128_columns(
     assert 2.0**-16 < lost < 2.5 * 2.0**-13
 
 
-def test_rows_that_are_one_in_memory(emulated: Any) -> None:
-    args = (codes(1, 128).expand(70, 128), ops.pack_w8a8(codes(20, 128)), 20)
-    assert_same("int8_gemm", emulated("int8_gemm", args), ops._library.REFERENCES["int8_gemm"](*args))
+def test_rows_that_overlap_in_memory(emulated: Any) -> None:
+    """Bulk copies are not asked for them."""
+    for x in (codes(1, 128).expand(70, 128), codes(1, 69 * 16 + 128).as_strided((70, 128), (16, 1))):
+        args = (x, ops.pack_w8a8(codes(20, 128)), 20)
+        assert_same("int8_gemm", emulated("int8_gemm", args), ops._library.REFERENCES["int8_gemm"](*args))
+        assert torch.ops.quantkit_emulated.largest_block() == 256
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from . import test_attention_emulation as attention
 from . import test_kv_cache_emulation as kv_cache
 from . import test_pointwise_emulation as pointwise
 from .cuda_cases import Case
-from .device import check_current_stream, check_graph, from_device
+from .device import check_current_stream, check_graph, check_other_device, from_device
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 
@@ -72,3 +72,7 @@ def test_runs_on_the_current_stream() -> None:
 
 def test_cuda_graph() -> None:
     check_graph(all_ops(), from_device)
+
+
+def test_other_device() -> None:
+    check_other_device(all_ops())

@@ -107,14 +107,26 @@ __device__ Halves halves_of(const Words4& four) {
   return halves;
 }
 
+// Two slices of depth 16: while one is multiplied, the next is on its way in registers.
+constexpr int kStep = kMmaDepth / 2;
+
 struct LossTiles {
   uint16_t left[2][kMmaTile][kMmaDeep];   // errors [high, low][row][depth]
   uint16_t right[2][kMmaDepth][kMmaRow];  // g [high, low][depth][column]
 };
 
+// Which tile it is. In shared memory while it is multiplied, when registers are few; 32 bits are
+// enough for tiles whose errors lie in memory.
+struct LossPlace {
+  unsigned index;
+  const float* errors;  // of its candidate, from its first row on
+  int row, col;
+};
+
 struct LossScratch {
   LossTiles tiles;
   double warps[kThreads / kWarp];
+  LossPlace place;
 };
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -123,33 +135,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   LossScratch& scratch = shared<LossScratch>();
   const int thread = threadIdx.x;
   const int row_tiles = (rows + kMmaTile - 1) / kMmaTile, edge = (cols + kMmaTile - 1) / kMmaTile;
-  const int64_t all = int64_t{count} * row_tiles * edge;
-  for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
+  const unsigned all = static_cast<unsigned>(count) * row_tiles * edge;
+  for (unsigned index = blockIdx.x; index < all;) {
     // Tiles far to the right have the most work: they go first.
-    const int64_t place = index / (int64_t{count} * row_tiles);
-    const int64_t panel = index - place * count * row_tiles;
+    const unsigned place = index / (static_cast<unsigned>(count) * row_tiles);
+    const unsigned panel = index - place * count * row_tiles;
     const int col = (edge - 1 - static_cast<int>(place)) * kMmaTile;
     const int64_t candidate = panel / row_tiles;
     const int row = static_cast<int>(panel - candidate * row_tiles) * kMmaTile;
     const float* const own = errors + (candidate * rows + row) * stride;
     const int depth = min(col + kMmaTile, cols);
 
-    Words4 left[4], right[4];
+    Words4 left[2], right[2];
     const auto load = [&](int k) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = thread / 8 + i * 32, at = k + thread % 8 * 4;
-        left[i] = load_four(own + r * stride + at, row + r < rows ? depth - at : 0);
+      for (int i = 0; i < 2; ++i) {
+        const int r = thread / 4 + i * 64, at = k + thread % 4 * 4;
+        // Rows of errors are aligned, and zeros follow their last column.
+        left[i] = row + r < rows && at < depth ? load_vector<Words4>(own + r * stride + at)
+                                               : Words4{{0, 0, 0, 0}};
         const int from = k + thread / 32 + i * 8, c = col + thread % 32 * 4;
         right[i] = load_four(g + from * g_stride + c, from < depth ? cols - c : 0);
       }
     };
-    const auto store = [&] {
+    const auto store = [&](int step) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
         const Halves a = halves_of(left[i]), b = halves_of(right[i]);
-        const int r = thread / 8 + i * 32, at = thread % 8 * 4;
-        const int from = thread / 32 + i * 8, c = thread % 32 * 4;
+        const int r = thread / 4 + i * 64, at = step + thread % 4 * 4;
+        const int from = step + thread / 32 + i * 8, c = thread % 32 * 4;
         store_vector(&scratch.tiles.left[0][r][at], Words2{{a.high[0], a.high[1]}});
         store_vector(&scratch.tiles.left[1][r][at], Words2{{a.low[0], a.low[1]}});
         store_vector(&scratch.tiles.right[0][from][c], Words2{{b.high[0], b.high[1]}});
@@ -159,11 +173,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const WarpTile warp;
     Sums sums[2][8];
     load(0);
-    for (int k = 0; k < depth; k += kMmaDepth) {
-      sync_block();  // the stage before has been read
-      store();
-      sync_block();
-      if (k + kMmaDepth < depth) load(k + kMmaDepth);
+    store(0);
+    if (thread == 0) scratch.place = {index, own, row, col};
+    sync_block();
+    for (int k = 0, step = 0; k < depth; k += kStep, step ^= kStep) {
+      const bool more = k + kStep < depth;
+      if (more) load(k + kStep);
       if (k == col) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -174,50 +189,54 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
+      Left high[2], low[2];
 #pragma unroll
-      for (int step = 0; step < kMmaDepth; step += 16) {
-        Left high[2], low[2];
+      for (int m = 0; m < 2; ++m) {
+        high[m] = left_of_rows(scratch.tiles.left[0], warp.row + m * 16, step);
+        low[m] = left_of_rows(scratch.tiles.left[1], warp.row + m * 16, step);
+      }
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        const RightPair most = right_of_columns(scratch.tiles.right[0], warp.col + n * 8, step);
+        const RightPair rest = right_of_columns(scratch.tiles.right[1], warp.col + n * 8, step);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          high[m] = left_of_rows(scratch.tiles.left[0], warp.row + m * 16, step);
-          low[m] = left_of_rows(scratch.tiles.left[1], warp.row + m * 16, step);
-        }
-#pragma unroll
-        for (int n = 0; n < 8; n += 2) {
-          const RightPair most = right_of_columns(scratch.tiles.right[0], warp.col + n * 8, step);
-          const RightPair rest = right_of_columns(scratch.tiles.right[1], warp.col + n * 8, step);
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            multiply_add<BFloat16>(sums[m][n], high[m], most.first);
-            multiply_add<BFloat16>(sums[m][n + 1], high[m], most.second);
-            multiply_add<BFloat16>(sums[m][n], low[m], most.first);
-            multiply_add<BFloat16>(sums[m][n + 1], low[m], most.second);
-            multiply_add<BFloat16>(sums[m][n], high[m], rest.first);
-            multiply_add<BFloat16>(sums[m][n + 1], high[m], rest.second);
-          }
+          multiply_add<BFloat16>(sums[m][n], high[m], most.first);
+          multiply_add<BFloat16>(sums[m][n + 1], high[m], most.second);
+          multiply_add<BFloat16>(sums[m][n], low[m], most.first);
+          multiply_add<BFloat16>(sums[m][n + 1], low[m], most.second);
+          multiply_add<BFloat16>(sums[m][n], high[m], rest.first);
+          multiply_add<BFloat16>(sums[m][n + 1], high[m], rest.second);
         }
       }
+      if (more) store(step ^ kStep);
+      sync_block();
     }
+    const LossPlace at = scratch.place;
     double loss = 0.0;
     warp.each(sums, [&](int r, int c, float sum) {
-      if (row + r < rows && col + c < cols)
-        loss += static_cast<double>(sum) * static_cast<double>(own[r * stride + col + c]);
+      if (at.row + r < rows && at.col + c < cols)
+        loss += static_cast<double>(sum) * static_cast<double>(at.errors[r * stride + at.col + c]);
     });
     for (int mask = kWarp / 2; mask > 0; mask /= 2) loss += shuffle_xor(loss, mask);
     if (thread % kWarp == 0) scratch.warps[thread / kWarp] = loss;
     sync_block();
     if (thread == 0) {
       for (int i = 1; i < kThreads / kWarp; ++i) loss += scratch.warps[i];
-      parts[panel * edge + edge - 1 - place] = loss;
+      parts[at.index] = loss;
     }
+    index = at.index + gridDim.x;
   }
 }
 
 __global__ void __launch_bounds__(kWarp)
-    join_losses_kernel(const double* parts, int count, int each, float* losses) {
+    join_losses_kernel(const double* parts, int count, int row_tiles, int edge, float* losses) {
   for (int candidate = blockIdx.x; candidate < count; candidate += static_cast<int>(gridDim.x)) {
     double sum = 0.0;
-    for (int i = threadIdx.x; i < each; i += kWarp) sum += parts[int64_t{candidate} * each + i];
+    for (int i = threadIdx.x; i < row_tiles * edge; i += kWarp) {
+      const int row_tile = i / edge, place = edge - 1 - i % edge;  // as loss_kernel counts them
+      sum += parts[(int64_t{place} * count + candidate) * row_tiles + row_tile];
+    }
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     const float loss = static_cast<float>(sum);
     if (threadIdx.x == 0) losses[candidate] = is_finite(loss) ? loss : float_of(0x7F800000u);
@@ -252,7 +271,8 @@ cudaError_t awq_losses(const float* errors, int64_t stride, int count, int rows,
              stream, errors, stride, count, rows, cols, g, g_stride, workspace);
   if (status != cudaSuccess) return status;
   return launch(join_losses_kernel, dim3(grid_extent(count)), dim3(kWarp), 0, stream, workspace,
-                count, static_cast<int>(each), losses);
+                count, static_cast<int>(ceil_div(rows, kMmaTile)),
+                static_cast<int>(ceil_div(cols, kMmaTile)), losses);
 }
 
 }  // namespace qk::cuda

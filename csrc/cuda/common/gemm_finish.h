@@ -39,6 +39,12 @@ __device__ inline int64_t offset_of(const Experts& experts, int e) {
                       : static_cast<const int32_t*>(experts.offsets)[e];
 }
 
+// The same within so many rows: nobody has looked at the offsets, and whatever they are, no row
+// beyond the last is touched.
+__device__ inline int row_bound(const Experts& experts, int e, int rows) {
+  return static_cast<int>(max(min(offset_of(experts, e), int64_t{rows}), int64_t{0}));
+}
+
 // Whose row it is: the last expert that begins at it or before.
 __device__ inline int expert_of(const Experts& experts, int row) {
   int low = 0, high = experts.count;

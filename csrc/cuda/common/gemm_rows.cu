@@ -250,12 +250,13 @@ __global__ void __launch_bounds__(kWarp)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    scale_of_experts_kernel(const float* of_rows, Experts experts, float divisor, float* scale) {
+    scale_of_experts_kernel(const float* of_rows, int rows, Experts experts, float divisor,
+                            float* scale) {
   TeamScratch& scratch = shared<TeamScratch>();
   for (int e = static_cast<int>(blockIdx.x); e < experts.count; e += static_cast<int>(gridDim.x)) {
-    const int64_t end = offset_of(experts, e + 1);
+    const int begin = row_bound(experts, e, rows), end = row_bound(experts, e + 1, rows);
     Range range;
-    for (int64_t row = offset_of(experts, e) + threadIdx.x; row < end; row += kThreads)
+    for (int row = begin + static_cast<int>(threadIdx.x); row < end; row += kThreads)
       range.include(Range{of_rows[row], of_rows[row]});
     range = combine(range, kThreads, scratch).finished();
     if (threadIdx.x == 0) scale[e] = symmetric_scale(range.absmax(), divisor, DType::kFloat32);
@@ -309,10 +310,10 @@ cudaError_t find_wide_columns(const Matrix& x, float threshold, bool* left_out, 
                 columns);
 }
 
-cudaError_t scale_of_experts(const float* of_rows, const Experts& experts, float divisor,
+cudaError_t scale_of_experts(const float* of_rows, int rows, const Experts& experts, float divisor,
                              float* scale, cudaStream_t stream) {
   return launch(scale_of_experts_kernel, dim3(grid_extent(experts.count)), dim3(kThreads),
-                sizeof(TeamScratch), stream, of_rows, experts, divisor, scale);
+                sizeof(TeamScratch), stream, of_rows, rows, experts, divisor, scale);
 }
 
 }  // namespace qk::cuda

@@ -56,8 +56,9 @@ cudaError_t stage_rows(const StagedRows& rows, cudaStream_t stream);
 cudaError_t find_wide_columns(const Matrix& x, float threshold, bool* left_out, int32_t* count,
                               int32_t* columns, cudaStream_t stream);
 
-// Of each expert's rows, the largest of `of_rows`, as the scale of symmetric codes with `divisor`.
-cudaError_t scale_of_experts(const float* of_rows, const Experts& experts, float divisor,
+// Of each expert's rows, the largest of `of_rows` [rows], as the scale of symmetric codes with
+// `divisor`.
+cudaError_t scale_of_experts(const float* of_rows, int rows, const Experts& experts, float divisor,
                              float* scale, cudaStream_t stream);
 
 }  // namespace qk::cuda

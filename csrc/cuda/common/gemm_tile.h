@@ -26,12 +26,8 @@ __device__ inline TilePlace rows_of_tile(const Experts& experts, int rows, int t
   int before = 0;  // tiles of the experts before
   for (int first = 0; first < experts.count; first += kWarp) {
     const int e = first + lane;
-    // Nobody has looked at the offsets: whatever they are, no row beyond the last is touched.
-    const auto bound = [&](int of) {
-      return static_cast<int>(max(min(offset_of(experts, of), int64_t{rows}), int64_t{0}));
-    };
-    const int begin = e < experts.count ? bound(e) : 0;
-    const int end = e < experts.count ? max(bound(e + 1), begin) : 0;
+    const int begin = e < experts.count ? row_bound(experts, e, rows) : 0;
+    const int end = e < experts.count ? max(row_bound(experts, e + 1, rows), begin) : 0;
     int until = (end - begin + tile_rows - 1) / tile_rows;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {

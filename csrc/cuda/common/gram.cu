@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int first = begin, stage = 0; first < x.rows; first += kMmaDepth, stage ^= 1) {
       const bool more = first + kMmaDepth < x.rows;
       if (more) load(first + kMmaDepth);
-#pragma unroll
+#pragma unroll 1  // or what both halves read is held at a time, and registers spill
       for (int k = 0; k < kMmaDepth; k += 16) {
         Left a[2];
 #pragma unroll

@@ -14,7 +14,7 @@ namespace qk::cuda::sm90 {
 constexpr int kLeastRows = 65;
 
 // Whether there is a kernel for this: not for numbers in several planes, scales that change within
-// 64 columns (codes of 8 bits: 128), and rows that are one and the same in memory.
+// 64 columns (codes of 8 bits: 128), and rows that overlap in memory.
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args);
 
 // Whether it is to be taken unasked: rows are many, and, for int8 by int4, which does not split K

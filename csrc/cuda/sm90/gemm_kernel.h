@@ -313,12 +313,13 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, void* worksp
   constexpr int kNumberBytes = kStageBytes / Kind::kDepth;
   const int64_t panels = ceil_div(args.weight.out_features, kPanel);
   const int64_t experts = args.experts.count == 0 ? 1 : args.experts.count;
+  const int64_t depth_bytes = int64_t{args.a.depth} * kNumberBytes;
   // The stride of a single row may be anything, and does not count.
-  const int64_t row_bytes = args.a.rows > 1 ? args.a.row_bytes : 16;
+  const int64_t row_bytes = args.a.rows > 1 ? args.a.row_bytes : ceil_div(depth_bytes, 16) * 16;
   TensorMap tokens, words;
   cudaError_t status = make_tensor_map({args.a.data,
                                         2,
-                                        {int64_t{args.a.depth} * kNumberBytes, args.a.rows, 1, 1},
+                                        {depth_bytes, args.a.rows, 1, 1},
                                         {1, row_bytes, 0, 0},
                                         {kStageBytes, kTokens, 1, 1}},
                                        &tokens);

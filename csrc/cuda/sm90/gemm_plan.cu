@@ -32,14 +32,13 @@ constexpr int kBusy = 132;  // multiprocessors of an H100 or H200
 }  // namespace
 
 bool takes(WeightKind kind, DType dtype, const GemmArgs& args) {
-  // What the bulk copies ask for; activations that are not there yet will be made so.
-  const bool repeated = args.a.data != nullptr && args.a.rows > 1 && args.a.row_bytes == 0;
-  if (reinterpret_cast<uintptr_t>(args.weight.words) % 16 != 0 || repeated || args.a.planes != 1 ||
-      args.a.depth < 1) {
-    return false;
-  }
+  if (args.a.planes != 1 || args.a.depth < 1) return false;
   return with_kind(kind, dtype, [&](auto of) {
     using Kind = decltype(of);
+    // What the bulk copies ask for; activations that are not there yet will be made so.
+    const bool overlap = args.a.data != nullptr && args.a.rows > 1 &&
+                         args.a.row_bytes < int64_t{args.a.depth} * (kStageBytes / Kind::kDepth);
+    if (overlap) return false;
     return !Kind::kTotals || args.groups.segment % Kind::kDepth == 0;
   });
 }

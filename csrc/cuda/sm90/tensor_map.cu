@@ -52,7 +52,12 @@ cudaError_t make_tensor_map(const TensorShape& shape, TensorMap* map) {
   for (int d = 0; d < shape.rank; ++d) {
     if (shape.extent[d] <= 0 || shape.extent[d] > int64_t{1} << 32) return cudaErrorInvalidValue;
     if (shape.box[d] <= 0 || shape.box[d] > 256) return cudaErrorInvalidValue;
-    if (d > 0 && (shape.stride[d] % 16 != 0 || shape.stride[d] <= 0)) return cudaErrorInvalidValue;
+    // Strides that let rows overlap are left alone: no document says that a driver takes them.
+    const int64_t least = d < 2 ? shape.extent[0] : 1;
+    if (d > 0 && (shape.stride[d] % 16 != 0 || shape.stride[d] < least ||
+                  shape.stride[d] >= int64_t{1} << 40)) {
+      return cudaErrorInvalidValue;
+    }
   }
   map->shape = shape;
   return cudaSuccess;
