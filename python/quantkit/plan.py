@@ -31,7 +31,7 @@ from .formats.stacked_source import unsplit
 from .memory import Means, means
 from .models.families import Family, family_of
 from .models.mappings import Smoothing, smoothings
-from .models.stacked_experts import UNREAD
+from .models.stacked_experts import STACKINGS, UNREAD
 from .targets import assign, match_ignore, served, served_targets
 
 if TYPE_CHECKING:
@@ -191,9 +191,10 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     places, notes = _smoothings(recipe, family, shapes, modules)
     warnings += notes
     rewritten = _rewritten(places, modules, shapes)
-    # Stacked experts that nothing happens to stay as they are.
+    # Stacked experts that nothing happens to stay as they are, if that is how clients read them.
     changed = rewritten | {f"{name}.weight" for name in modules}
-    checkpoint = unsplit(checkpoint, lambda _, parts: changed.isdisjoint(parts))
+    stacks = family.model_type in STACKINGS and not STACKINGS[family.model_type].apart
+    checkpoint = unsplit(checkpoint, lambda _, parts: stacks and changed.isdisjoint(parts))
     if stacked := family.fused_experts({name: info.shape for name, info in checkpoint.tensors.items()}):
         warnings.append(
             f"{len(stacked)} expert weights stored as one 3-D tensor each (e.g. {stacked[0]}) stay in full precision"

@@ -16,7 +16,7 @@ from ..formats.compressed_tensors import of_attention
 from ..models.families import text_config
 from . import sglang
 from .config_groups import Group, check_block, groups_of, scheme_of, strategy_of, told
-from .experts import in_transformers, in_vllm
+from .experts import apart, in_transformers, in_vllm
 from .inventory import FLOATS, Inventory, Stored
 from .rules import divides, expect, fused_alike, same_in_fused, sound_bytes, sound_scales, whole_blocks
 from .verdict import Verdict
@@ -181,7 +181,7 @@ def _linear(stored: Stored, group: Group, scheme: str, found: Inventory, verdict
         if strategy == "block":
             whole_blocks(found, verdict, stored, shape, w.get("block_structure") or (128, 128))
     elif verdict.client == "transformers":
-        _transformers(stored, group, scheme, verdict)
+        _transformers(stored, group, scheme, found, verdict)
 
 
 def _micro(stored: Stored, group: Group, scheme: str, found: Inventory, verdict: Verdict) -> None:
@@ -212,7 +212,7 @@ def _micro(stored: Stored, group: Group, scheme: str, found: Inventory, verdict:
     expect(verdict, stored, wanted)
     sound_bytes(found, verdict, stored)
     if verdict.client == "transformers":
-        if stored.expert and scheme == "NVFP4":
+        if stored.expert and scheme == "NVFP4" and not apart(found):
             verdict.add(
                 "wrong", stored.name, "Transformers leaves an expert's global scale out; its numbers are garbage"
             )
@@ -290,9 +290,9 @@ def _vllm(
         divides(verdict, stored, rows, cols, col_unit=size or 1, what=" (groups)")
 
 
-def _transformers(stored: Stored, group: Group, scheme: str, verdict: Verdict) -> None:
+def _transformers(stored: Stored, group: Group, scheme: str, found: Inventory, verdict: Verdict) -> None:
     w = group.weights
-    if stored.expert and (scheme.startswith("int8") or not w.get("symmetric", True)):
+    if stored.expert and not apart(found) and (scheme.startswith("int8") or not w.get("symmetric", True)):
         verdict.add(
             "refused", stored.name, "int8 and asymmetric int4 experts cannot be put into Transformers' fused parameters"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.stacked_experts import UNREAD
+from ..models.stacked_experts import STACKINGS, UNREAD
 from .config_groups import Group, strategy_of, told
 from .inventory import Inventory, Stored
 from .verdict import Verdict
@@ -67,7 +67,7 @@ def in_transformers(block: Mapping[str, Any], found: Inventory, verdict: Verdict
     """
     entries = {key: entry for key, entry in block["config_groups"].items() if isinstance(entry.get("targets"), list)}
     experts = [stored for stored in found.linears.values() if stored.expert]
-    if not entries or not experts:
+    if not entries or not experts or apart(found):
         return
     targets = {key: list(map(str, entry["targets"])) for key, entry in entries.items()}
     patterns = [key for key, names in targets.items() if any(n.startswith("re:") and "experts" in n for n in names)]
@@ -84,6 +84,12 @@ def in_transformers(block: Mapping[str, Any], found: Inventory, verdict: Verdict
             f"has no {part}, which Transformers reads of all experts because of config_groups.{key}, and makes anew",
             "serve it with vLLM, or give experts a scheme",
         )
+
+
+def apart(found: Inventory) -> bool:
+    """Whether Transformers has a Linear for each part of each expert once anything is quantized, as Llama 4's."""
+    stacking = STACKINGS.get(found.family.model_type)
+    return stacking is not None and stacking.apart
 
 
 def of_family(found: Inventory, verdict: Verdict) -> None:

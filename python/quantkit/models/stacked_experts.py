@@ -18,9 +18,12 @@ GATE_UP, DOWN, BIAS = "gate_up_proj", "down_proj", "_bias"
 
 @dataclass(frozen=True)
 class Stacking:
-    """How a family stacks. `turns`: gate's and up's rows alternate, instead of one half each."""
+    """How a family stacks. `turns`: gate's and up's rows alternate, instead of one half each. `apart`: in a checkpoint
+    of which anything is quantized, Transformers reads each expert by itself, also those that are not quantized.
+    """
 
     turns: bool = False
+    apart: bool = False
 
 
 # model_type -> how its checkpoints stack, of those that do.
@@ -28,7 +31,7 @@ STACKINGS: dict[str, Stacking] = {
     "qwen3_vl_moe_text": Stacking(),
     "qwen3_5_moe_text": Stacking(),
     "qwen3_next": Stacking(),
-    "llama4_text": Stacking(),
+    "llama4_text": Stacking(apart=True),
     "gpt_oss": Stacking(turns=True),
 }
 
