@@ -244,30 +244,30 @@ def _made(
             for name in own_tensors({name: plan.checkpoint.tensors[name] for name in plan.carried}, ranks):
                 if not keeper.has([name]):
                     copy(name)
-            source = WeightSource(plan.checkpoint)
+            from .modifiers.division import OwnSink
+
+            source, own = WeightSource(plan.checkpoint), OwnSink(sink, list(plan.modules), ranks)
             if plan.statistics is not None:
                 from .from_statistics import from_statistics
 
-                if ranks.first:  # no model runs, so that there is little to share
-                    from_statistics(
-                        plan,
-                        job.skeleton,
-                        source,
-                        plan.statistics,
-                        sink,
-                        progress=progress,
-                        report=report,
-                        keeper=resumption,
-                    )
+                from_statistics(
+                    plan,
+                    job.skeleton,
+                    source,
+                    plan.statistics,
+                    own,
+                    progress=progress,
+                    report=report,
+                    keeper=keeper,
+                    ranks=ranks,
+                )
             else:
-                from .modifiers.division import OwnSink
-
                 calibrate(
                     plan,
                     job.skeleton,
                     source,
                     job.rows,
-                    OwnSink(sink, list(plan.modules), ranks),
+                    own,
                     progress=progress,
                     scratch=writer.working_folder,
                     report=report,

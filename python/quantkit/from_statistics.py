@@ -14,6 +14,7 @@ from .calibration.replay import replay
 from .calibration.statistics import Wants
 from .calibration.statistics_check import StatisticsFile
 from .config.recipe import AWQModifier, GPTQModifier
+from .distributed import ONE, Ranks
 from .errors import PlanError
 from .modifiers.pipeline import Pipeline
 from .plan import Plan, collapse
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .models.skeleton import WeightSource as LayerSource
     from .modifiers.sink import Sink
     from .resume import Resumption
+    from .resume_ranks import SharedResumption
 
 
 @contextmanager
@@ -44,10 +46,11 @@ def from_statistics(
     *,
     progress: bool = True,
     report: CalibrationReport | None = None,
-    keeper: Resumption | None = None,
+    keeper: Resumption | SharedResumption | None = None,
+    ranks: Ranks = ONE,
 ) -> CalibrationReport:
     """`plan` done layer by layer with the statistics in `file`, which `require` has let pass. `report` is filled in and
-    given back; `keeper`: what an earlier process has done.
+    given back; `keeper`: what an earlier process has done. Of several `ranks` all read all; they share out the work.
     """
     report = CalibrationReport() if report is None else report
     if keeper is not None:
@@ -59,7 +62,7 @@ def from_statistics(
     )
     with Progress("quantize", total=0, unit="layer", enabled=progress) as bar:
         report.listener = bar.note
-        pipeline = Pipeline(plan, sink, report)
+        pipeline = Pipeline(plan, sink, report, ranks)
         seen = replay(skeleton, source, file, pipeline, together=together, progress=bar, keeper=keeper)
         report.listener = None
     report.tokens, report.expert_tokens = seen.tokens, seen.expert_tokens

@@ -98,6 +98,19 @@ def test_any_number_of_ranks_saves_the_same_statistics(job: str, ranks: int, oth
     assert not differences(files(tmp_path / "1"), files(tmp_path / str(ranks)))
 
 
+@pytest.mark.parametrize("job", ["awq experts", pytest.param("few tokens", marks=pytest.mark.slow)])
+def test_any_number_of_ranks_makes_the_same_of_statistics(job: str, tmp_path: Path) -> None:
+    config = str(yaml_of(job, tmp_path, tmp_path / "out"))
+    saved = str(tmp_path / "statistics")
+    done = ended(start(["-m", "quantkit", "calibrate", "-c", config, "-o", saved], 1))
+    for ranks in (1, 2):
+        command = ["run", "-c", config, "--statistics", saved, "--save-path", str(tmp_path / str(ranks))]
+        done += ended(start(["-m", "quantkit", *command], ranks))
+    assert all(status == 0 for status, _, _ in done), done
+    one, two = (files(tmp_path / str(ranks) / job) for ranks in (1, 2))
+    assert len(one) > 12 and not differences(one, two)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_is_named_and_ends_the_run(victim: int, tmp_path: Path) -> None:
     job = yaml_of("gptq", tmp_path, tmp_path / "out")
