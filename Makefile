@@ -56,7 +56,7 @@ test-gpu: $(VENV)/.tools
 	@command -v nvcc >/dev/null || { echo 'make test-gpu needs nvcc on PATH' >&2; exit 1; }
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no GPU; set TORCH=")'
 	$(PIP) pytest numpy
-	PYTHON=$(BIN)/python bash tools/gpu.sh build test ops gemm attention
+	PYTHON=$(BIN)/python bash tools/gpu.sh build layouts test ops gemm attention
 
 # Each op once under compute-sanitizer, after make test-gpu.
 memcheck racecheck:

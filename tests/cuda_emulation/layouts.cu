@@ -60,9 +60,11 @@ __global__ void __launch_bounds__(kThreadsOfGroup)
 
 }  // namespace
 
+#ifndef __CUDACC__
 uint64_t descriptor_of(uint32_t shared_address, int bytes) {
   return Columns{columns_bits(shared_address)}.after(bytes).descriptor;
 }
+#endif
 
 }  // namespace qk::cuda
 

@@ -63,8 +63,8 @@ class Device:
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         library = folder / "layouts.so"
         sources = [root / "tests/cuda_emulation/layouts.cu", root / "csrc/cuda/sm90/tensor_map.cu"]
-        command = [nvcc, "-std=c++20", "-O2", "--expt-relaxed-constexpr", "-arch=sm_90a", "-shared", "-Xcompiler=-fPIC"]
-        command += [f"-I{root / 'csrc'}", *map(str, sources), "-o", str(library)]
+        command = [nvcc, "-std=c++20", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
+        command += ["-shared", "-Xcompiler=-fPIC", f"-I{root / 'csrc'}", *map(str, sources), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         self.library = ctypes.CDLL(str(library))
