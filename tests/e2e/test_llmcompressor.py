@@ -22,6 +22,7 @@ from quantkit.evaluate import compare, open_source
 from quantkit.formats.source import WeightSource
 from quantkit.modifiers import QuantizationModifier
 
+from ..engine.stacked import stack
 from .jobs import EXAMPLES
 
 PYTHON = os.environ.get("QUANTKIT_LLMCOMPRESSOR_PYTHON", "")
@@ -151,3 +152,25 @@ def test_scales_of_keys_and_values(strategy: str, tmp_path: Path) -> None:
     print(
         f"{strategy}: scales of keys and values within {off:.1e}; theirs of queries {theirs[queries[0]].flatten()[:2]}"
     )
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_5_moe_text"])
+def test_experts_stored_as_one_tensor_become_the_same_tensors(model_type: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
+    stack(model, model_type, **sizes)
+    for file in (EXAMPLES / "models" / "tiny-llama").glob("token*"):
+        shutil.copy(file, model)
+    rows = [[(7 * i + 3 * j) % 120 + 3 for j in range(32)] for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    ignore = ["lm_head", "re:.*shared_expert_gate", "re:.*router"]
+    recipe = {"QuantizationModifier": {"targets": ["Linear"], "scheme": "FP8_DYNAMIC", "ignore": ignore}}
+    command = [PYTHON, str(SCRIPT), str(model), str(tmp_path / "theirs"), str(tmp_path / "rows.json")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([*command, json.dumps(recipe)], check=True, capture_output=True, env=environment)
+    ours = QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC", ignore=["lm_head"])
+    oneshot(str(model), recipe=ours, output_dir=str(tmp_path / "ours"))
+    theirs, found = (load_file(tmp_path / who / "model.safetensors") for who in ("theirs", "ours"))
+    assert set(theirs) == set(found) and any("experts.3.down_proj.weight_scale" in name for name in found)
+    for name, tensor in found.items():
+        assert torch.equal(theirs[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
