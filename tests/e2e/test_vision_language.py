@@ -44,6 +44,11 @@ def make(folder: Path, model_type: str) -> Any:
     tower = {k: v for k, v in {**SMALL, **DEPTH}.items() if k in raw["vision_config"]}
     text = {k: v for k, v in {**TEXT, **EXPERTS}.items() if k in raw["text_config"] or k == "rope_parameters"}
     raw["text_config"].pop("layer_types", None)  # of as many layers as the default has
+    if model_type == "llama4":
+        text |= {"num_experts_per_tok": 1, "moe_layers": [0], "no_rope_layers": [1, 0], "intermediate_size_mlp": 256}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+        tower |= {"image_size": 28, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+        tower |= {"intermediate_size": 128}
     raw["text_config"].update(text)
     raw["vision_config"].update(tower)
     raw["tie_word_embeddings"] = False
@@ -64,7 +69,9 @@ def make(folder: Path, model_type: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "mistral3", "glm4v"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llama4", "gemma3", "mistral3", "glm4v"]
+)
 def test_the_text_part_is_quantized_and_transformers_loads_the_whole(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
