@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,19 +139,22 @@ def _line(what: str, found: Run) -> str:
 HEAD = "| run | source MB | read, by audit MB | peak MB | predicted MB | means | s |\n|---|---|---|---|---|---|---|"
 
 
-def depth(folder: Path, recipes: list[str]) -> Iterator[str]:
-    """The same model with 12 and with 24 layers."""
+def depth(folder: Path, recipes: list[str], rounds: int) -> Iterator[str]:
+    """The same model with 12 and with 24 layers, in turns."""
     for recipe in recipes:
         for settings in ({}, {"memory_budget": "750MB"}):
-            found = []
-            for layers in (12, 24):
-                found.append(run(_model(folder, "llama", layers, DENSE), RECIPES[recipe], (32, 512), settings))
-                budget = ", budget 750 MB" if settings else ""
-                yield _line(f"{recipe}, {layers} layers{budget}", found[-1])
-            yield f"  24 layers against 12: {100 * (found[1].peak / found[0].peak - 1):+.1f} %"
+            peaks: dict[int, list[int]] = {12: [], 24: []}
+            for _ in range(rounds):
+                for layers, seen in peaks.items():
+                    found = run(_model(folder, "llama", layers, DENSE), RECIPES[recipe], (32, 512), settings)
+                    seen.append(found.peak)
+                    budget = ", budget 750 MB" if settings else ""
+                    yield _line(f"{recipe}, {layers} layers{budget}", found)
+            shallow, deep = (statistics.median(seen) for seen in peaks.values())
+            yield f"  24 layers against 12, medians: {100 * (deep / shallow - 1):+.1f} %"
 
 
-def budget(folder: Path, recipes: list[str]) -> Iterator[str]:
+def budget(folder: Path, recipes: list[str], rounds: int) -> Iterator[str]:
     """A dense model three times as large as the budget."""
     model = _model(folder, "llama", 96, DENSE)
     for recipe in recipes:
@@ -159,7 +163,7 @@ def budget(folder: Path, recipes: list[str]) -> Iterator[str]:
         )
 
 
-def experts(folder: Path, recipes: list[str]) -> Iterator[str]:
+def experts(folder: Path, recipes: list[str], rounds: int) -> Iterator[str]:
     """64 experts a layer, a layer of which with what is known of its inputs is larger than the budget."""
     model = _model(folder, "experts", 6, EXPERTS)
     for recipe in recipes:
@@ -175,12 +179,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantkit-memory"))
     parser.add_argument("--recipes", nargs="+", default=["gptq", "static"], choices=list(RECIPES))
+    parser.add_argument("--rounds", type=int, default=1, help="of 12 and 24 layers")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     print(HEAD)
     for part in arguments.parts:
-        for line in parts[part](arguments.folder, arguments.recipes):
+        for line in parts[part](arguments.folder, arguments.recipes, arguments.rounds):
             print(line, flush=True)
     if not arguments.keep:
         shutil.rmtree(arguments.folder)
