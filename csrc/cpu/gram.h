@@ -25,8 +25,9 @@ struct GramKernels {
                float* channels);
   // g[i, j] += x^T x for the stripe's columns j from `first` on, and i <= j: rows above the
   // diagonal, and up to it within the tiles on it. `packed` holds stripes of `stripe` words each.
+  // `fresh`: as if g were zeros, whatever it holds.
   void (*multiply)(DType dtype, const void* packed, int64_t stripe, int64_t tokens, int64_t first,
-                   int64_t cols, float* g);
+                   int64_t cols, bool fresh, float* g);
   // The upper half of g [n, n] onto kMirrorRows rows of the lower, from `first` on.
   void (*mirror)(float* g, int64_t n, int64_t first);
 };

@@ -18,14 +18,14 @@ void pack(const GramInput& input, int64_t begin, int64_t end, int64_t first, voi
 }
 
 void multiply(DType dtype, const void* packed, int64_t stripe, int64_t tokens, int64_t first,
-              int64_t cols, float* g) {
+              int64_t cols, bool fresh, float* g) {
 #ifdef QK_PAIRS
   if (dtype == DType::kBFloat16) {
-    return gram_stripe<PairWords>(packed, stripe, tokens, first, cols, g);
+    return gram_stripe<PairWords>(packed, stripe, tokens, first, cols, fresh, g);
   }
 #endif
   static_cast<void>(dtype);
-  gram_stripe<FloatWords>(packed, stripe, tokens, first, cols, g);
+  gram_stripe<FloatWords>(packed, stripe, tokens, first, cols, fresh, g);
 }
 
 // 16 x 16 numbers at a time, whole cache lines on either side.

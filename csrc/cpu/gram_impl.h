@@ -87,10 +87,11 @@ void pack_stripe(const GramInput& input, int64_t begin, int64_t end, int64_t fir
   }
 }
 
-// One tile: rows `row`..., columns `first`... of g.
+// One tile: rows `row`..., columns `first`... of g, whose numbers count as zeros if it is fresh.
 template <class Words>
 QK_INLINE void gram_tile(const typename Words::Word* a, const typename Words::Word* b,
-                         int64_t depth, int64_t row, int64_t first, int64_t cols, float* g) {
+                         int64_t depth, int64_t row, int64_t first, int64_t cols, bool fresh,
+                         float* g) {
   F32 sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -117,10 +118,13 @@ QK_INLINE void gram_tile(const typename Words::Word* a, const typename Words::Wo
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = cols - first - v * kLanes;
       float* const p = out + v * kLanes;
+      const auto put = [&](auto lanes) {
+        store(p, (fresh ? broadcast(0.0f) : load(p, lanes)) + sum[i][v], lanes);
+      };
       if (left >= kLanes) {
-        store(p, load(p, Full{}) + sum[i][v], Full{});
+        put(Full{});
       } else if (left > 0) {
-        store(p, load(p, Part(left)) + sum[i][v], Part(left));
+        put(Part(left));
       }
     }
   }
@@ -128,13 +132,13 @@ QK_INLINE void gram_tile(const typename Words::Word* a, const typename Words::Wo
 
 template <class Words>
 void gram_stripe(const void* packed, int64_t stripe, int64_t tokens, int64_t first, int64_t cols,
-                 float* g) {
+                 bool fresh, float* g) {
   const int64_t depth = (tokens + Words::kTokens - 1) / Words::kTokens;
   const int64_t end = first + kWidth < cols ? first + kWidth : cols;
   const auto* const words = static_cast<const typename Words::Word*>(packed);
   for (int64_t row = 0; row < end; row += kRows) {
     gram_tile<Words>(words + row / kWidth * stripe + row % kWidth, words + first / kWidth * stripe,
-                     depth, row, first, cols, g);
+                     depth, row, first, cols, fresh, g);
   }
 }
 

@@ -1,4 +1,4 @@
-// gram_accumulate on the CPU.
+// gram_accumulate, gram_upper and mirror_upper on the CPU.
 #include "cpu/gram.h"
 
 #include <algorithm>
@@ -50,18 +50,14 @@ std::vector<int64_t> tokens_of(int64_t n, const Optional& mask) {
   return tokens;
 }
 
-}  // namespace
-
-void gram_accumulate(const Tensor& x, const Optional& mask, const Tensor& g,
-                     const Optional& channels) {
-  constexpr auto kOp = "gram_accumulate";
-  check_arguments(kOp, x, mask, g, channels);
+// The upper half of g from these tokens of x; false if there are none.
+bool add_up(const char* op, const Tensor& x, const Optional& mask, const Tensor& g,
+            const Optional& channels, bool fresh) {
   const std::vector<int64_t> tokens = tokens_of(x.size(0), mask);
   const int64_t count = static_cast<int64_t>(tokens.size()), cols = x.size(1);
-  if (count == 0 || cols == 0) return;
-
+  if (count == 0 || cols == 0) return false;
   const GramKernels& kernels = gram_kernels();
-  const GramInput input = {dtype_of(kOp, x.scalar_type()), element(x, 0), x.stride(0), cols,
+  const GramInput input = {dtype_of(op, x.scalar_type()), element(x, 0), x.stride(0), cols,
                            tokens.data()};
   const int64_t width = kernels.width, stripes = (cols + width - 1) / width;
   const int64_t words = width * std::min(kTokens, (count + 1) / 2 * 2);
@@ -76,17 +72,51 @@ void gram_accumulate(const Tensor& x, const Optional& mask, const Tensor& g,
     // A stripe has the more rows the further right it is: those go first.
     parallel_queue(stripes, [&](int64_t i) {
       const int64_t s = stripes - 1 - i;
-      kernels.multiply(input.dtype, first, words, end - t, s * width, cols, data<float>(g));
+      kernels.multiply(input.dtype, first, words, end - t, s * width, cols, fresh && t == 0,
+                       data<float>(g));
     });
   }
-  const int64_t squares = (cols + kMirrorRows - 1) / kMirrorRows;
+  return true;
+}
+
+void mirror(const Tensor& g) {
+  const int64_t cols = g.size(0), squares = (cols + kMirrorRows - 1) / kMirrorRows;
   parallel_queue(squares, [&](int64_t i) {
-    kernels.mirror(data<float>(g), cols, (squares - 1 - i) * kMirrorRows);
+    gram_kernels().mirror(data<float>(g), cols, (squares - 1 - i) * kMirrorRows);
   });
+}
+
+}  // namespace
+
+void gram_accumulate(const Tensor& x, const Optional& mask, const Tensor& g,
+                     const Optional& channels) {
+  constexpr auto kOp = "gram_accumulate";
+  check_arguments(kOp, x, mask, g, channels);
+  if (add_up(kOp, x, mask, g, channels, false)) mirror(g);
+}
+
+void gram_upper(const Tensor& x, const Tensor& g, const Optional& channels, bool fresh) {
+  constexpr auto kOp = "gram_upper";
+  check_arguments(kOp, x, std::nullopt, g, channels);
+  check(!fresh || x.size(0) > 0, kOp, "x must have a token to make a fresh g of, got none");
+  // Its tiles are many pages apart from row to row.
+  if (fresh) prefer_huge_pages(data<float>(g), g.numel() * g.element_size());
+  add_up(kOp, x, std::nullopt, g, channels, fresh);
+}
+
+void mirror_upper(const Tensor& g) {
+  constexpr auto kOp = "mirror_upper";
+  check(g.dim() == 2 && g.size(0) == g.size(1) && g.scalar_type() == ScalarType::Float, kOp,
+        "g must be a square of torch.float32, got ", name_of(g.scalar_type()), " ",
+        text_of(g.sizes()));
+  check(g.is_contiguous(), kOp, "g must be contiguous, got strides ", text_of(g.strides()));
+  mirror(g);
 }
 
 }  // namespace qk::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
   m.impl("gram_accumulate", TORCH_BOX(&qk::cpu::gram_accumulate));
+  m.impl("gram_upper", TORCH_BOX(&qk::cpu::gram_upper));
+  m.impl("mirror_upper", TORCH_BOX(&qk::cpu::mirror_upper));
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Sequence
@@ -60,8 +61,8 @@ class Ranks:
         return value
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
-        """Send outgoing[r] to rank r, and fill incoming[r] with what it sends here, of these shapes and dtypes. All are
-        contiguous; what goes to this rank itself is copied.
+        """Send outgoing[r] to rank r, and fill incoming[r] with what it sends here, of these shapes and dtypes. What
+        goes to this rank itself is copied. None of `incoming` is outgoing, too.
         """
         for theirs, mine in zip(outgoing[self.rank], incoming[self.rank], strict=True):
             mine.copy_(theirs)
@@ -87,8 +88,11 @@ class TorchRanks(Ranks):
         self._group, self._watch = group, watch
         self._failed: BaseException | None = None
         self._told = False
-        shared = SameHost(self.rank, self.gather)
-        self._shared = shared if all(self.gather(shared.works)) else None
+        self._shared: SameHost | None = None
+        shared = SameHost(self.rank, self.world, self.gather)
+        every = all(self.gather(shared.works))
+        shared.begin()
+        self._shared = shared if every else None
 
     @property
     def one_machine(self) -> bool:
@@ -97,70 +101,59 @@ class TorchRanks(Ranks):
     def barrier(self) -> None:
         self.gather(None)
 
-    def _numbers(self, own: list[int]) -> list[list[int]]:
-        """Every rank's `own`, which are as many on each."""
-        import torch
-        import torch.distributed as dist
-
-        found = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(found, torch.tensor(own), group=self._group)
-        return [numbers.tolist() for numbers in found]
-
     def gather(self, value: Any) -> list[Any]:
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.world
         try:
+            if self._shared is not None:
+                pickles = self._shared.gather(pickle.dumps(value))
+                if pickles is not None:
+                    return list(map(pickle.loads, pickles))
+            found: list[Any] = [None] * self.world
             dist.all_gather_object(found, value, group=self._group)
         except RuntimeError as error:
             self._lost(error)
         return found
 
     def broadcast(self, value: Any) -> Any:
-        import torch.distributed as dist
-
-        found = [value if self.first else None]
-        try:
-            dist.broadcast_object_list(found, group=self._group, group_src=0)
-        except RuntimeError as error:
-            self._lost(error)
-        return found[0]
+        return self.gather(value if self.first else None)[0]
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
-        import torch.distributed as dist
-
-        works = []
         try:
-            if self._shared is not None and self._shared.exchange(
-                [[_raw(t) for t in tensors] for tensors in outgoing],
-                [[_raw(t) for t in tensors] for tensors in incoming],
-                self._numbers,
-            ):
-                super().exchange(outgoing, incoming)
-                return
-            for rank in range(self.world):
-                if rank == self.rank:
-                    continue
-                for tag, buffer in enumerate(incoming[rank]):
-                    if buffer.numel():
-                        works.append(dist.irecv(_raw(buffer), group=self._group, group_src=rank, tag=tag))
-            # Everybody starts with another one.
-            for rank in ((self.rank + i) % self.world for i in range(1, self.world)):
-                for tag, tensor in enumerate(outgoing[rank]):
-                    if tensor.numel():
-                        works.append(dist.isend(_raw(tensor), group=self._group, group_dst=rank, tag=tag))
-            super().exchange(outgoing, incoming)
-            for work in works:
-                if work is not None:
-                    work.wait()
+            if self._shared is None or not self._shared.exchange(outgoing, incoming):
+                self._by_sockets(outgoing, incoming)
         except RuntimeError as error:
             self._lost(error)
+        super().exchange(outgoing, incoming)
+
+    def _by_sockets(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
+        import torch.distributed as dist
+
+        works, leaving, arriving = [], [], []
+        for rank in range(self.world):
+            if rank == self.rank:
+                continue
+            for tag, tensor in enumerate(incoming[rank]):
+                if tensor.numel():
+                    arriving.append((tensor, buffer := tensor.contiguous()))
+                    works.append(dist.irecv(_raw(buffer), group=self._group, group_src=rank, tag=tag))
+        # Everybody starts with another one.
+        for rank in ((self.rank + i) % self.world for i in range(1, self.world)):
+            for tag, tensor in enumerate(outgoing[rank]):
+                if tensor.numel():
+                    leaving.append(_raw(tensor.contiguous()))
+                    works.append(dist.isend(leaving[-1], group=self._group, group_dst=rank, tag=tag))
+        for work in works:
+            if work is not None:
+                work.wait()
+        for tensor, buffer in arriving:
+            if buffer is not tensor:
+                tensor.copy_(buffer)
 
     def gather_rows(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         found = [part.new_empty((sum(counts), *part.shape[1:])) for part in parts]
         places = [whole.split(list(counts)) for whole in found]
-        outgoing = [part.contiguous() for part in parts]
-        self.exchange([outgoing] * self.world, [[place[r] for place in places] for r in range(self.world)])
+        self.exchange([parts] * self.world, [[place[r] for place in places] for r in range(self.world)])
         return found
 
     def failed(self, error: BaseException) -> bool:

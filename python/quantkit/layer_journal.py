@@ -224,19 +224,28 @@ class LayerJournal(Generic[W]):
             _refuse(path, "is damaged: other hidden states were written there")
         hidden.load(path)
 
-    def layer_done(self, index: int, hidden: HiddenStates | None, report: SweepReport) -> None:
+    def keep_hidden(self, index: int, hidden: HiddenStates) -> Path:
+        """Write what enters the layer behind `index`, and say where. Waits until the line before is on disk, so that
+        nothing needs the file that is written.
+        """
+        assert self._writer is not None
+        self._writer.drain()
+        path = hidden.file or self._writer.working_folder / HIDDEN_STATES[index % 2]
+        hidden.save(path, lasting=False)
+        return path
+
+    def layer_done(
+        self, index: int, hidden: HiddenStates | None, report: SweepReport, kept: Path | None = None
+    ) -> None:
         """See `calibration.layer.Keeper`. Returns before the line is on disk, unless hidden states
-        are no longer needed."""
+        are no longer needed. `kept`: what `keep_hidden` gave, if it has been called."""
         assert self._writer is not None
         record: dict[str, Any] = {"layer": index, "sweep": self._news("sweep", report)}
         if self._report is not None:
             record["report"] = self._news("report", self._report)
-        path = None
+        path = kept
         if hidden is not None:
-            # The line before is on disk, so that nothing needs the file that is written now.
-            self._writer.drain()
-            path = hidden.file or self._writer.working_folder / HIDDEN_STATES[index % 2]
-            hidden.save(path, lasting=False)
+            path = self.keep_hidden(index, hidden) if path is None else path
             number = HIDDEN_STATES.index(path.name)
             record["hidden"] = {"file": number, "bytes": hidden.nbytes}
 

@@ -66,7 +66,11 @@ class SharedResumption:
             self._writer.drain()  # the line before is on disk, and nothing needs the hidden states before it
         self._ranks.barrier()
         names: list[str] = []
-        if self._first is None:
+        kept: Path | None = None
+        if self._first is not None:
+            if hidden is not None:  # at the same time as the others
+                kept = self._first.keep_hidden(index, hidden)
+        else:
             names = self._writer.flush()
             if hidden is not None:
                 path = hidden.file or self._writer.working_folder / HIDDEN_STATES[index % 2]
@@ -86,7 +90,7 @@ class SharedResumption:
             report.silent_experts += [name for name in silent if name not in report.silent_experts]
         if self._report is not None:
             self._told = len(self._report.modules)
-        self._first.layer_done(index, hidden, report)
+        self._first.layer_done(index, hidden, report, kept)
         if hidden is not None and hidden.file is not None:
             self._writer.drain()  # the others begin to overwrite what entered this layer
         self._after(hidden)

@@ -121,3 +121,66 @@ def test_compiles() -> None:
     torch.library.opcheck(
         torch.ops.quantkit.gram_accumulate.default, (torch.ones(2, 4), mask, torch.zeros(4, 4), start(4))
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "cols"), [*SHAPES, (2050, 47), (5, 65)])
+def test_the_upper_half_first_and_the_lower_one_at_the_end(tokens: int, cols: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, cols + 3).to(dtype)[:, 1 : cols + 1]
+    parts = (x, x[: tokens // 2 + 1])
+    whole, own = torch.zeros(cols, cols), start(cols)
+    for part in parts:
+        ops.gram_accumulate(part, whole, channels=own)
+    g, channels = torch.full((cols, cols), float("nan")), start(cols)
+    for part in parts:
+        ops.gram_upper(part, g, channels=channels, fresh=part is x)
+    assert torch.equal(g.triu(), whole.triu()), "the bits of sums onto zeros"
+    assert torch.equal(channels, own)
+    ops.mirror_upper(g)
+    assert torch.equal(g, whole)
+
+
+def test_a_fresh_matrix_has_no_negative_zeros() -> None:
+    for dtype in FLOATS:
+        x = torch.tensor([[0.0, -1.0, 1e-30, -1e-30]], dtype=dtype)
+        g, zeros = torch.full((4, 4), -0.0), torch.zeros(4, 4)
+        ops.gram_upper(x, g, fresh=True)
+        ops.mirror_upper(g)
+        ops.gram_accumulate(x, zeros)
+        assert torch.equal(g.view(torch.int32), zeros.view(torch.int32))
+
+
+def test_mirror_of_any_size() -> None:
+    for cols in (0, 1, 2, 15, 16, 17, 63, 64, 65, 130, 200):
+        g = torch.randn(cols, cols)
+        wanted = g.triu() + g.triu(1).T
+        ops.mirror_upper(g)
+        assert torch.equal(g, wanted)
+
+
+def test_upper_like_its_reference() -> None:
+    x, g = torch.randn(300, 70), torch.randn(70, 70)
+    for fresh in (False, True):
+        got, wanted, mine, theirs = g.clone(), g.clone(), start(70), start(70)
+        ops.gram_upper(x, got, channels=mine, fresh=fresh)
+        ops._library.REFERENCES["gram_upper"](x, wanted, theirs, fresh)
+        torch.testing.assert_close(got.triu(), wanted.triu(), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+        ops.mirror_upper(got)
+        ops._library.REFERENCES["mirror_upper"](wanted)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
+    kept = g.clone()
+    ops.gram_upper(x[:0], kept)
+    assert torch.equal(kept, g)
+
+
+def test_upper_refuses() -> None:
+    x, g = torch.ones(2, 4), torch.zeros(4, 4)
+    check_refused("gram_upper", r"g must be torch.float32 \[4, 4\]", x, g[:3], None, False)
+    check_refused("gram_upper", r"channels must be torch.float32 \[3, 4\]", x, g, torch.ones(3, 5), False)
+    check_refused("gram_upper", "x must have a token to make a fresh g of", x[:0], g, None, True)
+    check_refused("mirror_upper", r"g must be a square of torch.float32, got torch.float32 \[3, 4\]", g[:3])
+    check_refused("mirror_upper", "g must be a square of torch.float32, got torch.float16", g.half())
+    check_refused("mirror_upper", "g must be contiguous", torch.zeros(4, 8)[:, :4])
+    torch.library.opcheck(torch.ops.quantkit.gram_upper.default, (x, torch.zeros(4, 4), start(4), True))
+    torch.library.opcheck(torch.ops.quantkit.mirror_upper.default, (torch.ones(4, 4),))

@@ -147,7 +147,7 @@ class InputHooks:
                 if name in found:
                     found[name].merge(seen)
                 else:
-                    found[name] = seen
+                    found[name] = seen.complete()
         return found
 
     def may_stop(self) -> None:

@@ -12,6 +12,8 @@ from .. import ops
 from ..errors import CalibrationError
 
 HISTOGRAM_BINS = 8192
+# Rows of a Gram matrix that are added at once, from the diagonal on.
+ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Statistics:
     magnitudes (fp32 [channels]), `gram` = x^T x (fp32 [channels, channels]), a histogram, and each batch's lowest and
     highest value (`extremes`, fp32 [batches, 2]). They merge by sum, min or max, extremes by order; see `tree` for that
     of floating-point sums. Linears that read the same tensor share one object. `divided`: what each channel has been
-    divided by since (fp32 [channels]).
+    divided by since (fp32 [channels]). `upper`: below its diagonal `gram` waits for `complete`.
     """
 
     count: int
@@ -53,17 +55,20 @@ class Statistics:
     histogram: Histogram | None = None
     extremes: Tensor | None = None
     divided: Tensor | None = None
+    upper: bool = False
     _channels: Tensor | None = None
 
     @classmethod
-    def empty(cls, channels: int, wants: Wants) -> Statistics:
-        """Of nothing yet."""
+    def empty(cls, channels: int, wants: Wants, memory: Tensor | None = None) -> Statistics:
+        """Of nothing yet. `memory` (fp32 [channels, channels]) may be used for the Gram matrix."""
         found = cls(0, torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf))
         if wants.gram:
             # One buffer, as the op that makes the Gram matrix fills it in the same pass.
             rows = torch.stack((found.min, found.max, torch.zeros(channels)))
             found.min, found.max, found.absum = rows
-            found.gram, found._channels = torch.zeros(channels, channels), rows
+            # What is in it until the first tokens come does not matter.
+            found.gram = torch.empty(channels, channels) if memory is None else memory
+            found.upper, found._channels = True, rows
         if wants.histogram:
             found.histogram = Histogram(torch.zeros(HISTOGRAM_BINS, dtype=torch.int64), torch.zeros(1))
         if wants.averages:
@@ -75,12 +80,19 @@ class Statistics:
         """Of x [tokens, channels] (fp32, fp16, bf16; at least one token). `where` names the input in errors."""
         found = cls.empty(x.shape[1], wants or Wants())
         found.update(x, where)
-        return found
+        return found.complete()
+
+    def complete(self) -> Statistics:
+        """This, with all of its Gram matrix; no more tokens may come."""
+        if self.upper and self.gram is not None:
+            ops.mirror_upper(self.gram)
+        self.upper = False
+        return self
 
     def update(self, x: Tensor, where: str | Callable[[], str]) -> None:
         """Take in x [tokens, channels]; CalibrationError for NaN and Inf, naming `where` and the channels."""
         if self.gram is not None and self._channels is not None:
-            ops.gram_accumulate(x, self.gram, channels=self._channels)
+            ops.gram_upper(x, self.gram, channels=self._channels, fresh=self.count == 0)
             low, high = self.min, self.max
         else:
             low, high = (extreme.reshape(-1) for extreme in ops.minmax(x, [-1, 1]))
@@ -111,7 +123,8 @@ class Statistics:
         if self.absum is not None and other.absum is not None:
             self.absum += other.absum
         if self.gram is not None and other.gram is not None:
-            self.gram += other.gram
+            _add(self.gram, other.gram, upper=self.upper or other.upper)
+            self.upper = self.upper or other.upper
         if self.histogram is not None and other.histogram is not None:
             mine, theirs = self.histogram, other.histogram
             self.histogram = Histogram(*ops.merge_histograms(mine.counts, mine.span, theirs.counts, theirs.span))
@@ -133,6 +146,7 @@ class Statistics:
             clone(self.gram) if gram else None,
             histogram,
             clone(self.extremes),
+            upper=gram and self.upper,
         )
 
     def divide(self, s: Tensor) -> None:
@@ -176,6 +190,15 @@ class Statistics:
     def tensor_absmax(self) -> Tensor:
         """Largest magnitude overall: fp32 [1, 1]."""
         return torch.maximum(self.tensor_min.abs(), self.tensor_max.abs())
+
+
+def _add(gram: Tensor, other: Tensor, *, upper: bool) -> None:
+    """gram += other, or their upper halves."""
+    if not upper:
+        gram += other
+        return
+    for begin in range(0, len(gram), ROWS):
+        gram[begin : begin + ROWS, begin:] += other[begin : begin + ROWS, begin:]
 
 
 def tail(seen: Statistics) -> float:

@@ -7,14 +7,14 @@ whoever has the results of all does the rest; the additions are the same, howeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..distributed import Ranks
-from .statistics import Statistics, Wants
+from .statistics import ROWS, Statistics, Wants
 
 # One process holds three sums of an input at most, whatever these are. Sixteen leaves share out well over up to eight
 # processes, and adding up a leaf costs little against its tokens.
@@ -72,18 +72,21 @@ class Sums:
         self._leaves, self._wants = leaves, wants
         self._parts: list[Part] = []
         self._leaf: Part | None = None
+        self._spare: list[Tensor] = []  # Gram matrices that have been added up
 
     def update(self, batch: int, x: Tensor, where: str | Callable[[], str]) -> None:
         """Take in x [tokens, channels] of `batch`; see `Statistics.update`."""
         leaf = self._leaves.of(batch)
         if self._leaf is None or self._leaf.leaf != leaf:
             self._close(leaf)
-            self._leaf = Part(leaf, Statistics.empty(x.shape[1], self._wants))
+            spare = self._spare.pop() if self._spare else None
+            self._leaf = Part(leaf, Statistics.empty(x.shape[1], self._wants, spare))
         self._leaf.sum.update(x, where)
 
     def parts(self) -> list[Part]:
         """The sums so far, in order; nothing more may come."""
         self._close(self._leaves.share[1])
+        self._spare.clear()
         return self._parts
 
     def _close(self, following: int) -> None:
@@ -95,25 +98,33 @@ class Sums:
         mine = done.leaf // GROUP
         before = self._parts[-1] if self._parts else None
         if mine * GROUP >= first and before is not None and before.leaf // GROUP == mine and not before.whole:
-            before.sum.merge(done.sum)
+            self._merge(before, done)
         else:
             self._parts.append(done)
         if first == 0 and following >= min((mine + 1) * GROUP, self._leaves.count):
-            self._parts = [_whole(self._parts)]
+            self._parts = [_whole(self._parts, self._merge)]
+
+    def _merge(self, part: Part, following: Part) -> None:
+        part.sum.merge(following.sum)
+        if following.sum.gram is not None:
+            self._spare.append(following.sum.gram)
 
 
 def total(parts: list[Part], ranks: Ranks) -> Statistics | None:
     """The sum of everything from the parts of all ranks, the same on each; None if there are none. Changes `parts`."""
-    return across(parts, ranks, joined)
+    return across(parts, ranks, joined, memory=parts[0].sum.gram if parts else None)
 
 
-def across(parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statistics]) -> Statistics | None:
-    """What `fold` makes of the parts of all ranks, which adds them up in some order; on each rank.
+def across(
+    parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statistics], memory: Tensor | None = None
+) -> Statistics | None:
+    """What `fold` makes of the parts of all ranks, which adds them up in some order; on each rank, complete. It may
+    change `parts` if there is but one rank. Its Gram matrix lies in `memory`, which may be one of these parts'.
 
-    Each rank adds up some rows of the Gram matrices; all else is small.
+    Each rank adds up some rows of the Gram matrices' upper halves; all else is small.
     """
     if ranks.world == 1:
-        return fold(parts) if parts else None
+        return fold(parts).complete() if parts else None
     light = [Part(part.leaf, part.sum.copy(gram=False), part.whole) for part in parts]
     everyone = ranks.gather((light, any(part.sum.gram is not None for part in parts)))
     shared = [theirs for theirs, _ in everyone]
@@ -121,33 +132,62 @@ def across(parts: list[Part], ranks: Ranks, fold: Callable[[list[Part]], Statist
     if found is None:
         return None
     cols = found.min.shape[0]
-    counts = [end - begin for begin, end in (ranks.share(cols, r) for r in range(ranks.world))]
-    stripes = [p.sum.gram.split(counts) for p in parts if p.sum.gram is not None]
-    if any(grams for _, grams in everyone):
-        incoming = [[torch.empty(counts[ranks.rank], cols) for _ in theirs] for theirs in shared]
-        ranks.exchange([[stripe[r] for stripe in stripes] for r in range(ranks.world)], incoming)
+    places = _rows_by_rank(cols, ranks)
+    with_grams = any(grams for _, grams in everyone)
+    if with_grams:
+        size = sum((end - begin) * (cols - begin) for begin, end in places[ranks.rank])
+        incoming = [[torch.empty(size) for _ in theirs] for theirs in shared]
+        ranks.exchange(
+            [[x for part in parts for x in _cut(part.sum.gram, places[r])] for r in range(ranks.world)],
+            [[x for flat in flats for x in _laid_out(flat, places[ranks.rank], cols)] for flats in incoming],
+        )
         for theirs, arrived in zip(shared, incoming, strict=True):
-            for part, gram in zip(theirs, arrived, strict=True):
-                part.sum.gram = gram
+            for part, flat in zip(theirs, arrived, strict=True):
+                part.sum.gram = flat
     whole = fold([part for theirs in shared for part in theirs])
     if whole.gram is not None:
-        (whole.gram,) = ranks.gather_rows([whole.gram], counts)
-    return whole
+        gram = torch.empty(cols, cols) if memory is None else memory
+        ranks.exchange(
+            [_laid_out(whole.gram, places[ranks.rank], cols)] * ranks.world, [_cut(gram, rows) for rows in places]
+        )
+        whole.gram, whole.upper = gram, True
+    return whole.complete()
+
+
+def _rows_by_rank(cols: int, ranks: Ranks) -> list[list[tuple[int, int]]]:
+    """Rows (first, behind the last) of an upper half, some at a time, that each rank adds up: of about one area."""
+    blocks = [(begin, min(begin + ROWS, cols)) for begin in range(0, cols, ROWS)]
+    found: list[list[tuple[int, int]]] = [[] for _ in range(ranks.world)]
+    for begin, end in blocks:
+        left = (cols - (begin + end) / 2) / cols  # the area below is the square of this
+        found[min(int((1 - left**2) * ranks.world), ranks.world - 1)].append((begin, end))
+    return found
+
+
+def _cut(gram: Tensor | None, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """These rows of a Gram matrix, from the diagonal on: views."""
+    return [] if gram is None else [gram[begin:end, begin:] for begin, end in places]
+
+
+def _laid_out(flat: Tensor, places: Sequence[tuple[int, int]], cols: int) -> list[Tensor]:
+    """The same rows that lie one behind the other in `flat`: views."""
+    sizes = [(end - begin) * (cols - begin) for begin, end in places]
+    return [x.view(end - begin, -1) for x, (begin, end) in zip(flat.split(sizes), places, strict=True)]
 
 
 def joined(parts: Iterable[Part]) -> Statistics:
     """The sum of everything, from the parts of all leaves in order. Changes them."""
-    return _whole(list(parts)).sum
+    return _whole(list(parts), lambda part, following: part.sum.merge(following.sum)).sum
 
 
-def _whole(parts: list[Part]) -> Part:
+def _whole(parts: list[Part], merge: Callable[[Part, Part], None]) -> Part:
     groups: list[Part] = []
     for part in parts:
         if groups and groups[-1].leaf // GROUP == part.leaf // GROUP and not groups[-1].whole:
-            groups[-1].sum.merge(part.sum)
+            merge(groups[-1], part)
         else:
             groups.append(part)
     total, *rest = groups
     for part in rest:
-        total.sum.merge(part.sum)
+        merge(total, part)
     return Part(rest[-1].leaf if rest else total.leaf, total.sum, whole=True)

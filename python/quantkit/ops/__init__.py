@@ -17,7 +17,7 @@ from .fp4 import (
 )
 from .fp8_gemm import fp8_gemm, pack_fp8
 from .gptq import factor_with_retry, gptq_factor, gptq_sweep
-from .gram import gram_accumulate
+from .gram import gram_accumulate, gram_upper, mirror_upper
 from .histogram import HISTOGRAM_BINS, histogram_accumulate, merge_histograms
 from .histogram_scale import histogram_scale
 from .int8_mixed import int8_mixed_gemm
@@ -59,6 +59,7 @@ __all__ = [
     "gptq_factor",
     "gptq_sweep",
     "gram_accumulate",
+    "gram_upper",
     "histogram_accumulate",
     "histogram_scale",
     "int8_gemm",
@@ -69,6 +70,7 @@ __all__ = [
     "kv_read",
     "merge_histograms",
     "minmax",
+    "mirror_upper",
     "moe_gemm",
     "mse_scale",
     "nvfp4_global_scale",

@@ -8,8 +8,7 @@ from torch import Tensor
 from ._library import check_float, declare
 
 
-def _check(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | None) -> None:
-    op = "gram_accumulate"
+def _check(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | None, op: str = "gram_accumulate") -> None:
     torch._check(x.dim() == 2, lambda: f"quantkit::{op}: x must be 2-D [tokens, columns], got {x.dim()}-D")
     check_float(op, "x", x)
     tokens, cols = x.shape
@@ -51,6 +50,10 @@ def _reference(x: Tensor, mask: Tensor | None, g: Tensor, channels: Tensor | Non
     _check(x, mask, g, channels)
     wide = x.float() if mask is None else x[mask].float()
     g.addmm_(wide.T, wide)
+    _take_in(wide, channels)
+
+
+def _take_in(wide: Tensor, channels: Tensor | None) -> None:
     if channels is not None and len(wide):
         torch.minimum(channels[0], wide.amin(0), out=channels[0])
         torch.maximum(channels[1], wide.amax(0), out=channels[1])
@@ -75,3 +78,58 @@ def gram_accumulate(x: Tensor, g: Tensor, *, mask: Tensor | None = None, channel
     channels. bf16 numbers below 2^-126 may count as zero.
     """
     _accumulate(x, mask, g, channels)
+
+
+def _fake_upper(x: Tensor, g: Tensor, channels: Tensor | None, fresh: bool) -> None:
+    op = "gram_upper"
+    _check(x, None, g, channels, op)
+    torch._check(
+        not fresh or x.shape[0] > 0, lambda: f"quantkit::{op}: x must have a token to make a fresh g of, got none"
+    )
+
+
+def _reference_upper(x: Tensor, g: Tensor, channels: Tensor | None, fresh: bool) -> None:
+    _fake_upper(x, g, channels, fresh)
+    wide = x.float()
+    gram = wide.T @ wide
+    g.copy_((gram if fresh else g + gram).triu())
+    _take_in(wide, channels)
+
+
+_upper = declare(
+    "gram_upper(Tensor x, Tensor(a!) g, Tensor(b!)? channels, bool fresh) -> ()",
+    fake=_fake_upper,
+    reference=_reference_upper,
+    kernels=("CPU",),
+)
+
+
+def gram_upper(x: Tensor, g: Tensor, *, channels: Tensor | None = None, fresh: bool = False) -> None:
+    """The upper half of what `gram_accumulate` makes of g, bit for bit; below its diagonal g holds nothing of use until
+    `mirror_upper`. For sums of many x, of which only the last needs all of g.
+
+    `fresh`: as if g were zeros, whatever it holds; x has at least one token then.
+    """
+    _upper(x, g, channels, fresh)
+
+
+def _check_mirror(g: Tensor) -> None:
+    op = "mirror_upper"
+    torch._check(
+        g.dim() == 2 and g.shape[0] == g.shape[1] and g.dtype == torch.float32,
+        lambda: f"quantkit::{op}: g must be a square of torch.float32, got {g.dtype} {list(g.shape)}",
+    )
+    torch._check(g.is_contiguous(), lambda: f"quantkit::{op}: g must be contiguous, got strides {list(g.stride())}")
+
+
+def _reference_mirror(g: Tensor) -> None:
+    _check_mirror(g)
+    g.copy_(g.triu() + g.triu(1).T)
+
+
+_mirror = declare("mirror_upper(Tensor(a!) g) -> ()", fake=_check_mirror, reference=_reference_mirror, kernels=("CPU",))
+
+
+def mirror_upper(g: Tensor) -> None:
+    """The half of g fp32 [K, K] above the diagonal onto the one below it, in place."""
+    _mirror(g)
