@@ -98,6 +98,11 @@ QK_INLINE void gram_tile(const typename Words::Word* a, const typename Words::Wo
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[i][v] = broadcast(0.0f);
   }
+  // g is far apart from row to row, which no hardware foresees, and seldom in a cache.
+  for (int i = 0; i < kRows && row + i < cols; ++i) {
+    const float* const out = g + (row + i) * cols + first;
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + v * kLanes, 1);
+  }
   for (int64_t k = 0; k < depth; ++k) {
     decltype(Words::load_vector(b)) right[kVectors];
 #pragma GCC unroll 4
