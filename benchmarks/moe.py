@@ -46,6 +46,7 @@ def weights(kind: str, experts: int, rows: int, cols: int) -> dict[str, Any]:
         scale = torch.stack([ops.pack_w4a8_scales(s) for s in scale])
         return {"packed": torch.stack(packed), "weight_scale": scale, "group_size": 128}
     packed = [ops.pack_wna16(w, bits, cols) for w in words]
+    scale = torch.stack([ops.pack_wna16_scales(s) for s in scale])
     return {"packed": torch.stack(packed), "weight_scale": scale, "num_bits": bits, "group_size": 128}
 
 

@@ -53,6 +53,14 @@ struct Segment {
   bool starts;
 };
 
+// Words that are used several times stay where they are: the compiler would rather load them again
+// for each use, which a line on its way from memory is asked for as often.
+QK_INLINE void in_register([[maybe_unused]] I32& x) {
+#ifdef QK_PAIRS
+  asm("" : "+v"(x.v));
+#endif
+}
+
 QK_INLINE I32 load_words(const int32_t* p) {
   return bits(load(reinterpret_cast<const float*>(p), Full{}));
 }
@@ -75,6 +83,9 @@ struct Slice {
   const Segment* segments;
   int64_t count;
   bool first;  // of the panel: sums start here
+  // What to ask for at each run, so many bytes further on each time: a later panel's scales.
+  const char* later;
+  int64_t later_bytes;
 };
 
 // c (+)= sums * scale (* x's scale) (+ x's sums * offset) for R rows and the vectors from column
@@ -158,6 +169,7 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
         unrolled<kTileVectors>([&](auto v) {
           __builtin_prefetch(w + v * kLanes + kAhead);  // to L1: it is read once
           packed[v] = load_words(w + v * kLanes);
+          if constexpr (R == 1 && !kStore) in_register(packed[v]);
         });
         unrolled<kVectors>([&](auto i) {
           typename Words::Vector right[kTileVectors];
@@ -188,6 +200,9 @@ void tile_direct(Decoder decoder, const typename Decoder::Words::Word* a,
         }
       });
       flush<Words, Groups>(sum[0], slice, s, v0 * kLanes, x_sums, groups, c);
+      for (int64_t i = 0; i < slice.later_bytes; i += 64) {
+        __builtin_prefetch(slice.later + s * slice.later_bytes + i);
+      }
     }
   }
 }
@@ -258,6 +273,9 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
     slice.segments = segments;
     slice.count = count;
     slice.first = k == 0;
+    if constexpr (requires { groups.later(slice, panel, first); }) {
+      if (direct) groups.later(slice, panel, first);
+    }
     if constexpr (Decoder::kPlain) {
       slice.decoded = reinterpret_cast<const Word*>(slice.packed);
     } else {

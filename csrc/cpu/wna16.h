@@ -18,9 +18,10 @@ struct Wna16Weight {
   const int32_t* packed;
   int64_t rows, cols;  // N, K
   DType scale_dtype;
-  const void* scale;         // [rows][groups]
+  const void* scale;         // [rows][groups], or [panels][groups][kPanelCols]
   const int8_t* zero_point;  // likewise, or null
   int64_t group, groups;     // k of a group
+  bool by_panels;            // the latter
 };
 
 // int32 words [rows][stride] as compressed-tensors has them: code + 2^(bits - 1), along K. For 16

@@ -82,8 +82,29 @@ void fill_scales(const Wna16Weight& weight, int64_t row, int64_t first, int64_t 
   }
 }
 
+// The same of a panel whose scales lie so already.
+template <class T>
+void copy_scales(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t count,
+                 float* scale, float* offset) {
+  const int64_t at = (panel * weight.groups + first) * kPanelCols;
+  const T* const from = static_cast<const T*>(weight.scale) + at;
+  for (int64_t i = 0; i < count * kPanelCols; i += kLanes) {
+    const F32 s = load(from + i, Full{});
+    store(scale + i, s, Full{});
+    if (offset) {
+      const I32 point = load_signed(weight.zero_point + at + i, Full{});
+      store(offset + i, to_float(broadcast(0) - point) * s, Full{});
+    }
+  }
+}
+
 void fill_panel(const Wna16Weight& weight, int64_t panel, int64_t first, int64_t count,
                 float* scale, float* offset) {
+  if (weight.by_panels) {
+    return visit_float(weight.scale_dtype, [&]<class T>(T) {
+      copy_scales<T>(weight, panel, first, count, scale, offset);
+    });
+  }
   for (int64_t c = 0; c < kPanelCols && panel * kPanelCols + c < weight.rows; c += kLanes) {
     visit_float(weight.scale_dtype, [&]<class T>(T) {
       fill_scales<T>(weight, panel * kPanelCols + c, first, count, scale + c,
@@ -124,7 +145,15 @@ struct ScaledGroups {
   int64_t size;
   void fill(int64_t panel, int64_t first, int64_t count, float* scale, float* offset) const {
     fill_panel(weight, panel, first, count, scale, kZero ? offset : nullptr);
-    fetch_after(weight, panel, first + count);
+    if (!weight.by_panels) fetch_after(weight, panel, first + count);
+  }
+  // The scales that a panel later will be those of the groups from `first` on.
+  template <class Words>
+  void later(Slice<Words>& slice, int64_t panel, int64_t first) const {
+    if (!weight.by_panels) return;
+    slice.later_bytes = kPanelCols * (weight.scale_dtype == DType::kFloat32 ? 4 : 2);
+    slice.later = static_cast<const char*>(weight.scale) +
+                  ((panel + 1) * weight.groups + first) * slice.later_bytes;
   }
 };
 

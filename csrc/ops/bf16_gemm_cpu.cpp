@@ -33,7 +33,8 @@ Tensor bf16_gemm(const Tensor& x, const Tensor& packed, const std::optional<Tens
                               nullptr,
                               nullptr,
                               cols,
-                              1};
+                              1,
+                              false};
   return wna16_product(kOp, x, weight, nullptr, bias);
 }
 

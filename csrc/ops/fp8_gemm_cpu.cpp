@@ -117,9 +117,12 @@ Tensor fp8_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scal
   const PanelOutput out = {dtype,         bias ? dtype_of(kOp, bias->scalar_type()) : dtype,
                            data<char>(y), bias ? element(*bias, 0) : nullptr,
                            out_features,  out_features};
-  parallel_panels(tiles, packed.size(0), [&](int64_t panel, int64_t begin, int64_t end) {
-    kernels.gemm(plan, weight, tiles, panel, begin, end, out);
-  });
+  const int64_t panel_bytes = packed.size(1);
+  parallel_panels(
+      tiles, packed.size(0), [&](int64_t panel) { return weight.packed + panel * panel_bytes; },
+      [&](int64_t panel, int64_t begin, int64_t end) {
+        kernels.gemm(plan, weight, tiles, panel, begin, end, out);
+      });
   return y;
 }
 

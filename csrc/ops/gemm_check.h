@@ -237,16 +237,20 @@ inline int64_t check_wna16_weight(const char* op, const Tensor& x, const Tensor&
         "group_size must be -1 or divide in_features ", cols, ", got ", group_size);
   const int64_t groups = group_size == -1 ? 1 : cols / group_size;
   check_float(op, "weight_scale", scale);
-  check(scale.dim() == 2 && scale.size(0) == out_features && scale.size(1) == groups &&
+  const int64_t panels = gemm_panels(out_features);
+  check((has_shape(scale, {out_features, groups}) ||
+         has_shape(scale, {panels, groups, kGemmPanel})) &&
             scale.is_contiguous(),
         op, "weight_scale must be contiguous [", out_features, ", ", groups, "] for group_size ",
-        group_size, ", got ", text_of(scale.sizes()));
+        group_size, ", or pack_wna16_scales of it, ", text_of({panels, groups, kGemmPanel}),
+        ", got ", text_of(scale.sizes()));
   if (zero_point) {
-    check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == 2 &&
-              zero_point->size(0) == out_features && zero_point->size(1) == groups &&
+    const IntList sizes = scale.sizes();
+    check(zero_point->scalar_type() == ScalarType::Char && zero_point->dim() == scale.dim() &&
+              std::equal(sizes.begin(), sizes.end(), zero_point->sizes().begin()) &&
               zero_point->is_contiguous(),
-          op, "weight_zero_point must be contiguous torch.int8 [", out_features, ", ", groups,
-          "], got ", name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
+          op, "weight_zero_point must be contiguous torch.int8 ", text_of(sizes), ", got ",
+          name_of(zero_point->scalar_type()), " ", text_of(zero_point->sizes()));
   }
   return groups;
 }

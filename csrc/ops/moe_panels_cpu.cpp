@@ -103,7 +103,7 @@ Tensor moe_wna16_gemm(const Tensor& x, const Tensor& offsets, const Tensor& pack
          part_data(weight_scale, e.index),
          weight_zero_point ? reinterpret_cast<const int8_t*>(part_data(*weight_zero_point, e.index))
                            : nullptr,
-         cols / groups, groups});
+         cols / groups, groups, weight_scale.dim() == 4});
   }
   const int64_t depth = kernels.depth(weights[0], moe.dtype);
   const Tiles tiles(moe, x, depth, kernels.tile, cols / groups, groups, wna16_sums(weights[0]));

@@ -23,10 +23,14 @@ inline Tensor wna16_product(const char* op, const Tensor& x, const Wna16Weight& 
   const RowsInput input = {dtype, element(x, 0), x.stride(0), cols, order, nullptr};
   const int64_t depth = kernels.depth(weight, dtype);
   const bool with_sums = wna16_sums(weight);
-  // One allocation: x's words, its sums.
-  Tensor room =
-      output(x, {rows * (depth + (with_sums ? weight.groups : 0)) + 16}, ScalarType::Float);
-  float* const words = data<float>(room);
+  // x's words, its sums. Of a few rows they stay where they are, for the next product: a fresh
+  // tensor costs as much as the smallest products do.
+  constexpr int64_t kKept = 1 << 16;
+  static thread_local const std::unique_ptr<float[]> kept(new float[kKept]);
+  const int64_t size = rows * (depth + (with_sums ? weight.groups : 0)) + 16;
+  std::optional<Tensor> room;
+  if (size > kKept) room = output(x, {size}, ScalarType::Float);
+  float* const words = room ? data<float>(*room) : kept.get();
   const PackedRows tiles = {words,        with_sums ? words + rows * depth : nullptr,
                             rows,         depth,
                             kernels.tile, weight.group,
@@ -44,10 +48,13 @@ inline Tensor wna16_product(const char* op, const Tensor& x, const Wna16Weight& 
   const PanelOutput out = {dtype,         bias ? dtype_of(op, bias->scalar_type()) : dtype,
                            data<char>(y), bias ? element(*bias, 0) : nullptr,
                            weight.rows,   weight.rows};
-  parallel_panels(tiles, (weight.rows + kPanelCols - 1) / kPanelCols,
-                  [&](int64_t panel, int64_t begin, int64_t end) {
-                    kernels.gemm(weight, dtype, tiles, panel, begin, end, out);
-                  });
+  const int64_t panel_words = wna16_steps(weight.bits, cols) * kPanelCols;
+  parallel_panels(
+      tiles, (weight.rows + kPanelCols - 1) / kPanelCols,
+      [&](int64_t panel) { return weight.packed + panel * panel_words; },
+      [&](int64_t panel, int64_t begin, int64_t end) {
+        kernels.gemm(weight, dtype, tiles, panel, begin, end, out);
+      });
   return y;
 }
 

@@ -36,7 +36,8 @@ Wna16Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, 
           element(scale, 0),
           zero_point ? reinterpret_cast<const int8_t*>(element(*zero_point, 0)) : nullptr,
           cols / groups,
-          groups};
+          groups,
+          scale.dim() == 3};
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ Tensor wna16_product(const char* op, const Tensor& x, const Tensor& packed,
   args.groups.rows = 1;
   args.groups.groups = static_cast<int>(groups);
   args.groups.columns = static_cast<int>(x.size(1) / groups);
-  args.groups.expert_scales = out_features * groups;
+  args.groups.by_panels = weight_scale.dim() == (rows ? 4 : 3);
+  args.groups.expert_scales = rows ? weight_scale.numel() / rows.count() : 0;
   args.groups.segment = groups == 1 ? 0 : args.groups.columns;
   const StagedInput staged = stage_input(op, x, kind, perm, rows, args);
   run_gemm(op, kind, staged.dtype, args, x);

@@ -123,6 +123,8 @@ def wna16_cases(rows: int, cols: int, depth: int) -> Iterator[Case]:
                 yield "wna16_gemm", (narrowed(x), plain, scale.to(dtype), zero, None, bias, bits, cols, group)
             x = tokens(rows, depth, torch.bfloat16, group)
             yield "wna16_gemm", (x, ordered, scale.half(), zero, perm, bias.bfloat16(), bits, cols, group)
+            placed = ops.pack_wna16_scales(scale), ops.pack_wna16_scales(zero)
+            yield "wna16_gemm", (x, plain, placed[0], placed[1], None, bias, bits, cols, group)
 
 
 def bf16_cases(rows: int, cols: int, depth: int) -> Iterator[Case]:
@@ -199,6 +201,8 @@ def expert_cases(rows: int, cols: int, depth: int, experts: int) -> Iterator[Cas
     packed = torch.stack([ops.pack_wna16(w, 4, depth, p) for w, p in zip(int4, perm, strict=True)])
     yield "moe_wna16_gemm", (x, offsets, packed, scale, cols, 4, 64, zero, perm, bias, weights)
     yield "moe_wna16_gemm", (x.float(), offsets, packed, scale, cols, 4, 64, None, None, None, None)
+    placed = (torch.stack([ops.pack_wna16_scales(t) for t in stack]) for stack in (scale, zero))
+    yield "moe_wna16_gemm", (x, offsets, packed, next(placed), cols, 4, 64, next(placed), perm, bias, weights)
     packed = torch.stack([ops.pack_fp8(float8_codes(cols, depth).roll(e, 0)) for e in range(experts)])
     each = scales(experts)
     for block, given, group in (

@@ -23,6 +23,7 @@ CASES = (
     "w4a8 zero",
     "w4a16",
     "w4a16 zero perm",
+    "w4a16 zero panels",
     "w8a16",
     "fp8 channel",
     "fp8 token",
@@ -67,6 +68,8 @@ def experts(case: str) -> dict[str, Any]:
         values["packed"] = [ops.pack_wna16(w, bits, K, None if perm is None else perm[e]) for e, w in enumerate(weight)]
         if "zero" in how:
             values["weight_zero_point"] = codes(-8, 8, N, 4)
+        for name in ("weight_scale", "weight_zero_point") if "panels" in how else ():
+            values[name] = torch.stack([ops.pack_wna16_scales(v) for v in values[name]])
     else:
         weight = (torch.randn(EXPERTS, N, K, generator=generator) * 20).to(E4M3)
         values = {"packed": [ops.pack_fp8(w) for w in weight], "weight_block": [1, -1], "weight_scale": numbers(N, 1)}

@@ -95,6 +95,20 @@ def test_pack_is_the_layout_of_the_reference(bits: int) -> None:
             assert torch.equal(call("pack_wna16", *arguments), reference("pack_wna16", *arguments))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_by_panels_are_the_same_scales(bits: int) -> None:
+    for i, (rows, cols, group) in enumerate(WEIGHTS):
+        w = weight(rows, cols, group, bits, zero=i % 2 == 1, perm=i % 3 == 1, dtype=FLOATS[i % 3])
+        scale, zero = ops.pack_wna16_scales(w.scale), w.zero_point
+        placed = None if zero is None else ops.pack_wna16_scales(zero)
+        assert scale.shape == ((rows + 63) // 64, w.scale.shape[1], 64)
+        for m in (1, 3, 19):
+            x, packed, *rest = w.arguments(torch.randn(m, cols).to(FLOATS[(i + m) % 3]))
+            arguments = (x, packed, scale, placed, *rest[2:])
+            assert torch.equal(call("wna16_gemm", *arguments), call("wna16_gemm", x, packed, *rest))
+            assert torch.equal(reference("wna16_gemm", *arguments), reference("wna16_gemm", x, packed, *rest))
+
+
 def test_nothing_in_nothing_out() -> None:
     w = weight(70, 96, 32, 4)
     assert call("wna16_gemm", *w.arguments(torch.zeros(0, 96))).shape == (0, 70)
@@ -114,9 +128,11 @@ def test_refuses() -> None:
     refused("x must have its last dimension contiguous", 0, torch.ones(96, 2).T)
     refused(r"packed must be what pack_wna16 makes of 4 bits \[70, 88\]", 0, x[:, :88])
     refused(r"contiguous torch.int32 \[2, 12, 64\], got torch.int32 \[1, 12, 64\]", 1, arguments[1][:1])
-    refused(r"weight_scale must be contiguous \[70, 3\] for group_size 32, got \[70, 2\]", 2, w.scale[:, :2])
+    refused(r"weight_scale must be contiguous \[70, 3\] for group_size 32, or .*, got \[70, 2\]", 2, w.scale[:, :2])
+    refused(r"or pack_wna16_scales of it, \[2, 3, 64\], got \[3, 2, 64\]", 2, torch.ones(3, 2, 64))
     refused("weight_scale must be float32", 2, w.scale.double())
     refused(r"weight_zero_point must be contiguous torch.int8 \[70, 3\]", 3, w.scale)
+    refused(r"weight_zero_point must be contiguous torch.int8 \[70, 3\]", 3, ops.pack_wna16_scales(w.scale.char()))
     refused(r"perm must be torch.int32 \[96\], got torch.int64 \[96\]", 4, torch.arange(96))
     refused("perm must hold columns 0 to 95, got 96", 4, torch.arange(1, 97).int())
     refused("bias must be contiguous torch.float32 or torch.float32", 5, torch.ones(70).half())
@@ -128,6 +144,8 @@ def test_refuses() -> None:
     check_refused("pack_wna16", r"words must be torch.int32 \[N, 13\] for 97 codes of 4 bits", words, 4, 97, None)
     check_refused("pack_wna16", "in_features must be positive, got 0", words, 4, 0, None)
     check_refused("pack_wna16", "perm must hold columns 0 to 95, got -1", words, 4, 96, torch.arange(-1, 95).int())
+    with pytest.raises(RuntimeError, match="pack_wna16_scales: values must be 2-D"):
+        ops.pack_wna16_scales(torch.ones(3))
 
 
 def test_compiles() -> None:
@@ -140,10 +158,14 @@ def test_compiles() -> None:
     assert torch.equal(compiled(*arguments), overload(*arguments))
 
 
+@pytest.mark.parametrize("by_panels", [False, True])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_threads_leave_no_trace(rows: int) -> None:
+def test_threads_leave_no_trace(rows: int, by_panels: bool) -> None:
     w = weight(200, 640, 64, 4, zero=True, perm=True)
-    arguments = w.arguments(torch.randn(rows, 640).bfloat16())
+    x, packed, scale, zero, *rest = w.arguments(torch.randn(rows, 640).bfloat16())
+    if by_panels:
+        scale, zero = ops.pack_wna16_scales(scale), ops.pack_wna16_scales(zero)
+    arguments = (x, packed, scale, zero, *rest)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):

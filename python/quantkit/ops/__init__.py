@@ -33,7 +33,7 @@ from .search import mse_scale, percentile_scale
 from .smooth import smoothquant_scales
 from .w4a8 import pack_w4a8, pack_w4a8_scales, w4a8_gemm
 from .w8a8 import int8_gemm, pack_w8a8, w8a8_gemm
-from .wna16 import pack_wna16, wna16_gemm
+from .wna16 import pack_wna16, pack_wna16_scales, wna16_gemm
 
 _load.load_libraries()
 
@@ -83,6 +83,7 @@ __all__ = [
     "pack_w4a8_scales",
     "pack_w8a8",
     "pack_wna16",
+    "pack_wna16_scales",
     "pack_zero_points",
     "percentile_scale",
     "quantization_error",

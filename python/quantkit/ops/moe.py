@@ -128,7 +128,8 @@ def moe_gemm(
     `how` is what the single op takes besides, with tensors of weights stacked:
       w8a8    input_scale fp32 [E], input_zero_point int8 [E], symmetric
       w4a8    group_size, weight_zero_point int8 [E, N, G]; both this and the scales may be `pack_w4a8_scales`, stacked
-      wna16   num_bits, group_size, weight_zero_point int8 [E, N, G], perm int32 [E, K]
+      wna16   num_bits, group_size, weight_zero_point int8 [E, N, G], perm int32 [E, K]; scales and zero points may be
+              `pack_wna16_scales`, stacked
       fp8     weight_block, input_scale fp32 [E], input_block
 
     Errors: ValueError for another kind; RuntimeError naming the argument, its value and what it must be.

@@ -22,6 +22,7 @@ from torch import Tensor
 from ._library import check_float, declare
 from .quantize import _int8_per_token_reference
 from .w8a8 import check_bias, check_input
+from .wna16 import rows_of_panels, scales_by_panels
 
 PANEL = 64  # columns of the result that are packed together
 # Longest group: sums of (code - zero point) * a stay within int32, for any int8 zero point.
@@ -69,11 +70,6 @@ def _unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     shifts = torch.tensor([0, 8, 16, 24, 4, 12, 20, 28], dtype=torch.int32, device=packed.device)
     codes = packed.transpose(1, 2).reshape(panels * PANEL, depth, 1) >> shifts & 15
     return codes.reshape(panels * PANEL, depth * 8)[:out_features, :in_features]
-
-
-def _rows(values: Tensor, out_features: int) -> Tensor:
-    """Scales or zero points [N, G], from that or from what `pack_w4a8_scales` makes of it."""
-    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)[:out_features]
 
 
 def _groups(group_size: int, in_features: int) -> int:
@@ -180,12 +176,12 @@ def _reference(
         codes, input_scale, _ = _int8_per_token_reference(x, True)
         # Sums of products of such integers are exact in fp64.
         a, weight = codes.double(), _unpack(packed, out_features, cols).double() - 8.0
-        scale = _rows(weight_scale, out_features).float()
+        scale = rows_of_panels(weight_scale, out_features).float()
         size = cols if group_size == -1 else group_size
         for g in range(_groups(group_size, cols)):
             columns = weight[:, g * size : (g + 1) * size]
             if weight_zero_point is not None:
-                columns = columns - _rows(weight_zero_point, out_features)[:, g : g + 1].double()
+                columns = columns - rows_of_panels(weight_zero_point, out_features)[:, g : g + 1].double()
             y = y + (a[:, g * size : (g + 1) * size] @ columns.T).float() * scale[:, g]
         y = y * input_scale
     if bias is not None:
@@ -215,13 +211,7 @@ def pack_w4a8_scales(values: Tensor) -> Tensor:
     """Scales or zero points [N, G] in the order in which `w4a8_gemm` reads them: [ceil(N / 64), G, 64], zero beyond row
     N. The gemm takes both forms; with [N, G] it has to make this one at each call.
     """
-    torch._check(
-        values.dim() == 2, lambda: f"quantkit::pack_w4a8_scales: values must be 2-D [N, G], got {values.dim()}-D"
-    )
-    rows, groups = values.shape
-    padded = values.new_zeros((_panels(rows) * PANEL, groups))
-    padded[:rows] = values
-    return padded.view(_panels(rows), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return scales_by_panels("pack_w4a8_scales", values)
 
 
 def w4a8_gemm(

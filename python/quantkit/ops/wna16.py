@@ -124,20 +124,21 @@ def _gemm_fake(
     )
     groups = 1 if group_size == -1 else cols // group_size
     check_float(op, "weight_scale", weight_scale)
+    panels = [shape[0], groups, PANEL]
     torch._check(
-        list(weight_scale.shape) == [out_features, groups] and weight_scale.is_contiguous(),
+        list(weight_scale.shape) in ([out_features, groups], panels) and weight_scale.is_contiguous(),
         lambda: (
             f"quantkit::{op}: weight_scale must be contiguous [{out_features}, {groups}] for group_size {group_size}, "
-            f"got {list(weight_scale.shape)}"
+            f"or pack_wna16_scales of it, {panels}, got {list(weight_scale.shape)}"
         ),
     )
     if weight_zero_point is not None:
         torch._check(
             weight_zero_point.dtype == torch.int8
-            and list(weight_zero_point.shape) == [out_features, groups]
+            and weight_zero_point.shape == weight_scale.shape
             and weight_zero_point.is_contiguous(),
             lambda: (
-                f"quantkit::{op}: weight_zero_point must be contiguous torch.int8 [{out_features}, {groups}], "
+                f"quantkit::{op}: weight_zero_point must be contiguous torch.int8 {list(weight_scale.shape)}, "
                 f"got {weight_zero_point.dtype} {list(weight_zero_point.shape)}"
             ),
         )
@@ -171,10 +172,11 @@ def _gemm_reference(
         return out
     codes = _codes_of_words(packed.transpose(1, 2), _shifts(num_bits, packed.device), num_bits)
     weight = codes.reshape(packed.shape[0] * PANEL, -1)[:out_features, :cols].to(torch.float32)
-    weight = weight.reshape(out_features, weight_scale.shape[1], -1) - (1 << (num_bits - 1))
+    scale = rows_of_panels(weight_scale, out_features)
+    weight = weight.reshape(out_features, scale.shape[1], -1) - (1 << (num_bits - 1))
     if weight_zero_point is not None:
-        weight = weight - weight_zero_point.to(torch.float32).unsqueeze(-1)
-    weight = (weight * weight_scale.to(torch.float32).unsqueeze(-1)).reshape(out_features, cols)
+        weight = weight - rows_of_panels(weight_zero_point, out_features).to(torch.float32).unsqueeze(-1)
+    weight = (weight * scale.to(torch.float32).unsqueeze(-1)).reshape(out_features, cols)
     y = (x if perm is None else x[:, perm.long()]).to(torch.float32) @ weight.T
     return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
 
@@ -206,6 +208,28 @@ def pack_wna16(words: Tensor, num_bits: int, in_features: int, perm: Tensor | No
     return _pack(words, num_bits, in_features, perm)
 
 
+def scales_by_panels(op: str, values: Tensor) -> Tensor:
+    """[N, G] -> [ceil(N / 64), G, 64], zero beyond row N."""
+    torch._check(values.dim() == 2, lambda: f"quantkit::{op}: values must be 2-D [N, G], got {values.dim()}-D")
+    rows, groups = values.shape
+    panels = (rows + PANEL - 1) // PANEL
+    padded = values.new_zeros((panels * PANEL, groups))
+    padded[:rows] = values
+    return padded.view(panels, PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def rows_of_panels(values: Tensor, out_features: int) -> Tensor:
+    """Scales or zero points [N, G], from that or from what `scales_by_panels` makes of it."""
+    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def pack_wna16_scales(values: Tensor) -> Tensor:
+    """Scales or zero points [N, G] in the order in which `wna16_gemm` reads them: [ceil(N / 64), G, 64], zero beyond
+    row N. The gemm takes both forms; with [N, G] it has to turn them at each call, which one token feels.
+    """
+    return scales_by_panels("pack_wna16_scales", values)
+
+
 def wna16_gemm(
     x: Tensor,
     packed: Tensor,
@@ -223,7 +247,8 @@ def wna16_gemm(
     x: fp32, fp16 or bf16 [M, K], any row stride; y: [M, N] of x's dtype.
     packed: of `pack_wna16`; num_bits: 4 or 8; out_features: N.
     weight_scale: fp32, bf16 or fp16 [N, G], weight_zero_point: int8 [N, G] in the range of signed codes, with
-    G = K / group_size groups of neighbouring columns, or 1 for group_size -1: a scale per channel.
+    G = K / group_size groups of neighbouring columns, or 1 for group_size -1: a scale per channel; or both as
+    `pack_wna16_scales` lays them out, [ceil(N / 64), G, 64].
     perm: what `pack_wna16` got: x's columns are taken in this order. (On CUDA its numbers are not checked; a column
     that x does not have reads as NaN.)
     bias: [N], of x's dtype or fp32.

@@ -196,9 +196,8 @@ class IntLinear(PackedLinear):
         perm = column_order(weight)
         packed = ops.pack_wna16(_words(weight), args.num_bits, weight.cols, perm=perm)
         self.register_buffer("packed", packed, persistent=False)
-        scale = _as_stored(weight.scale)
-        self._hold("weight_scale", scale.expand(weight.rows, -1) if scale.shape[0] == 1 else scale)
-        self._hold("weight_zero_point", weight.zero_point)
+        for name, values in (("weight_scale", _as_stored(weight.scale)), ("weight_zero_point", weight.zero_point)):
+            self._hold(name, None if values is None else ops.pack_wna16_scales(values.expand(weight.rows, -1)))
         self._hold("perm", perm)
 
     def _multiply(self, x: Tensor) -> Tensor:
