@@ -117,12 +117,13 @@ QK_INLINE void flush(const F32 (&sum)[R][V], const Slice<Words>& slice, int64_t 
   });
 }
 
-// R rows of a tile times a decoded slice.
+// R rows of a tile times a decoded slice. `next` is where the next tile is, which is asked for.
 template <class Words, class Groups, int R>
-void tile_decoded(const typename Words::Word* a, const Slice<Words>& slice, const float* x_sums,
-                  int64_t groups, float* c) {
+void tile_decoded(const typename Words::Word* a, const typename Words::Word* next,
+                  const Slice<Words>& slice, const float* x_sums, int64_t groups, float* c) {
   for (int64_t s = 0; s < slice.count; ++s) {
     const Segment segment = slice.segments[s];
+    for (int64_t i = segment.begin * R; i < segment.end * R; i += 16) __builtin_prefetch(next + i);
     for (int v0 = 0; v0 < kPanelVectors; v0 += kTileVectors) {
       F32 sum[R][kTileVectors];
       unrolled<R>(
@@ -307,7 +308,7 @@ void panel_sums(Decoder decoder, const Groups& groups, const PackedRows& x, cons
                                                          decoded);
           }
         }
-        tile_decoded<Words, Groups, R>(a, slice, sums, x.groups, out);
+        tile_decoded<Words, Groups, R>(a, a + rows * x.depth, slice, sums, x.groups, out);
       });
     }
   }

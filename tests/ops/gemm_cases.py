@@ -290,6 +290,8 @@ def expected_wna16(
     cols: int,
     group: int,
 ) -> Expected:
+    scale = ops.wna16.rows_of_panels(scale, cols)
+    zero = None if zero is None else ops.wna16.rows_of_panels(zero, cols)
     depth, groups = x.shape[1], scale.shape[1]
     words = ops.wna16._codes_of_words(packed.transpose(1, 2), ops.wna16._shifts(bits, packed.device), bits)
     code = words.reshape(packed.shape[0] * 64, -1)[:cols, :depth].double() - 2 ** (bits - 1)
