@@ -49,9 +49,9 @@ foreach(_folder IN ITEMS common sm90)
     ${_target} PROPERTIES CUDA_ARCHITECTURES "${_archs_${_folder}}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
                           CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(
-    # -fmad=false is nvcc's -ffp-contract=off.
+    # -fmad=false is nvcc's -ffp-contract=off. Registers that are spilled, and arrays in local memory, are warned of.
     ${_target} PRIVATE --expt-relaxed-constexpr -fmad=false $<$<BOOL:${QUANTKIT_WERROR}>:-Werror=all-warnings>
-                       -Xcompiler=-Wall,-Wextra)
+                       -Xptxas=--warn-on-spills,--warn-on-local-memory-usage -Xcompiler=-Wall,-Wextra)
   target_link_libraries(${_target} PRIVATE quantkit_flags)
   list(APPEND _objects ${_target})
   set(_has_${_folder} 1)

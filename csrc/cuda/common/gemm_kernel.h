@@ -146,10 +146,13 @@ class TileGemm {
     const int64_t base = place.expert * scales.expert_scales;
     const int cols = args.weight.out_features;
     if (scales.data != nullptr) {
+      DType dtype = scales.dtype;
+      if constexpr (Weight::kScaling == Scaling::kGroups) {
+        if constexpr (Weight::kInputScales) dtype = DType::kFloat32;  // those of FP8 always are
+      }
       ScaleWalk walk(scales, first_col + lane % 4 * 8, cols, weight_group);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        factor[i] = load_number(scales.data, scales.dtype, base + walk.next());
+      for (int i = 0; i < 8; ++i) factor[i] = load_number(scales.data, dtype, base + walk.next());
     }
     if constexpr (Weight::kScaling == Scaling::kGroups) {
       if (scales.zero_point == nullptr) {

@@ -38,17 +38,18 @@ __global__ void __launch_bounds__(kThreads)
     const Words2 codes = load_codes(q, row, col, n);
     const BlockIndex index(blocks, row, col, n);
     float values[kChunk];
-    float block_scale = scale[index.first];
-    float block_zero = zero_point == nullptr ? 0.0f : static_cast<float>(zero_point[index.first]);
+    const auto value = [&](int i, int at) {
+      const float code = code_value(q.dtype, codes.w[i / 4] >> (i % 4 * 8));
+      const float zero = zero_point == nullptr ? 0.0f : static_cast<float>(zero_point[at]);
+      return mul_rn(zero_point == nullptr ? code : sub_rn(code, zero), scale[at]);
+    };
+    if (index.one_block) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (!index.one_block && i < n) {
-        const int at = index.of(blocks, col + i);
-        block_scale = scale[at];
-        block_zero = zero_point == nullptr ? 0.0f : static_cast<float>(zero_point[at]);
-      }
-      const float value = code_value(q.dtype, codes.w[i / 4] >> (i % 4 * 8));
-      values[i] = mul_rn(zero_point == nullptr ? value : sub_rn(value, block_zero), block_scale);
+      for (int i = 0; i < kChunk; ++i) values[i] = value(i, index.first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = value(i, index.of(blocks, col + (i < n ? i : 0)));
     }
     using Storage = typename Element::Storage;
     store_chunk<Element>(static_cast<Storage*>(out) + static_cast<int64_t>(row) * q.cols + col,
