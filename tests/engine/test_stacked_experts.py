@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 import quantkit
 from quantkit import engine
 from quantkit.audit import audit
+from quantkit.calibrate import calibrate
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.config.presets import PRESETS, int_weights
 from quantkit.config.recipe import AWQModifier, GPTQModifier, Modifier, QuantizationModifier, Recipe
 from quantkit.config.run_config import CompressionConfig, DatasetConfig, GlobalConfig, ModelConfig, RunConfig
@@ -22,8 +25,10 @@ from quantkit.config.schemes import QuantizationScheme
 from quantkit.conformance import check_folder
 from quantkit.evaluate import open_source as open_quantized
 from quantkit.formats.fp8_source import open_source
+from quantkit.formats.source import WeightSource
 from quantkit.formats.stacked_source import StackedSource
 from quantkit.models.families import family_of
+from quantkit.models.skeleton import Skeleton
 from quantkit.models.stacked_experts import UNREAD, Part, parts_of
 
 from .stacked import STACKED, by_expert, filled, stack, twin
@@ -47,8 +52,8 @@ INT4 = QuantizationScheme("int4", int_weights(4, 32))
 E = "model.layers.0.mlp.experts"
 
 
-def run(folder: Path, model: Path, *modifiers: Modifier) -> Path:
-    config = RunConfig(
+def job(folder: Path, model: Path, *modifiers: Modifier) -> RunConfig:
+    return RunConfig(
         GlobalConfig(save_path=str(folder)),
         ModelConfig(str(model)),
         CompressionConfig(recipe=Recipe(modifiers)),
@@ -56,9 +61,15 @@ def run(folder: Path, model: Path, *modifiers: Modifier) -> Path:
         source=folder,
         stem="out",
     )
+
+
+def rows() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(0, 128, (48 - i % 3,), generator=generator).tolist() for i in range(16)]
-    result = engine.run(config, rows=rows, progress=False)
+    return [torch.randint(0, 128, (48 - i % 3,), generator=generator).tolist() for i in range(16)]
+
+
+def run(folder: Path, model: Path, *modifiers: Modifier) -> Path:
+    result = engine.run(job(folder, model, *modifiers), rows=rows(), progress=False)
     assert result.audit.ok, result.audit.render()
     return result.output
 
@@ -281,3 +292,40 @@ def test_the_checker_says_who_leaves_quantized_experts_out(model_type: str, tmp_
             found, ours = theirs(ids).logits, quantkit.load(folder)(ids).logits
         apart = float((found - ours).norm() / ours.norm())
         assert apart < 1e-4 if read else apart > 0.5
+
+
+def test_saved_statistics_are_those_of_the_stacked_model(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Also for a recipe that leaves experts stacked in its output."""
+    stacked, _ = models["qwen3_5_moe_text"]
+    recipe = GPTQModifier(scheme=INT4, ignore=["lm_head"])
+    direct = run(tmp_path / "direct", stacked, recipe)
+    saved = calibrate(job(tmp_path, stacked, recipe), tmp_path / "statistics", rows=rows(), progress=False)
+    for ignore in (["lm_head"], ["lm_head", "re:.*experts.*"]):
+        config = job(tmp_path / str(len(ignore)), stacked, GPTQModifier(scheme=INT4, ignore=ignore))
+        result = engine.run(config, statistics=saved, progress=False)
+        assert result.audit.ok, result.audit.render()
+        kept = any(".experts.gate_up" in name for name in tensors(result.output))
+        assert kept is (len(ignore) > 1)
+        if not kept:
+            assert tensors(result.output).keys() == tensors(direct).keys()
+
+
+def test_experts_in_groups_give_the_same_bytes(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    for name in ("llama4_text", "gpt_oss"):
+        stacked, _ = models[name]
+        recipe = GPTQModifier(scheme=INT4, ignore=["lm_head"])
+        whole = run(tmp_path / name, stacked, recipe)
+        config = job(tmp_path / f"{name} in groups", stacked, recipe)
+        with engine.open_plan(config) as plan, open_source(stacked) as source:
+            assert plan.means.experts is None
+            grouped = replace(plan, means=replace(plan.means, experts=1, forwards=plan.means.forwards))
+            skeleton = Skeleton(stacked, source.parts)
+            output = tmp_path / f"{name} output"
+            with CheckpointWriter(plan.layout, output) as writer:
+                sink = engine.WrittenOutput(grouped, writer)
+                engine.calibrate(grouped, skeleton, WeightSource(source), rows(), sink, progress=False)
+                for kept in grouped.carried:
+                    writer.copy(kept, source.tensors[kept], source)
+                engine.side_files(grouped, writer, None)
+                writer.finish()
+        assert tensors(output) == tensors(whole)
