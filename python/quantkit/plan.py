@@ -152,7 +152,7 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
         raise PlanError(
             f"{checkpoint.folder}: already quantized (quantization_config in config.json, quant_method '{method}'); "
             "start from the full-precision checkpoint. Of quantized ones, FP8 in blocks is read (quant_method 'fp8' "
-            "with weight_block_size, as DeepSeek and Qwen publish it)"
+            "with weight_block_size, as DeepSeek and Qwen publish it), and experts in MXFP4 as those of gpt-oss"
         )
     if config.model.torch_dtype == "fp8" and not checkpoint.dequantized:
         raise PlanError(f"model.torch_dtype: 'fp8', but {checkpoint.folder} is not in FP8; leave it out")
@@ -175,8 +175,9 @@ def build_plan(config: RunConfig, checkpoint: Checkpoint, ranks: int = 1, here: 
     warnings = [] if family.known else [_unknown_family(checkpoint)]
     if checkpoint.dequantized:
         coded = checkpoint.dequantized & checkpoint.tensors.keys()
+        kind = "MXFP4" if family.model_type == "gpt_oss" else "FP8"
         dtype = checkpoint.tensors[next(iter(coded))].dtype
-        warnings.append(f"the source is in FP8: {len(coded)} weights are dequantized to {dtype} as they are read")
+        warnings.append(f"the source is in {kind}: {len(coded)} weights are dequantized to {dtype} as they are read")
     if (unread := UNREAD.get(family.model_type)) and any(family.is_expert(name) for name in modules):
         warnings.append(
             f"{', '.join(unread)}: no room for quantized experts of {family.model_type}, which are left out; for them "

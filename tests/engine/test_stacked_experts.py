@@ -23,6 +23,7 @@ from quantkit.config.recipe import AWQModifier, GPTQModifier, Modifier, Quantiza
 from quantkit.config.run_config import CompressionConfig, DatasetConfig, GlobalConfig, ModelConfig, RunConfig
 from quantkit.config.schemes import QuantizationScheme
 from quantkit.conformance import check_folder
+from quantkit.errors import CheckpointError
 from quantkit.evaluate import open_source as open_quantized
 from quantkit.formats.fp8_source import open_source
 from quantkit.formats.source import WeightSource
@@ -329,3 +330,68 @@ def test_experts_in_groups_give_the_same_bytes(models: dict[str, tuple[Path, Pat
                 engine.side_files(grouped, writer, None)
                 writer.finish()
         assert tensors(output) == tensors(whole)
+
+
+def in_mxfp4(source: Path, folder: Path, model: Any) -> dict[str, Tensor]:
+    """The gpt-oss of `source` with random codes for its experts' weights in `folder`, as OpenAI publishes it; gives
+    back what these mean, and puts it into `model`.
+    """
+    generator, stored, meant = torch.Generator().manual_seed(0), load_file(source / "model.safetensors"), {}
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, cols, rows = stored.pop(name).shape
+        codes = torch.randint(0, 16, (count, rows, cols // 32, 32), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 125, (count, rows, cols // 32), generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": codes[..., ::2] | codes[..., 1::2] << 4, f"{name}_scales": scales}
+        steps = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+        value = torch.tensor([*steps, *(-x for x in steps)])[codes.int()] * 2.0 ** (scales[..., None].float() - 127)
+        meant[name] = value.flatten(2).transpose(1, 2).contiguous()
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    model.load_state_dict({**model.state_dict(), **meant})
+    return meant
+
+
+def down(meant: dict[str, Tensor], name: str) -> Tensor:
+    return meant[f"{name.rpartition('.')[0]}.down_proj"][0].t()
+
+
+def test_mxfp4_as_gpt_oss_is_published_is_a_source(tmp_path: Path) -> None:
+    model = stack(tmp_path / "plain", "gpt_oss", **WIDE)
+    meant = in_mxfp4(tmp_path / "plain", tmp_path / "mxfp4", model)
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    raw = load_file(tmp_path / "mxfp4" / "model.safetensors")
+    with open_source(tmp_path / "mxfp4") as source:
+        for name, value in meant.items():
+            parts = raw[f"{name}_blocks"], raw[f"{name}_scales"]
+            assert torch.equal(convert_moe_packed_tensors(*parts, dtype=torch.bfloat16).float(), value)
+            assert torch.equal(source.tensor(f"{name.rpartition('.')[0]}.0.down_proj.weight"), down(meant, name))
+    model.save_pretrained(tmp_path / "dequantized")
+    for name, modifier in (
+        ("rounded", QuantizationModifier(scheme=PRESETS["FP8_DYNAMIC"], ignore=["lm_head"])),
+        ("gptq", GPTQModifier(scheme=INT4, ignore=["lm_head"])),
+        ("attention", QuantizationModifier(scheme=PRESETS["W8A8"], ignore=["lm_head", "re:.*experts.*"])),
+    ):
+        found = [run(tmp_path / f"{name} {s}", tmp_path / s, modifier) for s in ("mxfp4", "dequantized")]
+        assert tensors(found[0]) == tensors(found[1])
+    kept = load_file(found[0] / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in meant.items())
+
+
+@pytest.mark.parametrize("damage", ["scales", "shape", "nan"])
+def test_damaged_mxfp4_is_refused(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mxfp4"
+    in_mxfp4(tmp_path / "plain", folder, stack(tmp_path / "plain", "gpt_oss"))
+    stored = load_file(folder / "model.safetensors")
+    name = f"{E}.down_proj_scales"
+    scales = stored.pop(name)
+    if damage == "nan":
+        scales[1, 2, 0] = 255
+    if damage != "scales":
+        stored[name] = scales if damage == "nan" else scales[:, 1:].contiguous()
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj_scales (has NaN|is missing|is U8 \[4, 63, 3\])"):
+        run(tmp_path, folder, QuantizationModifier(scheme=PRESETS["W8A8"]))

@@ -18,7 +18,7 @@ from ..checkpoint.header import read_object
 from ..checkpoint.native import host
 from ..checkpoint.reader import Checkpoint, TensorInfo, member_of
 from ..errors import CheckpointError
-from . import fp8
+from . import fp8, mxfp4_source
 from .stacked_source import split
 
 if TYPE_CHECKING:
@@ -33,13 +33,16 @@ CACHE = (".k_scale", ".v_scale")
 
 
 def open_source(folder: Path | str) -> Checkpoint:
-    """The checkpoint in `folder` to start from: as it is, or dequantized as it is read if it is FP8 in blocks. Other
+    """The checkpoint in `folder` to start from: as it is, or dequantized as it is read if it is FP8 in blocks or
+    has experts in MXFP4. Other
     quantized ones are given as they are; the plan refuses them. Experts stored as one tensor have each its own.
     """
     folder = Path(folder)
     block = read_object(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
     if isinstance(block, Mapping) and block.get("quant_method") == fp8.NAME and block.get("weight_block_size"):
         return split(Fp8Source(folder))
+    if isinstance(block, Mapping) and block.get("quant_method") == mxfp4_source.NAME:
+        return split(mxfp4_source.Mxfp4Source(folder))
     return split(Checkpoint(folder))
 
 
