@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,6 +40,18 @@ class Timing:
     def rate(self) -> float:
         """GB/s of the best round."""
         return self.bytes / self.minimum / 1e9
+
+
+# What limits torch and oneDNN to about the instructions that QUANTKIT_ISA allows quantkit.
+LIMITS: dict[str, tuple[str, ...]] = {"avx512": (), "avx2": ("avx2", "AVX2"), "portable": ("default", "SSE41")}
+
+
+def limit_isa(isa: str | None) -> None:
+    """Start this process again where quantkit, torch and oneDNN are held to `isa`, which they read when they load."""
+    if isa is None or os.environ.get("QUANTKIT_ISA") == isa:
+        return
+    limits = dict(zip(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"), LIMITS[isa], strict=False))
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "QUANTKIT_ISA": isa, **limits})
 
 
 def machine() -> dict[str, Any]:

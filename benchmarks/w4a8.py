@@ -2,7 +2,7 @@
 
 usage: python benchmarks/w4a8.py [--shapes 4096x4096,14336x4096] [--rows 1,4,16,64,256,1024] [--group 128]
        [--regime cold|warm] [--seconds 0.25] [--threads 2] [--scales float32|bfloat16] [--zero-points]
-       [--peers int4pack,w8a8,wna16]
+       [--peers int4pack,w8a8,wna16] [--isa avx2]
 
 Shapes are K x N, in x out features. x is bf16 and quantizing it counts. Cold: weights take turns over more than 128 MB
 of distinct ones, so none is in a cache. Warm: one weight. Peers: torch's _weight_int4pack_mm_for_cpu, and quantkit's
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import keep_freed_memory, machine
+from bench import LIMITS, keep_freed_memory, limit_isa, machine
 
 import quantkit.ops as ops
 from quantkit.ops.isa import current_isa
@@ -37,32 +37,40 @@ def weights(n: int, k: int, args: argparse.Namespace) -> tuple[dict[str, Call], 
     codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
     words = ops.pack_int32(codes, 4)
     scale = torch.rand(n, k // g, generator=generator) * 0.01 + 0.01
-    packed = ops.pack_w4a8(words, k)
-    scales = ops.pack_w4a8_scales(scale.to(getattr(torch, args.scales)))
-    zero = ops.pack_w4a8_scales(torch.zeros(n, k // g, dtype=torch.int8)) if args.zero_points else None
-    size = packed.nbytes + scales.nbytes + (zero.nbytes if zero is not None else 0)
+    scale = scale.to(getattr(torch, args.scales))
+    none = torch.zeros(n, k // g, dtype=torch.int8) if args.zero_points else None
+    size = codes.nbytes // 2 + scale.nbytes + (none.nbytes if none is not None else 0)
     copies = -(-COLD_BYTES // size) if args.regime == "cold" else 1
 
-    def repeated(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        return [tensors] + [tuple(t.clone() for t in tensors) for _ in range(copies - 1)]
+    # Each is packed anew, not copied: memory comes as the ops ask for it, as it does when a model is loaded.
+    ours = [
+        (ops.pack_w4a8(words, k), ops.pack_w4a8_scales(scale), None if none is None else ops.pack_w4a8_scales(none))
+        for _ in range(copies)
+    ]
 
-    ours = repeated(packed, scales)
-    calls: dict[str, Call] = {"w4a8": lambda x, i: ops.w4a8_gemm(x, *ours[i], n, args.group, weight_zero_point=zero)}
+    def w4a8(x: torch.Tensor, i: int) -> torch.Tensor:
+        words, scales, zero = ours[i]
+        return ops.w4a8_gemm(x, words, scales, n, args.group, weight_zero_point=zero)
+
+    calls: dict[str, Call] = {"w4a8": w4a8}
     peers = args.peers.split(",")
     if "int4pack" in peers and g in (32, 64, 128, 256):
         unsigned = codes.int() + 8
-        theirs = repeated(
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1),
-            torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous(),
-        )
+        pair = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).bfloat16().contiguous()
+        theirs = [
+            (torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1), pair.clone()) for _ in range(copies)
+        ]
         calls["int4pack"] = lambda x, i: torch.ops.aten._weight_int4pack_mm_for_cpu(x, theirs[i][0], g, theirs[i][1])
     if "w8a8" in peers:
-        eight = repeated(ops.pack_w8a8(codes))[: -(-COLD_BYTES // (n * k))]
+        eight = [ops.pack_w8a8(codes) for _ in range(-(-copies * size // (n * k)))]
         channel = torch.rand(n) * 0.01
-        calls["w8a8"] = lambda x, i: ops.w8a8_gemm(x, eight[i % len(eight)][0], channel, n)
+        calls["w8a8"] = lambda x, i: ops.w8a8_gemm(x, eight[i % len(eight)], channel, n)
     if "wna16" in peers:
-        sixteen = repeated(ops.pack_wna16(words, 4, k))
-        calls["wna16"] = lambda x, i: ops.wna16_gemm(x, *sixteen[i], scale, 4, n, args.group)
+        sixteen = [(ops.pack_wna16(words, 4, k), scale.clone()) for _ in range(copies)]
+        zeros = None if none is None else [none.clone() for _ in range(copies)]
+        calls["wna16"] = lambda x, i: ops.wna16_gemm(
+            x, *sixteen[i], 4, n, args.group, weight_zero_point=zeros and zeros[i]
+        )
     return calls, copies, size
 
 
@@ -96,7 +104,9 @@ def main() -> None:
     parser.add_argument("--scales", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--zero-points", action="store_true")
     parser.add_argument("--peers", default="int4pack,w8a8")
+    parser.add_argument("--isa", choices=tuple(LIMITS), help="the most that ours and torch may use")
     args = parser.parse_args()
+    limit_isa(args.isa)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     ops._load.require("cpu")

@@ -7,6 +7,7 @@ namespace {
 
 // 8 sums, 2 vectors of weights and one of codes in 16 registers.
 constexpr int kTileRows = 4;
+constexpr bool kOwnStream = false;
 
 struct Narrow {
   __m256i a, b;

@@ -1,4 +1,5 @@
-// See w4a8.h. An ISA's file, or w4a8_narrow.inl, has the tile: kTileRows and `run_tile`.
+// See w4a8.h. An ISA's file, or w4a8_narrow.inl, has the tile: kTileRows,
+// kOwnStream (whether a tile alone fetches what it will read itself) and `run_tile`.
 #pragma once
 
 #include <algorithm>
@@ -173,8 +174,9 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
   std::fill(task.sums, task.sums + rows * kW4Panel, 0.0f);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, at_once = block_groups(weight);
   const int64_t out_bytes = task.dtype == DType::kFloat32 ? 4 : 2;
-  // One or two rows read memory as fast as it goes: there the hardware's own fetching does better.
-  tile.rate = rows <= 2 ? 0 : tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
+  // A tile alone reads memory as fast as it goes: it fetches its own stream, not far ahead, or with
+  // one or two rows leaves it to the hardware.
+  tile.rate = tiles == 1 ? (kOwnStream || rows <= 2 ? 0 : 4) : tiles <= 3 ? 2 : 1;
   for (int64_t g = 0; g < groups; g += at_once) {
     tile.first = g;
     tile.last = std::min(groups, g + at_once);
@@ -183,7 +185,7 @@ void multiply(const W4A8Weight& weight, const W4A8Task& task) {
     const uint32_t* const following =
         !last ? panel.words + group_begin(tile, tile.last) / 2 * kW4Panel
               : (task.next < 0 ? nullptr : next.words);
-    if (following) {
+    if (following && !(kOwnStream && tile.rate == 0)) {
       const int64_t from = last ? 0 : tile.last;
       (last ? next : panel).fetch_scales(from, std::min(at_once, groups - from));
     }

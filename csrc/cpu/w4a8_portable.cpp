@@ -6,6 +6,7 @@ namespace {
 
 // The baseline may have no more than 16 registers of 8 such lanes.
 constexpr int kTileRows = 2;
+constexpr bool kOwnStream = false;
 
 typedef int16_t ShortVec __attribute__((vector_size(64), aligned(16)));
 
