@@ -77,7 +77,8 @@ def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path) -> None:
 def test_any_number_of_ranks_writes_the_same_files_of_other_recipes(ranks: int, tmp_path: Path) -> None:
     one, many = (run_all(MORE, n, tmp_path / str(n)) for n in (1, ranks))
     for job, found in one.items():
-        assert len(found) > 12 and not differences(found, many[job]), job
+        assert sum(name.endswith(".safetensors") for name in found) > 1, f"{job}: in several shards"
+        assert not differences(found, many[job]), job
 
 
 @pytest.mark.parametrize(
