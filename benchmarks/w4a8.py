@@ -66,8 +66,8 @@ def weights(n: int, k: int, args: argparse.Namespace) -> tuple[dict[str, Call], 
         channel = torch.rand(n) * 0.01
         calls["w8a8"] = lambda x, i: ops.w8a8_gemm(x, eight[i % len(eight)], channel, n)
     if "wna16" in peers:
-        sixteen = [(ops.pack_wna16(words, 4, k), scale.clone()) for _ in range(copies)]
-        zeros = None if none is None else [none.clone() for _ in range(copies)]
+        sixteen = [(ops.pack_wna16(words, 4, k), ops.pack_wna16_scales(scale)) for _ in range(copies)]
+        zeros = None if none is None else [ops.pack_wna16_scales(none) for _ in range(copies)]
         calls["wna16"] = lambda x, i: ops.wna16_gemm(
             x, *sixteen[i], 4, n, args.group, weight_zero_point=zeros and zeros[i]
         )
