@@ -105,7 +105,8 @@ class Paper:
         }
         self.total_bytes = sum(info.nbytes for info in self.tensors.values())
         self.side_files: list[Path] = []
-        self.dequantized: frozenset[str] = frozenset()
+        self.parts = self.tensors
+        self.dequantized = self.remade = self.gathered = frozenset[str]()
 
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
