@@ -99,8 +99,6 @@ void gram_upper(const Tensor& x, const Tensor& g, const Optional& channels, bool
   constexpr auto kOp = "gram_upper";
   check_arguments(kOp, x, std::nullopt, g, channels);
   check(!fresh || x.size(0) > 0, kOp, "x must have a token to make a fresh g of, got none");
-  // Its tiles are many pages apart from row to row.
-  if (fresh) prefer_huge_pages(data<float>(g), g.numel() * g.element_size());
   add_up(kOp, x, std::nullopt, g, channels, fresh);
 }
 
