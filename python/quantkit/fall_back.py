@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .calibration.layer import Onlooker
 from .calibration.statistics import Statistics, Wants, tail
 from .distributed import ONE, Ranks
 from .errors import ConfigError
@@ -93,10 +94,8 @@ def worst(scores: Mapping[str, float], count: int) -> tuple[str, ...]:
     return tuple(name for name, score in scores.items() if score >= least)
 
 
-class _Tails:
+class _Tails(Onlooker):
     """A sweep's visitor that changes nothing; see `calibration.layer.Visitor`."""
-
-    pools_below, together = 0, False
 
     def __init__(self, names: Collection[str]) -> None:
         self.statistics: dict[str, Wants] = {}
@@ -104,15 +103,6 @@ class _Tails:
         self.caches: tuple[str, ...] = ()
         self.queries: tuple[str, ...] = ()
         self.found: dict[str, float] = {}
-
-    def across(self, index: int) -> str | None:
-        return None
-
-    def norms(self, index: int) -> Mapping[str, Collection[str]]:
-        return {}
-
-    def prepare(self, layer: Layer) -> None:
-        """Weights stay as they are."""
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
         """Nothing is asked for."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..distributed import ONE, Ranks
 from .expert_groups import projection
-from .layer import Layer
+from .layer import Layer, Onlooker
 from .shared_experts import collected
 from .statistics import HISTOGRAM_BINS, Statistics, Wants
 
@@ -27,15 +27,13 @@ PORTION = 256 << 20
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
 
 
-class Gatherer:
+class Gatherer(Onlooker):
     """Changes nothing, and gives what it sees to `writer`, which rank 0 has; see `calibration.layer.Visitor`.
 
     One forward a layer does, but for experts that are `apart`: where they are to see all tokens (`every`), what they
     give then is not what goes on; where they come in groups, or are shared out over ranks, what is known of some of
     them goes before the next ones come.
     """
-
-    pools_below, together = 0, False
 
     def __init__(
         self,
@@ -58,17 +56,6 @@ class Gatherer:
         self._silent: list[str] = []
         self._bytes = 0
         self._shared: set[str] = set()  # readers of an input that has been written
-
-    def across(self, index: int) -> str | None:
-        """Nothing is."""
-        return None
-
-    def norms(self, index: int) -> Mapping[str, Collection[str]]:
-        """None."""
-        return {}
-
-    def prepare(self, layer: Layer) -> None:
-        """Weights stay as they are."""
 
     def finish(self, layer: Layer, statistics: Mapping[str, Statistics]) -> None:
         """Some experts', on each rank of its own; each time behind those of the time before."""

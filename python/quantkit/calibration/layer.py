@@ -93,6 +93,23 @@ class Visitor(Protocol):
         ...
 
 
+class Onlooker:
+    """A `Visitor` that leaves the weights as they are, but for what it does with what it is shown."""
+
+    pools_below, together = 0, False
+
+    def across(self, index: int) -> str | None:
+        """Nothing is."""
+        return None
+
+    def norms(self, index: int) -> Mapping[str, Collection[str]]:
+        """None."""
+        return {}
+
+    def prepare(self, layer: Layer) -> None:
+        """Weights stay as they are."""
+
+
 class Keeper(Protocol):
     """Lets a sweep go on in a later process. `begin`: the layer it starts with; those before it are done."""
 
